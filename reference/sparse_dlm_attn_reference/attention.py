@@ -1,0 +1,140 @@
+"""Attention states: how they are computed, merged and reused (specification, "Attention states")."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from sparse_dlm_attn import AttentionState, Context, InvalidArgumentError, Selection
+from sparse_dlm_attn.values import softmax_scale
+
+__all__ = ["attend_block", "attend_pages", "attend_pages_by_merging", "merge", "page_tokens", "reuse"]
+
+FloatArray = np.ndarray[Any, Any]
+ROWS_AT_ONCE = 256  # bounds the score matrix of a whole-sequence block
+
+
+def page_tokens(pages: FloatArray, context: Context, sequence: int, head: int, listed: Any) -> FloatArray:
+    """Copy the valid tokens of the ``listed`` logical pages, in reading order, as float64.
+
+    Returns
+    -------
+    numpy.ndarray
+        float64 ``(tokens, head_dim)``. Nothing else of ``pages`` is read.
+    """
+    table, lengths = context.page_table[sequence], context.page_lengths[sequence]
+    parts = [pages[table[page], head, : lengths[page]] for page in listed]
+    if not parts:
+        return np.zeros((0, context.head_dim))
+    return np.concatenate(parts).astype(np.float64)
+
+
+def softmax_attention(
+    q: FloatArray, k: FloatArray, v: FloatArray, scale: float
+) -> tuple[FloatArray, FloatArray]:
+    """Return ``(out, lse)`` of rows ``q`` over keys ``k`` and values ``v`` (one head, clause STATE-1)."""
+    out = np.zeros((len(q), v.shape[1]))
+    lse = np.full(len(q), -np.inf)
+    if len(k) == 0:
+        return out, lse
+    with np.errstate(invalid="ignore", over="ignore"):  # NaN and inf inputs flow to the output
+        for start in range(0, len(q), ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            logits = scale * (q[rows].astype(np.float64) @ k.T)
+            peak = logits.max(axis=1, keepdims=True)
+            weights = np.exp(logits - peak)
+            total = weights.sum(axis=1, keepdims=True)
+            out[rows] = (weights @ v) / total
+            lse[rows] = (peak + np.log(total))[:, 0]
+    return out, lse
+
+
+def attend_pages(
+    q: FloatArray,
+    context: Context,
+    selection: Selection,
+    active: FloatArray,
+    *,
+    scale: float | None = None,
+) -> AttentionState:
+    """Attend to selected pages: one softmax a row over all its keys (clause ATTEND-1)."""
+    batch, q_heads, tokens, head_dim = q.shape
+    selection.check_fits(q.shape, context)
+    factor = softmax_scale(head_dim, scale)
+    out = np.zeros(q.shape)
+    lse = np.full(q.shape[:3], -np.inf)
+    for b, h in np.ndindex(batch, q_heads):
+        kv_head = h // (q_heads // context.kv_heads)
+        selection_head = h // (q_heads // selection.heads)
+        for start in range(0, tokens, selection.span):
+            rows = start + np.flatnonzero(active[b, start : start + selection.span])
+            chosen = selection.mask[b, selection_head, start // selection.span]
+            listed = np.flatnonzero(chosen & (context.page_lengths[b] > 0))
+            if rows.size == 0 or listed.size == 0:
+                continue
+            k = page_tokens(context.k_pages, context, b, kv_head, listed)
+            v = page_tokens(context.v_pages, context, b, kv_head, listed)
+            out[b, h, rows], lse[b, h, rows] = softmax_attention(q[b, h, rows], k, v, factor)
+    return AttentionState(out.astype(q.dtype), lse.astype(np.float32))
+
+
+def attend_pages_by_merging(
+    q: FloatArray,
+    context: Context,
+    selection: Selection,
+    active: FloatArray,
+    *,
+    scale: float | None = None,
+) -> AttentionState:
+    """Second oracle for `attend_pages`: attend to one page at a time and merge the states.
+
+    It must agree with the softmax over all keys at once, for any partition into pages.
+    """
+    pages = np.arange(context.pages)
+    states = [AttentionState.empty_like(q.astype(np.float64))]
+    for page in pages:
+        only = Selection(selection.mask & (pages == page), selection.span)
+        states.append(attend_pages(q.astype(np.float64), context, only, active, scale=scale))
+    merged = merge(*states)
+    return AttentionState(merged.out.astype(q.dtype), merged.lse)
+
+
+def attend_block(
+    q: FloatArray, k: FloatArray, v: FloatArray, *, scale: float | None = None
+) -> AttentionState:
+    """Attend densely within the block (clause BLOCK-1)."""
+    batch, q_heads, _, head_dim = q.shape
+    factor = softmax_scale(head_dim, scale)
+    out = np.zeros(q.shape)
+    lse = np.full(q.shape[:3], -np.inf)
+    for b, h in np.ndindex(batch, q_heads):
+        kv_head = h // (q_heads // k.shape[1])
+        keys, values = k[b, kv_head].astype(np.float64), v[b, kv_head].astype(np.float64)
+        out[b, h], lse[b, h] = softmax_attention(q[b, h], keys, values, factor)
+    return AttentionState(out.astype(q.dtype), lse.astype(np.float32))
+
+
+def merge(*states: AttentionState) -> AttentionState:
+    """Merge states of disjoint key sets (clauses MERGE-1 to MERGE-4)."""
+    if not states:
+        raise InvalidArgumentError("states", "must hold at least one AttentionState", "none")
+    lse = np.stack([state.lse.astype(np.float64) for state in states])
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        peak = lse.max(axis=0)
+        shift = np.where(np.isneginf(peak), 0.0, peak)
+        total = np.exp(lse - shift).sum(axis=0)
+        merged_lse = np.where(total == 0, -np.inf, shift + np.log(total))
+        out = np.zeros(states[0].out.shape)
+        for state, state_lse in zip(states, lse, strict=True):
+            weight = np.where(np.isneginf(state_lse), 0.0, np.exp(state_lse - merged_lse))[..., None]
+            out += np.where(weight == 0, 0.0, weight * state.out.astype(np.float64))
+    return AttentionState(out.astype(states[0].out.dtype), merged_lse.astype(np.float32))
+
+
+def reuse(active: FloatArray, fresh: AttentionState, cached: AttentionState) -> AttentionState:
+    """Take active rows from ``fresh`` and the others from ``cached`` (clause REUSE-1)."""
+    out, lse = cached.out.copy(), cached.lse.copy()
+    for b, row in np.argwhere(active):
+        out[b, :, row], lse[b, :, row] = fresh.out[b, :, row], fresh.lse[b, :, row]
+    return AttentionState(out, lse)

@@ -1,0 +1,113 @@
+"""Decisions: bounds, scores, ranking and change (specification, "Decisions")."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from sparse_dlm_attn import Context, PageBounds
+from sparse_dlm_attn.operators import check_change_rule
+from sparse_dlm_attn.values import check_array, softmax_scale
+from sparse_dlm_attn_reference.attention import page_tokens
+
+__all__ = [
+    "largest_changes",
+    "page_bounds",
+    "page_scores",
+    "pooled_scores",
+    "query_change",
+    "top_pages",
+]
+
+FloatArray = np.ndarray[Any, Any]
+
+
+def page_bounds(context: Context) -> PageBounds:
+    """Return minimum and maximum of each page's valid keys (clause BOUNDS-1)."""
+    shape = (context.batch, context.kv_heads, context.pages, context.head_dim)
+    lower = np.zeros(shape, context.k_pages.dtype)
+    upper = np.zeros(shape, context.k_pages.dtype)
+    for b, page in np.argwhere(context.page_lengths > 0):
+        keys = context.k_pages[context.page_table[b, page], :, : context.page_lengths[b, page]]
+        lower[b, :, page], upper[b, :, page] = keys.min(axis=1), keys.max(axis=1)
+    return PageBounds(lower, upper)
+
+
+def page_scores(q: FloatArray, bounds: PageBounds) -> FloatArray:
+    """Return the sum over channels of max(q lower, q upper) (clause SCORES-1)."""
+    batch, q_heads, tokens, _ = q.shape
+    group = q_heads // bounds.lower.shape[1]
+    scores = np.zeros((batch, q_heads, tokens, bounds.lower.shape[2]))
+    with np.errstate(invalid="ignore", over="ignore"):
+        for b, h in np.ndindex(batch, q_heads):
+            rows = q[b, h].astype(np.float64)[:, None, :]
+            lower = bounds.lower[b, h // group].astype(np.float64)
+            upper = bounds.upper[b, h // group].astype(np.float64)
+            scores[b, h] = np.maximum(rows * lower, rows * upper).sum(axis=-1)
+        return scores.astype(np.float32)
+
+
+def pooled_scores(
+    q: FloatArray, context: Context, *, span: int, scale: float | None = None
+) -> FloatArray:
+    """Return the mean softmax mass a page receives from a span's rows (clause POOLED-1)."""
+    batch, q_heads, tokens, head_dim = q.shape
+    factor = softmax_scale(head_dim, scale)
+    scores = np.zeros((batch, q_heads, -(-tokens // span), context.pages))
+    for b, h in np.ndindex(batch, q_heads):
+        lengths = context.page_lengths[b]
+        listed = np.flatnonzero(lengths > 0)
+        if listed.size == 0:
+            continue
+        k = page_tokens(context.k_pages, context, b, h // (q_heads // context.kv_heads), listed)
+        first_tokens = np.cumsum(lengths[listed]) - lengths[listed]
+        for start in range(0, tokens, span):
+            logits = factor * (q[b, h, start : start + span].astype(np.float64) @ k.T)
+            with np.errstate(invalid="ignore", over="ignore"):
+                mass = np.exp(logits - logits.max(axis=1, keepdims=True))
+                mass /= mass.sum(axis=1, keepdims=True)
+            paged = np.add.reduceat(mass, first_tokens, axis=1)
+            scores[b, h, start // span, listed] = paged.mean(axis=0)
+    return scores.astype(np.float32)
+
+
+def top_pages(scores: FloatArray, count: int | FloatArray, eligible: FloatArray) -> FloatArray:
+    """Return the ``count`` best eligible pages, the lowest index first among equals (clause TOP-1)."""
+    eligible = np.broadcast_to(eligible, scores.shape)
+    counts = np.broadcast_to(np.asarray(count), scores.shape[:-1])
+    mask = np.zeros(scores.shape, bool)
+    for position in np.ndindex(*scores.shape[:-1]):
+        candidates = np.flatnonzero(eligible[position])
+        values = np.where(np.isnan(scores[position]), np.inf, scores[position])[candidates]
+        best = candidates[np.lexsort((candidates, -values))]
+        mask[position][best[: max(int(counts[position]), 0)]] = True
+    return mask
+
+
+def query_change(q: FloatArray, q_reference: FloatArray) -> FloatArray:
+    """Return the mean squared difference of each row over heads and channels (clause CHANGE-1)."""
+    check_array("q_reference", q_reference, q.shape)
+    difference = q.astype(np.float64) - q_reference.astype(np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return (difference**2).mean(axis=(1, 3)).astype(np.float32)
+
+
+def largest_changes(
+    change: FloatArray, *, count: int | None = None, mass: float | None = None
+) -> FloatArray:
+    """Return the rows that changed most, by number or by share of the total (CHANGE-2, CHANGE-3)."""
+    check_change_rule(count, mass)
+    chosen = np.zeros(change.shape, bool)
+    for b, row in enumerate(change.astype(np.float64)):
+        order = np.lexsort((np.arange(len(row)), -np.where(np.isnan(row), np.inf, row)))
+        if count is not None:
+            chosen[b, order[:count]] = True
+            continue
+        total, reached = sum(row[order]), 0.0
+        for index in order:
+            if reached >= (mass or 0.0) * total:  # False for NaN: then every row is taken
+                break
+            chosen[b, index] = True
+            reached += row[index]
+    return chosen

@@ -1,0 +1,70 @@
+"""Sparse attention for diffusion language models: one specification, interchangeable backends.
+
+>>> from sparse_dlm_attn import get_policy
+>>> get_policy("losa").active
+5
+"""
+
+from sparse_dlm_attn.arrays import Array as Array
+from sparse_dlm_attn.backend import Backend as Backend
+from sparse_dlm_attn.backend import Capabilities as Capabilities
+from sparse_dlm_attn.backend import Problem as Problem
+from sparse_dlm_attn.context import Context as Context
+from sparse_dlm_attn.driver import LayerMemory as LayerMemory
+from sparse_dlm_attn.driver import PrefixAttention as PrefixAttention
+from sparse_dlm_attn.errors import DataFileError as DataFileError
+from sparse_dlm_attn.errors import InvalidArgumentError as InvalidArgumentError
+from sparse_dlm_attn.errors import InvalidTypeError as InvalidTypeError
+from sparse_dlm_attn.errors import SparseAttentionError as SparseAttentionError
+from sparse_dlm_attn.errors import StaleMemoryError as StaleMemoryError
+from sparse_dlm_attn.errors import UnavailableError as UnavailableError
+from sparse_dlm_attn.errors import UnknownNameError as UnknownNameError
+from sparse_dlm_attn.errors import UnsupportedError as UnsupportedError
+from sparse_dlm_attn.policy import PassInputs as PassInputs
+from sparse_dlm_attn.policy import PrefixAttentionPolicy as PrefixAttentionPolicy
+from sparse_dlm_attn.registry import Plugin as Plugin
+from sparse_dlm_attn.registry import backends as backends
+from sparse_dlm_attn.registry import get_backend as get_backend
+from sparse_dlm_attn.registry import get_policy as get_policy
+from sparse_dlm_attn.registry import policies as policies
+from sparse_dlm_attn.selection import Selection as Selection
+from sparse_dlm_attn.traffic import Traffic as Traffic
+from sparse_dlm_attn.values import AttentionState as AttentionState
+from sparse_dlm_attn.values import PageBounds as PageBounds
+from sparse_dlm_attn.values import PassInfo as PassInfo
+
+__version__ = "0.1.0"
+SPEC_VERSION = "2026.11"
+"""Version of the written specification (docs/spec), apart from the package's version."""
+
+__all__ = [
+    "SPEC_VERSION",
+    "Array",
+    "AttentionState",
+    "Backend",
+    "Capabilities",
+    "Context",
+    "DataFileError",
+    "InvalidArgumentError",
+    "InvalidTypeError",
+    "LayerMemory",
+    "PageBounds",
+    "PassInfo",
+    "PassInputs",
+    "Plugin",
+    "PrefixAttention",
+    "PrefixAttentionPolicy",
+    "Problem",
+    "Selection",
+    "SparseAttentionError",
+    "StaleMemoryError",
+    "Traffic",
+    "UnavailableError",
+    "UnknownNameError",
+    "UnsupportedError",
+    "__version__",
+    "backends",
+    "get_backend",
+    "get_policy",
+    "policies",
+]

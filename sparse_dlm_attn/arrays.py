@@ -1,0 +1,84 @@
+"""The few array helpers that the array API standard leaves out.
+
+An :data:`Array` is any object that `array-api-compat <https://data-apis.org/array-api-compat/>`_
+recognises: NumPy, PyTorch, CuPy, JAX. Nothing here copies data between devices.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+from array_api_compat import array_namespace, device, is_array_api_obj
+
+__all__ = [
+    "Array",
+    "compute_dtype",
+    "device_of",
+    "dtype_name",
+    "invert_permutation",
+    "is_array",
+    "is_host",
+    "namespace",
+    "shape_of",
+    "to_numpy",
+]
+
+Array: TypeAlias = Any
+
+
+def namespace(*arrays: Array) -> Any:
+    """Return the array API namespace that all ``arrays`` share."""
+    return array_namespace(*arrays)
+
+
+def is_array(value: object) -> bool:
+    """Return whether ``value`` is an array of a known library."""
+    return bool(is_array_api_obj(value))
+
+
+def device_of(array: Array) -> Any:
+    """Return the device of ``array`` as its own library names it."""
+    return device(array)
+
+
+def is_host(array: Array) -> bool:
+    """Return whether the values of ``array`` can be read without a device synchronisation."""
+    return isinstance(array, np.ndarray) or str(device(array)) in {"cpu", "CPU_DEVICE"}
+
+
+def dtype_name(array: Array) -> str:
+    """Return the dtype without its library's prefix, e.g. ``"bfloat16"``."""
+    return str(array.dtype).rsplit(".", maxsplit=1)[-1]
+
+
+def shape_of(array: Array) -> tuple[int, ...]:
+    """Return the shape as plain integers."""
+    return tuple(int(size) for size in array.shape)
+
+
+def compute_dtype(array: Array) -> Any:
+    """Return the dtype in which scores and sums are computed (clause ACCURACY-1).
+
+    float64 inputs compute in float64, every other floating dtype in float32.
+    """
+    xp = namespace(array)
+    return xp.float64 if dtype_name(array) == "float64" else xp.float32
+
+
+def to_numpy(array: Array) -> np.ndarray[Any, Any]:
+    """Copy ``array`` to the host as NumPy; bfloat16 (unknown to NumPy) becomes float32."""
+    if isinstance(array, np.ndarray):
+        return array
+    if dtype_name(array) == "bfloat16":
+        xp = namespace(array)
+        array = xp.astype(array, xp.float32)
+    if hasattr(array, "detach"):  # PyTorch: off the graph and off the device first
+        array = array.detach().cpu()
+    return np.asarray(array)
+
+
+def invert_permutation(order: Array) -> Array:
+    """Return the inverse of permutations along the last axis: ``inverse[order[i]] = i``."""
+    xp = namespace(order)
+    return xp.argsort(order, axis=-1, stable=True)

@@ -1,0 +1,308 @@
+"""The interface of a backend: operators, capabilities, and reasons against a problem."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from sparse_dlm_attn import operators
+from sparse_dlm_attn.arrays import Array, device_of, dtype_name, shape_of
+from sparse_dlm_attn.context import Context
+from sparse_dlm_attn.selection import Selection
+from sparse_dlm_attn.values import AttentionState, PageBounds
+
+__all__ = ["Backend", "Capabilities", "Problem"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The facts about a call that decide whether a backend can compute it."""
+
+    dtype: str
+    head_dim: int
+    page_size: int
+    q_heads: int
+    kv_heads: int
+    block_length: int
+    device: str = "cpu"
+
+    @classmethod
+    def of(cls, q: Array, context: Context) -> Problem:
+        """Describe queries ``(batch, q_heads, tokens, head_dim)`` over ``context``."""
+        _, q_heads, tokens, head_dim = shape_of(q)
+        device = str(device_of(q)).split(":")[0].lower()
+        return cls(dtype_name(q), head_dim, context.page_size, q_heads, context.kv_heads, tokens, device)
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a backend declares that it computes; None means no limit.
+
+    Parameters
+    ----------
+    dtypes, devices : tuple of str
+        Supported dtypes of q, K and V, and device kinds ("cpu", "cuda").
+    head_dims, page_sizes, groups : tuple of int, optional
+        Supported channels a head, tokens a page, and query heads a KV head.
+    max_block_length : int, optional
+        Most query rows in one call, in tokens.
+    deterministic : bool
+        Same inputs give the same bits.
+    batch_invariant : bool
+        A sequence's result has the same bits whatever else is in the batch.
+    notes : str
+        Anything a user should know, in one sentence.
+    """
+
+    dtypes: tuple[str, ...] = ("float32",)
+    devices: tuple[str, ...] = ("cpu",)
+    head_dims: tuple[int, ...] | None = None
+    page_sizes: tuple[int, ...] | None = None
+    groups: tuple[int, ...] | None = None
+    max_block_length: int | None = None
+    deterministic: bool = True
+    batch_invariant: bool = False
+    notes: str = field(default="")
+
+    def why_not(self, problem: Problem) -> list[str]:
+        """Return every reason against ``problem``; empty if it is supported."""
+        checks: list[tuple[str, Any, tuple[Any, ...] | None]] = [
+            ("dtype", problem.dtype, self.dtypes),
+            ("device", problem.device, self.devices),
+            ("head_dim", problem.head_dim, self.head_dims),
+            ("page_size", problem.page_size, self.page_sizes),
+            ("q_heads / kv_heads", problem.q_heads // problem.kv_heads, self.groups),
+        ]
+        reasons = [
+            f"{name} {value} is not one of {', '.join(map(str, allowed))}"
+            for name, value, allowed in checks
+            if allowed is not None and value not in allowed
+        ]
+        if self.max_block_length is not None and problem.block_length > self.max_block_length:
+            reasons.append(f"block of {problem.block_length} tokens exceeds {self.max_block_length}")
+        return reasons
+
+
+class Backend(ABC):
+    """Computes the operators of the specification on one kind of array.
+
+    A new backend implements `page_bounds`, `page_scores`, `attend_pages`, `attend_block` and
+    `asarray`, and overrides what it computes faster. Every operator is a pure function of its
+    arguments: it changes none of them, keeps nothing, and returns arrays that share no memory with
+    them. `sparse-dlm-attn conformance` proves it.
+    """
+
+    name: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def capabilities(self) -> Capabilities:
+        """What this backend supports, known without running a kernel."""
+
+    def why_not(self, problem: Problem) -> list[str]:
+        """Return every reason against a problem; empty if it is supported."""
+        return self.capabilities.why_not(problem)
+
+    @abstractmethod
+    def asarray(self, values: Any, *, dtype: str | None = None) -> Array:
+        """Convert host values (NumPy array, list, scalar) to this backend's arrays.
+
+        Parameters
+        ----------
+        values : array_like
+            Host values.
+        dtype : str, optional
+            Target dtype by name, e.g. ``"bfloat16"``; default: the dtype of ``values``.
+        """
+
+    @abstractmethod
+    def page_bounds(self, context: Context) -> PageBounds:
+        """Return per-channel minimum and maximum of each page's valid keys (clause BOUNDS-1).
+
+        Exact, in the dtype of the keys; 0 for absent pages. NaN keys give NaN bounds.
+        """
+
+    @abstractmethod
+    def page_scores(self, q: Array, bounds: PageBounds) -> Array:
+        r"""Return the largest q.k that a page's box allows, unscaled (clause SCORES-1).
+
+        .. math:: s = \sum_c \max(q_c\,lower_c,\; q_c\,upper_c)
+
+        Parameters
+        ----------
+        q : array
+            ``(batch, q_heads, tokens, head_dim)``.
+        bounds : PageBounds
+            Metadata of the context's pages.
+
+        Returns
+        -------
+        array
+            float32 ``(batch, q_heads, tokens, pages)``; at least q.k for every valid key of the page.
+
+        Notes
+        -----
+        Source: QUEST (Tang et al. 2024). For lower <= upper it equals
+        ``relu(q) . upper + min(q, 0) . lower``: two matrix products.
+        """
+
+    @abstractmethod
+    def attend_pages(
+        self, q: Array, context: Context, selection: Selection, active: Array, *, scale: float | None = None
+    ) -> AttentionState:
+        """Return softmax attention of active rows over their selected pages (clause ATTEND-1).
+
+        Parameters
+        ----------
+        q : array
+            ``(batch, q_heads, tokens, head_dim)``. Inactive rows are not read.
+        context : Context
+            Pages of K and V. Pages that no active row selected are not read.
+        selection : Selection
+            Pages each row may read.
+        active : array
+            bool ``(batch, tokens)``.
+        scale : float, optional
+            Factor on q.k; default ``1 / sqrt(head_dim)``.
+
+        Returns
+        -------
+        AttentionState
+            Inactive rows and rows without a valid key: out 0, lse -inf.
+        """
+
+    @abstractmethod
+    def attend_block(self, q: Array, k: Array, v: Array, *, scale: float | None = None) -> AttentionState:
+        """Return dense, unmasked softmax attention within the block (clause BLOCK-1).
+
+        Parameters
+        ----------
+        q : array
+            ``(batch, q_heads, tokens, head_dim)``.
+        k, v : array
+            ``(batch, kv_heads, keys, head_dim)``; ``keys`` is usually ``tokens``.
+        scale : float, optional
+            Factor on q.k; default ``1 / sqrt(head_dim)``.
+        """
+
+    def pooled_scores(
+        self, q: Array, context: Context, *, span: int, scale: float | None = None
+    ) -> Array:
+        """Return the mean softmax mass of each page over each span's rows (clause POOLED-1).
+
+        Parameters
+        ----------
+        q : array
+            ``(batch, q_heads, tokens, head_dim)``.
+        context : Context
+            All its valid keys share one softmax a row.
+        span : int
+            Rows to average over; a last, shorter span averages over the rows it has.
+        scale : float, optional
+            Factor on q.k; default ``1 / sqrt(head_dim)``.
+
+        Returns
+        -------
+        array
+            float32 ``(batch, q_heads, spans, pages)``; each span sums to 1 (0 for an empty context).
+
+        Notes
+        -----
+        Source: SparseD's block-averaged attention, as mass instead of a mean over the tile.
+        """
+        return operators.pooled_scores(q, context, span=span, scale=scale)
+
+    def top_pages(self, scores: Array, count: int | Array, *, eligible: Array) -> Array:
+        """Return the mask of the ``count`` best pages (clause TOP-1).
+
+        Parameters
+        ----------
+        scores : array
+            ``(..., pages)``. NaN ranks as +inf, so that it shows in the output.
+        count : int or array
+            Pages to take, clamped to 0..eligible pages; an integer array broadcasts to ``(...)``.
+        eligible : array
+            bool, broadcasts to the shape of ``scores``.
+
+        Returns
+        -------
+        array
+            bool, like ``scores``. Ties go to the lowest page index.
+        """
+        return operators.top_pages(scores, count, eligible=eligible)
+
+    def query_change(self, q: Array, q_reference: Array) -> Array:
+        """Return how far each row's query moved, float32 ``(batch, tokens)`` (clause CHANGE-1).
+
+        The mean over heads and channels of the squared difference; source: LoSA, figure 2.
+        """
+        return operators.query_change(q, q_reference)
+
+    def largest_changes(
+        self, change: Array, *, count: int | None = None, mass: float | None = None
+    ) -> Array:
+        """Return the rows that changed most, bool ``(batch, tokens)`` (clauses CHANGE-2, CHANGE-3).
+
+        Parameters
+        ----------
+        change : array
+            float32 ``(batch, tokens)``, not negative. NaN ranks as +inf.
+        count : int, optional
+            Take this many rows, clamped to the rows there are. Ties go to the lowest row.
+        mass : float, optional
+            Take the smallest set of largest changes whose sum reaches ``mass`` of the total, summed
+            in float64; a total of 0 gives the empty set.
+        """
+        return operators.largest_changes(change, count=count, mass=mass)
+
+    def merge(self, *states: AttentionState) -> AttentionState:
+        r"""Return the state of the union of disjoint key sets (clause MERGE-1).
+
+        .. math:: L = \log\sum_r e^{L_r}, \qquad out = \sum_r e^{L_r - L}\, out_r
+
+        A state of weight 0 is dropped by selection, not multiplied, so its ``out`` may hold anything.
+        """
+        return operators.merge(*states)
+
+    def reuse(self, active: Array, fresh: AttentionState, cached: AttentionState) -> AttentionState:
+        """Return ``fresh`` for active rows and ``cached`` for the others (clause REUSE-1)."""
+        return operators.reuse(active, fresh, cached)
+
+    def attend(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        context: Context,
+        selection: Selection,
+        active: Array,
+        cached: AttentionState | None,
+        *,
+        scale: float | None = None,
+    ) -> tuple[Array, AttentionState]:
+        """Run a whole pass: attend_pages, reuse, attend_block and merge (clause ATTEND-4).
+
+        Parameters
+        ----------
+        q, k, v : array
+            The block's queries, keys and values.
+        context, selection, active
+            As for `attend_pages`.
+        cached : AttentionState or None
+            Context part of earlier passes, for inactive rows; None counts as the empty set.
+        scale : float, optional
+            Factor on q.k; default ``1 / sqrt(head_dim)``.
+
+        Returns
+        -------
+        out : array
+            ``(batch, q_heads, tokens, head_dim)``.
+        context_state : AttentionState
+            The context part, to be cached for the next pass.
+        """
+        state = self.attend_pages(q, context, selection, active, scale=scale)
+        if cached is not None:
+            state = self.reuse(active, state, cached)
+        block = self.attend_block(q, k, v, scale=scale)
+        return self.merge(state, block).out, state

@@ -1,0 +1,275 @@
+"""The paged KV of everything outside the block that the block may read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from sparse_dlm_attn.arrays import Array, dtype_name, is_host, namespace, shape_of, to_numpy
+from sparse_dlm_attn.errors import InvalidArgumentError, InvalidTypeError
+from sparse_dlm_attn.values import PageBounds, check_array
+
+__all__ = ["GENERATED", "PROMPT", "SUFFIX", "Context"]
+
+PROMPT, GENERATED, SUFFIX = 0, 1, 2
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """Pages of keys and values, in reading order, behind a page table (clause CONTEXT-1).
+
+    Parameters
+    ----------
+    k_pages, v_pages : array
+        ``(num_pages, kv_heads, page_size, head_dim)``: physical pages; any strides except that the
+        last axis is contiguous. Engines whose caches are ``(num_pages, page_size, kv_heads, head_dim)``
+        pass a transposed view.
+    page_table : array
+        int32 ``(batch, pages)``: physical page of each logical page. Ignored where the length is 0.
+    page_lengths : array
+        int32 ``(batch, pages)``: valid tokens in each logical page, 0..page_size; 0 = absent.
+    page_segments : array, optional
+        int8 ``(batch, pages)``: 0 prompt, 1 generated, 2 suffix. None means all prompt.
+    bounds : PageBounds, optional
+        Metadata kept by the owner of the cache, so that no pass has to rebuild it. It must describe
+        exactly these pages; rebuild the entry of a page whenever tokens are written to it.
+    version : int
+        Change it whenever the valid tokens change: memory made under another version is refused.
+
+    Raises
+    ------
+    InvalidArgumentError, InvalidTypeError
+        If a shape or dtype does not fit. Contents are checked by :meth:`check_contents`.
+    """
+
+    k_pages: Array
+    v_pages: Array
+    page_table: Array
+    page_lengths: Array
+    page_segments: Array | None = None
+    bounds: PageBounds | None = None
+    version: int = 0
+
+    def __post_init__(self) -> None:
+        check_array("k_pages", self.k_pages, ("num_pages", "kv_heads", "page_size", "head_dim"))
+        check_array("v_pages", self.v_pages, shape_of(self.k_pages), (dtype_name(self.k_pages),))
+        check_array("page_table", self.page_table, ("batch", "pages"), ("int32",))
+        check_array("page_lengths", self.page_lengths, shape_of(self.page_table), ("int32",))
+        if self.page_segments is not None:
+            check_array("page_segments", self.page_segments, shape_of(self.page_table), ("int8",))
+        if self.bounds is not None:
+            shape = (self.batch, self.kv_heads, self.pages, self.head_dim)
+            check_array("bounds.lower", self.bounds.lower, shape, (dtype_name(self.k_pages),))
+        if 0 in (self.kv_heads, self.page_size, self.head_dim):
+            raise InvalidArgumentError(
+                "k_pages", "must have at least one KV head, token and channel a page",
+                f"shape {shape_of(self.k_pages)}",
+            )
+
+    @property
+    def batch(self) -> int:
+        """Number of sequences."""
+        return int(self.page_table.shape[0])
+
+    @property
+    def pages(self) -> int:
+        """Logical pages a sequence, absent ones included."""
+        return int(self.page_table.shape[1])
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of KV heads."""
+        return int(self.k_pages.shape[1])
+
+    @property
+    def page_size(self) -> int:
+        """Tokens that a page can hold."""
+        return int(self.k_pages.shape[2])
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head."""
+        return int(self.k_pages.shape[3])
+
+    @property
+    def exists(self) -> Array:
+        """Bool ``(batch, pages)``: pages that hold at least one token."""
+        return self.page_lengths > 0
+
+    @property
+    def tokens(self) -> Array:
+        """int32 ``(batch,)``: valid tokens of each sequence."""
+        xp = namespace(self.page_lengths)
+        return xp.sum(self.page_lengths, axis=-1, dtype=xp.int32)
+
+    @property
+    def page_ends(self) -> Array:
+        """int32 ``(batch, pages)``: valid tokens up to and including each page, in reading order."""
+        xp = namespace(self.page_lengths)
+        return xp.cumulative_sum(self.page_lengths, axis=-1, dtype=xp.int32)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's key and value in one KV head of this layer."""
+        size = {"float64": 8, "float32": 4}.get(dtype_name(self.k_pages), 2)
+        return 2 * self.head_dim * size
+
+    def in_segment(self, segment: int) -> Array:
+        """Bool ``(batch, pages)``: existing pages of one segment."""
+        if self.page_segments is None:
+            xp = namespace(self.page_lengths)
+            return self.exists if segment == PROMPT else xp.zeros_like(self.exists)
+        return self.exists & (self.page_segments == segment)
+
+    def with_bounds(self, bounds: PageBounds) -> Context:
+        """Return this context with metadata attached."""
+        return replace(self, bounds=bounds)
+
+    @classmethod
+    def from_dense(
+        cls,
+        k: Array,
+        v: Array,
+        page_size: int,
+        lengths: Array | None = None,
+        *,
+        version: int = 0,
+    ) -> Context:
+        """View a dense cache as pages, without copying.
+
+        Parameters
+        ----------
+        k, v : array
+            ``(batch, kv_heads, tokens, head_dim)``. ``tokens`` is the capacity and must be a multiple
+            of ``page_size``; the part in use is given by ``lengths``.
+        page_size : int
+            Tokens a page.
+        lengths : array or sequence of int, optional
+            Valid tokens of each sequence, ``(batch,)``; default: the whole capacity.
+        version : int
+            See :class:`Context`.
+
+        Returns
+        -------
+        Context
+            Its pages share memory with ``k`` and ``v``.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If ``tokens`` is not a multiple of ``page_size`` (no view exists then), if a length lies
+            outside the capacity, or if the batch axis has strides that rule a view out.
+
+        Notes
+        -----
+        With several sequences the physical page axis overlaps itself: page ``x`` of head ``h`` is the
+        memory block ``x + h * pages``, and logical page ``j`` of sequence ``b`` has
+        ``x = b * kv_heads * pages + j``. This is what lets one axis cover batch and pages.
+        """
+        check_array("k", k, ("batch", "kv_heads", "tokens", "head_dim"))
+        check_array("v", v, shape_of(k), (dtype_name(k),))
+        batch, kv_heads, tokens, _ = shape_of(k)
+        if isinstance(page_size, bool) or not isinstance(page_size, int) or page_size < 1:
+            raise InvalidArgumentError("page_size", "must be an int of at least 1 token", repr(page_size))
+        if tokens % page_size:
+            raise InvalidArgumentError(
+                "k", f"must have a multiple of page_size={page_size} tokens, since a view cannot pad",
+                f"{tokens} tokens",
+                f"Allocate {-(-tokens // page_size) * page_size} tokens and pass lengths=, "
+                "or choose a page_size that divides the capacity.",
+            )
+        pages = tokens // page_size
+        xp = namespace(k)
+        first = xp.arange(batch, dtype=xp.int32, device=k.device) * (kv_heads * pages if batch > 1 else 0)
+        offsets = xp.arange(pages, dtype=xp.int32, device=k.device)
+        table = xp.astype(first[:, None] + offsets[None, :], xp.int32)
+        page_lengths = _page_lengths(xp, lengths, batch, pages, page_size, k.device)
+        return cls(
+            _paged_view("k", k, page_size), _paged_view("v", v, page_size), table, page_lengths,
+            version=version,
+        )
+
+    def check_contents(self) -> None:
+        """Check the values of table and lengths; reads them, so it synchronises with a device.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If a length lies outside 0..page_size or an existing page points outside ``k_pages``.
+        """
+        lengths, table = to_numpy(self.page_lengths), to_numpy(self.page_table)
+        bad = (lengths < 0) | (lengths > self.page_size)
+        if bad.any():
+            where = tuple(int(i) for i in np.argwhere(bad)[0])
+            raise InvalidArgumentError(
+                "page_lengths", f"must lie in 0..page_size = 0..{self.page_size}",
+                f"{lengths[where]} at {where}",
+            )
+        bad = (lengths > 0) & ((table < 0) | (table >= self.k_pages.shape[0]))
+        if bad.any():
+            where = tuple(int(i) for i in np.argwhere(bad)[0])
+            raise InvalidArgumentError(
+                "page_table", f"must point into 0..num_pages-1 = 0..{self.k_pages.shape[0] - 1} "
+                "where page_lengths > 0", f"{table[where]} at {where}",
+            )
+
+
+def _page_lengths(
+    xp: Any, lengths: Any, batch: int, pages: int, page_size: int, device: Any
+) -> Array:
+    """Split sequence lengths into page lengths, all pages full but the last one."""
+    if lengths is None:
+        return xp.full((batch, pages), page_size, dtype=xp.int32, device=device)
+    lengths = xp.asarray(lengths, device=device)
+    check_array("lengths", lengths, (batch,), ("int32", "int64"))
+    if is_host(lengths):
+        host = to_numpy(lengths)
+        if ((host < 0) | (host > pages * page_size)).any():
+            raise InvalidArgumentError(
+                "lengths", f"must lie in 0..tokens = 0..{pages * page_size}", host.tolist()
+            )
+    starts = xp.arange(pages, dtype=xp.int32, device=device) * page_size
+    return xp.astype(xp.clip(lengths[:, None] - starts[None, :], 0, page_size), xp.int32)
+
+
+def _paged_view(name: str, dense: Array, page_size: int) -> Array:
+    """View ``(batch, kv_heads, tokens, head_dim)`` as ``(num_pages, kv_heads, page_size, head_dim)``."""
+    batch, kv_heads, tokens, head_dim = shape_of(dense)
+    pages = tokens // page_size
+    strides = _strides(dense)
+    if batch == 1 or strides is None:
+        if batch != 1:
+            raise InvalidTypeError(
+                name, "must be a NumPy array or PyTorch tensor to view several sequences as pages",
+                type(dense).__name__, "Pass one sequence at a time or build Context from pages.",
+            )
+        xp = namespace(dense)
+        return xp.permute_dims(
+            xp.reshape(dense[0, ...], (kv_heads, pages, page_size, head_dim)), (1, 0, 2, 3)
+        )
+    sequence, head, token, channel = strides
+    page = page_size * token
+    if tokens == 0 or sequence != kv_heads * pages * page or head != pages * page:
+        raise InvalidArgumentError(
+            name, "must be contiguous in its batch, head and token axes to be viewed as pages",
+            f"strides {strides}", "Call it on the contiguous cache, not on a slice of it.",
+        )
+    shape = ((batch - 1) * kv_heads * pages + pages, kv_heads, page_size, head_dim)
+    return _as_strided(dense, shape, (page, head, token, channel))
+
+
+def _strides(array: Array) -> tuple[int, ...] | None:
+    """Strides in elements, or None where the library has none."""
+    if isinstance(array, np.ndarray):
+        return tuple(s // array.itemsize for s in array.strides)
+    return tuple(array.stride()) if hasattr(array, "stride") else None
+
+
+def _as_strided(array: Array, shape: tuple[int, ...], strides: tuple[int, ...]) -> Array:
+    if isinstance(array, np.ndarray):
+        return np.lib.stride_tricks.as_strided(
+            array, shape, tuple(s * array.itemsize for s in strides), writeable=False
+        )
+    return array.as_strided(shape, strides)

@@ -1,0 +1,340 @@
+"""The driver: one call runs one pass of one layer, for any policy on any backend."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sparse_dlm_attn.arrays import Array, device_of, dtype_name, is_host, namespace, shape_of, to_numpy
+from sparse_dlm_attn.backend import Backend, Problem
+from sparse_dlm_attn.context import Context
+from sparse_dlm_attn.errors import InvalidArgumentError, InvalidTypeError, StaleMemoryError, UnsupportedError
+from sparse_dlm_attn.policy import PassInputs, PrefixAttentionPolicy
+from sparse_dlm_attn.registry import get_backend, get_policy
+from sparse_dlm_attn.selection import Selection
+from sparse_dlm_attn.traffic import RecordingOperators, Traffic
+from sparse_dlm_attn.values import AttentionState, PageBounds, PassInfo, check_array, softmax_scale
+
+__all__ = ["LayerMemory", "PrefixAttention", "check_block"]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerMemory:
+    """What one layer carries from pass to pass; hand it back unchanged.
+
+    Parameters
+    ----------
+    policy : PrefixAttentionPolicy
+        The policy that made it.
+    layer, version : int
+        Layer and context version it belongs to.
+    page_table, page_lengths : array
+        Those of its context, to notice a changed one.
+    state : AttentionState
+        Context part of every row.
+    policy_memory : object
+        The policy's own value.
+    bounds : PageBounds or None
+        Metadata built in this block.
+    selection, active : Selection, array
+        What this pass selected, for reports.
+    traffic : Traffic
+        What this pass read.
+    """
+
+    policy: PrefixAttentionPolicy[Any]
+    layer: int
+    version: int
+    page_table: Array
+    page_lengths: Array
+    state: AttentionState
+    policy_memory: Any
+    bounds: PageBounds | None
+    selection: Selection
+    active: Array
+    traffic: Traffic
+
+
+class PrefixAttention:
+    """Sparse attention of a block over its context and itself.
+
+    Parameters
+    ----------
+    policy : str or PrefixAttentionPolicy
+        A registered name, ``"name:key=value,..."``, ``"module:attr"``, or an instance.
+    backend : str or Backend
+        A registered name, ``"module:attr"``, or an instance. Never replaced by another one.
+    check_contents : bool, optional
+        Whether to read page tables and lengths to check them. Default: only where they lie in host
+        memory, since reading them from a device would synchronise.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from sparse_dlm_attn import Context, PassInfo, PrefixAttention
+    >>> rng = np.random.default_rng(0)
+    >>> q, k, v = (rng.standard_normal((1, heads, 16, 64), dtype=np.float32) for heads in (4, 2, 2))
+    >>> cache = rng.standard_normal((2, 1, 2, 1024, 64), dtype=np.float32)
+    >>> context = Context.from_dense(cache[0], cache[1], page_size=16)
+    >>> attention = PrefixAttention(policy="losa", backend="reference")
+    >>> memory = None
+    >>> for index in range(3):
+    ...     out, memory = attention(q, k, v, context, memory, PassInfo(index))
+    >>> out.shape
+    (1, 4, 16, 64)
+    """
+
+    def __init__(
+        self,
+        policy: str | PrefixAttentionPolicy[Any] = "dense",
+        backend: str | Backend = "reference",
+        *,
+        check_contents: bool | None = None,
+    ) -> None:
+        self.policy = get_policy(policy)
+        self.backend = get_backend(backend)
+        self.check_contents = check_contents
+        kind = type(self.policy)
+        self._fused = (
+            kind.reuse is PrefixAttentionPolicy.reuse and kind.merge is PrefixAttentionPolicy.merge
+        )
+
+    def __repr__(self) -> str:
+        return f"PrefixAttention(policy={self.policy!r}, backend={self.backend.name!r})"
+
+    def __call__(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        context: Context,
+        memory: LayerMemory | None = None,
+        info: PassInfo | None = None,
+        *,
+        scale: float | None = None,
+    ) -> tuple[Array, LayerMemory]:
+        """Run one pass of one layer.
+
+        Parameters
+        ----------
+        q : array
+            ``(batch, q_heads, tokens, head_dim)``: queries of the block.
+        k, v : array
+            ``(batch, kv_heads, tokens, head_dim)``: keys and values of the block.
+        context : Context
+            Pages outside the block.
+        memory : LayerMemory, optional
+            What this layer's previous pass returned; None in pass 0. Memory of an earlier block may
+            be handed in at pass 0 and is dropped unless the policy's memory spans the sequence.
+        info : PassInfo, optional
+            Place in the denoising; may be left out only together with ``memory``.
+        scale : float, optional
+            Softmax scale; default ``1 / sqrt(head_dim)``.
+
+        Returns
+        -------
+        out : array
+            ``(batch, q_heads, tokens, head_dim)`` in the dtype of ``q``.
+        memory : LayerMemory
+            For the next pass; ``memory.traffic`` tells what was read.
+
+        Raises
+        ------
+        InvalidArgumentError, InvalidTypeError
+            If an argument breaks a rule; nothing has been computed then.
+        UnsupportedError
+            If the backend does not support this problem.
+        StaleMemoryError
+            If ``memory`` belongs to another policy, layer, block shape or context.
+        """
+        info = self._checked(q, k, v, context, memory, info, scale)
+        inputs, operators = self._inputs(q, context, memory, info, scale)
+        active = self.policy.active_set(inputs)
+        check_array("active_set()", active, (q.shape[0], q.shape[2]), ("bool", "bool_"))
+        selection = self.policy.select_pages(inputs, active)
+        selection.check_fits(shape_of(q), context)
+        if self._fused:
+            out, state = self.backend.attend(
+                q, k, v, context, selection, active, inputs.cached, scale=scale
+            )
+        else:
+            fresh = self.backend.attend_pages(q, context, selection, active, scale=scale)
+            state = self.policy.reuse(inputs, active, fresh)
+            out = self.policy.merge(inputs, state, self.backend.attend_block(q, k, v, scale=scale))
+        traffic = Traffic(
+            selection.loaded(active, int(q.shape[1]), context.kv_heads), context.page_lengths,
+            context.token_bytes, operators.metadata_reads, operators.key_reads,
+        )
+        return out, LayerMemory(
+            self.policy, info.layer, context.version, context.page_table, context.page_lengths, state,
+            self.policy.remember(inputs, active, selection), operators.bounds, selection, active, traffic,
+        )
+
+    def _checked(
+        self, q: Array, k: Array, v: Array, context: Context, memory: LayerMemory | None,
+        info: PassInfo | None, scale: float | None,
+    ) -> PassInfo:
+        """Check everything that can be checked before a kernel is launched."""
+        if info is None:
+            if memory is not None:
+                raise InvalidArgumentError(
+                    "info", "must be given together with memory", "None", "Pass PassInfo(index=...)."
+                )
+            info = PassInfo(0)
+        check_block(q, k, v, context)
+        softmax_scale(int(q.shape[3]), scale)
+        _check_info(info, q)
+        reasons = self.backend.why_not(Problem.of(q, context))
+        if reasons:
+            raise UnsupportedError(self.backend.name, reasons)
+        read = is_host(context.page_table) if self.check_contents is None else self.check_contents
+        if read:
+            context.check_contents()
+        if memory is not None:
+            _check_memory(self.policy, q, context, memory, info)
+        return info
+
+    def _inputs(
+        self, q: Array, context: Context, memory: LayerMemory | None, info: PassInfo, scale: float | None
+    ) -> tuple[PassInputs[Any], RecordingOperators]:
+        """Assemble what the policy sees, without anything that a restart must not see."""
+        if memory is None:
+            operators = RecordingOperators(self.backend, None)
+            return PassInputs(operators.as_backend(), q, context, None, None, info, True, scale), operators
+        if isinstance(info.index, int):
+            restarts: bool | Array = info.index == 0
+        else:
+            restarts = info.of_sequences("index", q) == 0
+        same_context = memory.version == context.version and restarts is False
+        operators = RecordingOperators(self.backend, memory.bounds if same_context else None)
+        policy_memory, cached = memory.policy_memory, memory.state
+        if restarts is True:
+            cached = None
+            if self.policy.memory_scope == "block":
+                policy_memory = None
+        elif restarts is not False:
+            xp = namespace(q)
+            rows = restarts[:, None, None]
+            cached = AttentionState(
+                xp.where(rows[..., None], xp.zeros_like(memory.state.out), memory.state.out),
+                xp.where(rows, -math.inf, memory.state.lse),
+            )
+        inputs: PassInputs[Any] = PassInputs(
+            operators.as_backend(), q, context, policy_memory, cached, info, restarts, scale
+        )
+        return inputs, operators
+
+
+def check_block(q: Array, k: Array, v: Array, context: Context) -> None:
+    """Raise unless the block's q, k and v fit each other and the context.
+
+    Raises
+    ------
+    InvalidTypeError
+        For a wrong type or dtype, or arrays of different libraries.
+    InvalidArgumentError
+        For a wrong shape, head count or device.
+    """
+    if not isinstance(context, Context):
+        raise InvalidTypeError(
+            "context", "must be a Context", type(context).__name__,
+            "Build one with Context.from_dense(k, v, page_size).",
+        )
+    check_array("q", q, ("batch", "q_heads", "tokens", "head_dim"))
+    batch, q_heads, tokens, head_dim = shape_of(q)
+    check_array("k", k, (batch, context.kv_heads, tokens, head_dim), (dtype_name(q),))
+    check_array("v", v, shape_of(k), (dtype_name(q),))
+    if head_dim != context.head_dim or dtype_name(q) != dtype_name(context.k_pages):
+        raise InvalidArgumentError(
+            "context.k_pages", f"must have head_dim {head_dim} and dtype {dtype_name(q)}, as q has",
+            f"head_dim {context.head_dim}, dtype {dtype_name(context.k_pages)}",
+        )
+    if context.batch != batch:
+        raise InvalidArgumentError("context", f"must hold {batch} sequences, as q does", context.batch)
+    if q_heads == 0 or q_heads % context.kv_heads:
+        raise InvalidArgumentError(
+            "q", f"must have a multiple of kv_heads={context.kv_heads} query heads", f"{q_heads} heads"
+        )
+    if tokens == 0:
+        raise InvalidArgumentError("q", "must have at least one row", f"shape {shape_of(q)}")
+    for name, array in (("k", k), ("v", v), ("context.k_pages", context.k_pages),
+                        ("context.page_table", context.page_table)):
+        if device_of(array) != device_of(q) or type(array) is not type(q):
+            raise InvalidArgumentError(
+                name, f"must be a {type(q).__name__} on device {device_of(q)}, as q is",
+                f"a {type(array).__name__} on {device_of(array)}",
+            )
+
+
+def _check_info(info: PassInfo, q: Array) -> None:
+    if not isinstance(info, PassInfo):
+        raise InvalidTypeError("info", "must be a PassInfo", type(info).__name__)
+    batch, _, tokens, _ = shape_of(q)
+    for name in ("index", "is_save"):
+        value = getattr(info, name)
+        if not isinstance(value, bool | int) and shape_of(value) != (batch,):
+            raise InvalidArgumentError(f"info.{name}", f"must have shape {(batch,)}", shape_of(value))
+    for name in ("decoded", "newly_decoded"):
+        value = getattr(info, name)
+        if value is not None and shape_of(value) != (batch, tokens):
+            raise InvalidArgumentError(
+                f"info.{name}", f"must have shape (batch, tokens) = {(batch, tokens)}", shape_of(value)
+            )
+
+
+def _check_memory(
+    policy: PrefixAttentionPolicy[Any], q: Array, context: Context, memory: LayerMemory, info: PassInfo
+) -> None:
+    """Refuse memory of another policy, layer, block shape or context (clause MEMORY-2)."""
+    if not isinstance(memory, LayerMemory):
+        raise InvalidTypeError(
+            "memory", "must be what this layer's previous pass returned, or None", type(memory).__name__
+        )
+    restart = info.index == 0 if isinstance(info.index, int) else False
+    if restart and policy.memory_scope == "block":
+        return  # it is dropped, so it cannot be stale
+    advice = "Pass memory=None to start the block again."
+    if memory.policy != policy:
+        raise StaleMemoryError(f"memory was made by {memory.policy!r}, not by {policy!r}. {advice}")
+    if memory.layer != info.layer:
+        raise StaleMemoryError(
+            f"memory belongs to layer {memory.layer}, info.layer is {info.layer}. "
+            "Keep one memory a layer."
+        )
+    if restart:
+        return
+    if shape_of(memory.state.out) != shape_of(q):
+        raise StaleMemoryError(
+            f"memory holds a state of shape {shape_of(memory.state.out)}, q has {shape_of(q)}. {advice}"
+        )
+    changed = _changed_context(context, memory, info)
+    if changed:
+        raise StaleMemoryError(f"the context changed since the memory was made: {changed}. {advice}")
+
+
+def _changed_context(context: Context, memory: LayerMemory, info: PassInfo) -> str:
+    """Say how a running block's context changed, "" if it did not (or cannot be read)."""
+    uniform = isinstance(info.index, int)
+    if uniform and memory.version != context.version:
+        return f"version {memory.version} became {context.version}"
+    pairs = (("page_lengths", memory.page_lengths, context.page_lengths),
+             ("page_table", memory.page_table, context.page_table))
+    for name, old, new in pairs:
+        if old is new:
+            continue
+        if uniform and shape_of(old) != shape_of(new):
+            return f"{name} had shape {shape_of(old)}, now {shape_of(new)}"
+        if is_host(new) and is_host(old):
+            width = min(old.shape[1], new.shape[1])
+            running = to_numpy(info.of_sequences("index", new)) > 0
+            before, after = to_numpy(old)[running], to_numpy(new)[running]
+            same = np.array_equal(before[:, :width], after[:, :width])
+            if name == "page_lengths":
+                same = same and not before[:, width:].any() and not after[:, width:].any()
+            if not same:
+                return f"{name} differs for a sequence in the middle of its block"
+    return ""
+

@@ -1,0 +1,132 @@
+"""Typed errors: each names the argument, the rule, the value got and the next step.
+
+Every error of this project derives from :class:`SparseAttentionError` and from the built-in
+exception a caller would expect, so ``except ValueError`` keeps working.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+__all__ = [
+    "DataFileError",
+    "InvalidArgumentError",
+    "InvalidTypeError",
+    "SparseAttentionError",
+    "StaleMemoryError",
+    "UnavailableError",
+    "UnknownNameError",
+    "UnsupportedError",
+]
+
+
+class SparseAttentionError(Exception):
+    """Base of all errors raised by this project."""
+
+
+class InvalidArgumentError(SparseAttentionError, ValueError):
+    """An argument breaks a rule of the specification.
+
+    Parameters
+    ----------
+    argument : str
+        Name of the argument as the caller wrote it.
+    rule : str
+        What must hold, as a full predicate ("must be at least 1 token").
+    got : object
+        The value, shape or dtype that was given.
+    hint : str, optional
+        The next step for the caller.
+    """
+
+    def __init__(self, argument: str, rule: str, got: object, hint: str = "") -> None:
+        self.argument = argument
+        self.rule = rule
+        self.got = got
+        self.hint = hint
+        super().__init__(f"{argument} {rule}; got {got}." + (f" {hint}" if hint else ""))
+
+
+class InvalidTypeError(InvalidArgumentError, TypeError):
+    """An argument has the wrong type or dtype."""
+
+
+class UnknownNameError(SparseAttentionError, LookupError, ValueError):
+    """A backend, policy, parameter or task name is not known.
+
+    Parameters
+    ----------
+    kind : str
+        What was looked up ("backend", "policy", "parameter of policy 'losa'").
+    name : str
+        The name that was asked for.
+    known : iterable of str
+        Every valid name.
+    hint : str, optional
+        The next step for the caller.
+    """
+
+    def __init__(self, kind: str, name: str, known: Iterable[str], hint: str = "") -> None:
+        self.kind = kind
+        self.name = name
+        self.known = sorted(known)
+        nearest = difflib.get_close_matches(name, self.known, n=1)
+        parts = [f"unknown {kind} {name!r}"]
+        if nearest:
+            parts.append(f"did you mean {nearest[0]!r}?")
+        parts.append(f"known: {', '.join(self.known) or 'none'}.")
+        if hint:
+            parts.append(hint)
+        super().__init__("; ".join(parts[:-1]) + "; " + parts[-1] if len(parts) > 1 else parts[0])
+
+    def __str__(self) -> str:  # LookupError would quote its argument
+        return str(self.args[0])
+
+
+class UnavailableError(SparseAttentionError, ImportError):
+    """A registered backend or policy exists but cannot be loaded here.
+
+    Parameters
+    ----------
+    what : str
+        What was asked for ("backend 'triton'").
+    reasons : sequence of str
+        Why it cannot be loaded.
+    remedy : str
+        What to install or change.
+    """
+
+    def __init__(self, what: str, reasons: Sequence[str], remedy: str) -> None:
+        self.what = what
+        self.reasons = tuple(reasons)
+        self.remedy = remedy
+        super().__init__(f"{what} cannot be loaded: {'; '.join(reasons)}. {remedy}")
+
+
+class UnsupportedError(SparseAttentionError, NotImplementedError):
+    """A legal problem that this backend declares it does not compute.
+
+    Parameters
+    ----------
+    backend : str
+        Name of the backend.
+    reasons : sequence of str
+        Every reason, as :meth:`sparse_dlm_attn.Backend.why_not` lists them.
+    """
+
+    def __init__(self, backend: str, reasons: Sequence[str]) -> None:
+        self.backend = backend
+        self.reasons = tuple(reasons)
+        super().__init__(
+            f"backend {backend!r} does not support this problem: {'; '.join(reasons)}. "
+            "Choose another backend (`sparse-dlm-attn backends` lists them) or change the problem."
+        )
+
+
+class StaleMemoryError(SparseAttentionError, RuntimeError):
+    """Memory of an earlier pass was used where it is no longer valid (rule MEMORY-2)."""
+
+
+class DataFileError(SparseAttentionError, OSError):
+    """A file that we read or write is missing, unreadable, corrupt or cannot be written."""

@@ -1,0 +1,172 @@
+"""Default operators, written once on the array API; their docstrings are on `Backend`.
+
+A backend inherits all of these and overrides those that it computes faster. They have no
+data-dependent shapes and never synchronise, so they may run inside a captured CUDA graph.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from sparse_dlm_attn.arrays import Array, compute_dtype, invert_permutation, namespace, shape_of
+from sparse_dlm_attn.errors import InvalidArgumentError
+from sparse_dlm_attn.values import AttentionState, check_array, softmax_scale
+
+if TYPE_CHECKING:
+    from sparse_dlm_attn.context import Context
+
+__all__ = [
+    "check_change_rule",
+    "gather_pages",
+    "largest_changes",
+    "merge",
+    "pooled_scores",
+    "query_change",
+    "reuse",
+    "top_pages",
+]
+
+
+def descending_ranks(values: Array) -> Array:
+    """Rank along the last axis, 0 for the largest; ties go to the lower index, NaN ranks as +inf."""
+    xp = namespace(values)
+    keys = xp.where(xp.isnan(values), math.inf, values)
+    return invert_permutation(xp.argsort(-keys, axis=-1, stable=True))
+
+
+def top_pages(scores: Array, count: int | Array, *, eligible: Array) -> Array:
+    """See :meth:`sparse_dlm_attn.Backend.top_pages`."""
+    xp = namespace(scores)
+    eligible = xp.broadcast_to(eligible, shape_of(scores))
+    # Two stable sorts: by score first, then eligible before not eligible. A sentinel score
+    # would tie with an eligible page whose true score is -inf.
+    order = xp.argsort(-xp.where(xp.isnan(scores), math.inf, scores), axis=-1, stable=True)
+    barred = xp.astype(xp.take_along_axis(~eligible, order, axis=-1), xp.int32)
+    order = xp.take_along_axis(order, xp.argsort(barred, axis=-1, stable=True), axis=-1)
+    limit = xp.asarray(count, device=scores.device)
+    limit = limit[..., None] if limit.ndim else limit
+    return (invert_permutation(order) < limit) & eligible
+
+
+def query_change(q: Array, q_reference: Array) -> Array:
+    """See :meth:`sparse_dlm_attn.Backend.query_change`."""
+    xp = namespace(q, q_reference)
+    check_array("q_reference", q_reference, shape_of(q))
+    dtype = compute_dtype(q)
+    difference = xp.astype(q, dtype) - xp.astype(q_reference, dtype)
+    total = xp.sum(difference * difference, axis=(1, 3))
+    return xp.astype(total / (q.shape[1] * q.shape[3]), xp.float32)
+
+
+def check_change_rule(count: int | None, mass: float | None) -> None:
+    """Raise unless exactly one of ``count`` and ``mass`` is given and in range."""
+    if (count is None) == (mass is None):
+        raise InvalidArgumentError(
+            "count/mass", "must be given one at a time", f"count={count}, mass={mass}"
+        )
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 0):
+        raise InvalidArgumentError("count", "must be an int of at least 0 rows", repr(count))
+    if mass is not None and not 0.0 <= mass <= 1.0:
+        raise InvalidArgumentError("mass", "must lie in 0..1", mass)
+
+
+def largest_changes(change: Array, *, count: int | None = None, mass: float | None = None) -> Array:
+    """See :meth:`sparse_dlm_attn.Backend.largest_changes`."""
+    check_change_rule(count, mass)
+    xp = namespace(change)
+    ranks = descending_ranks(change)
+    if count is not None:
+        return ranks < count
+    order = invert_permutation(ranks)
+    ordered = xp.astype(xp.take_along_axis(change, order, axis=-1), xp.float64)
+    running = xp.cumulative_sum(ordered, axis=-1)
+    total = running[..., -1:]
+    # A row is needed while the rows before it fall short of the target; the comparison is written
+    # so that NaN changes (total NaN) keep every row, which lets the NaN show in the output.
+    needed = ~(running - ordered >= mass * total)
+    return xp.take_along_axis(needed, ranks, axis=-1)
+
+
+def merge(*states: AttentionState) -> AttentionState:
+    """See :meth:`sparse_dlm_attn.Backend.merge`."""
+    if not states:
+        raise InvalidArgumentError("states", "must hold at least one AttentionState", "none")
+    xp = namespace(states[0].out)
+    dtype = compute_dtype(states[0].out)
+    for state in states[1:]:
+        check_array("states", state.out, shape_of(states[0].out))
+    lse = xp.stack([xp.astype(state.lse, dtype) for state in states])
+    peak = xp.max(lse, axis=0)
+    # The empty set has lse -inf: subtracting a finite stand-in avoids -inf - -inf.
+    safe_peak = xp.where(peak == -math.inf, 0.0, peak)
+    weights = xp.exp(lse - safe_peak)
+    total = xp.sum(weights, axis=0)
+    empty = total == 0
+    merged_lse = xp.where(empty, -math.inf, safe_peak + xp.log(xp.where(empty, 1.0, total)))
+    out = xp.zeros_like(xp.astype(states[0].out, dtype))
+    for index, state in enumerate(states):
+        share = (weights[index, ...] / xp.where(empty, 1.0, total))[..., None]
+        # where, not a product with 0: a state without weight may hold NaN (clause MERGE-4).
+        out = out + xp.where(share == 0, 0.0, share * xp.astype(state.out, dtype))
+    return AttentionState(
+        xp.astype(out, states[0].out.dtype), xp.astype(merged_lse, xp.float32)
+    )
+
+
+def reuse(active: Array, fresh: AttentionState, cached: AttentionState) -> AttentionState:
+    """See :meth:`sparse_dlm_attn.Backend.reuse`."""
+    xp = namespace(fresh.out)
+    rows = active[:, None, :]
+    return AttentionState(
+        xp.where(rows[..., None], fresh.out, cached.out), xp.where(rows, fresh.lse, cached.lse)
+    )
+
+
+def gather_pages(pages: Array, context: Context) -> Array:
+    """Copy pages into reading order, ``(batch, kv_heads, pages, page_size, head_dim)``.
+
+    Tokens that do not exist become 0, so whatever is stored there cannot reach a sum.
+    """
+    xp = namespace(pages)
+    batch, count = shape_of(context.page_table)
+    table = xp.where(context.exists, context.page_table, 0)
+    taken = xp.take(pages, xp.reshape(table, (-1,)), axis=0)
+    shape = (batch, count, *shape_of(pages)[1:])
+    ordered = xp.permute_dims(xp.reshape(taken, shape), (0, 2, 1, 3, 4))
+    return xp.where(valid_tokens(context)[:, None, :, :, None], ordered, xp.zeros_like(ordered))
+
+
+def valid_tokens(context: Context) -> Array:
+    """Bool ``(batch, pages, page_size)``: token slots that hold a token."""
+    xp = namespace(context.page_lengths)
+    slots = xp.arange(context.page_size, dtype=xp.int32, device=context.page_lengths.device)
+    return slots < context.page_lengths[:, :, None]
+
+
+def pooled_scores(q: Array, context: Context, *, span: int, scale: float | None = None) -> Array:
+    """See :meth:`sparse_dlm_attn.Backend.pooled_scores`."""
+    xp = namespace(q)
+    batch, q_heads, tokens, head_dim = shape_of(q)
+    dtype = compute_dtype(q)
+    factor = softmax_scale(head_dim, scale)
+    group = q_heads // context.kv_heads
+    keys = xp.astype(gather_pages(context.k_pages, context), dtype)
+    keys = xp.reshape(keys, (batch, context.kv_heads, 1, -1, head_dim))
+    valid = xp.reshape(valid_tokens(context), (batch, 1, 1, 1, -1))
+    pooled = []
+    for start in range(0, tokens, span):  # one span at a time: memory is span x context
+        rows = xp.astype(q[:, :, start : start + span, :], dtype)
+        rows = xp.reshape(rows, (batch, context.kv_heads, group, -1, head_dim))
+        logits = factor * xp.matmul(rows, xp.matrix_transpose(keys))
+        logits = xp.where(valid, logits, -math.inf)
+        peak = xp.max(logits, axis=-1, keepdims=True) if logits.shape[-1] else 0.0
+        mass = xp.exp(logits - xp.where(peak == -math.inf, 0.0, peak)) if logits.shape[-1] else logits
+        total = xp.sum(mass, axis=-1, keepdims=True)
+        mass = mass / xp.where(total == 0, 1.0, total)
+        paged = xp.reshape(mass, (*shape_of(mass)[:-1], context.pages, context.page_size))
+        score = xp.mean(xp.sum(paged, axis=-1), axis=3)
+        pooled.append(xp.reshape(score, (batch, q_heads, 1, context.pages)))
+    if not pooled:
+        return xp.zeros((batch, q_heads, 0, context.pages), dtype=xp.float32, device=q.device)
+    return xp.astype(xp.concat(pooled, axis=2), xp.float32)

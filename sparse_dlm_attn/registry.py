@@ -1,0 +1,284 @@
+"""Backends and policies by name: entry points, ``"module:attr"`` and instances alike.
+
+Looking a name up loads that one entry point and nothing else, so a broken plug-in never breaks
+another one. First- and third-party distributions register in the same way::
+
+    [project.entry-points."sparse_dlm_attn.backends"]
+    mine = "my_package:MyBackend"
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from sparse_dlm_attn.backend import Backend
+from sparse_dlm_attn.errors import (
+    InvalidArgumentError,
+    InvalidTypeError,
+    SparseAttentionError,
+    UnavailableError,
+    UnknownNameError,
+)
+from sparse_dlm_attn.policy import PrefixAttentionPolicy
+
+__all__ = [
+    "BACKEND_GROUP",
+    "POLICY_GROUP",
+    "Plugin",
+    "backends",
+    "get_backend",
+    "get_policy",
+    "policies",
+]
+
+BACKEND_GROUP = "sparse_dlm_attn.backends"
+POLICY_GROUP = "sparse_dlm_attn.policies"
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """A registered backend or policy, not loaded yet.
+
+    Parameters
+    ----------
+    kind : str
+        "backend" or "policy".
+    name : str
+        Name to ask for it by.
+    target : str
+        ``"module:attr"``.
+    distribution : str
+        Distribution that registered it.
+    """
+
+    kind: str
+    name: str
+    target: str
+    distribution: str
+
+    def load(self) -> Any:
+        """Import and return the class, factory or instance.
+
+        Raises
+        ------
+        UnavailableError
+            If importing it fails, with the reason and the remedy.
+        """
+        return _import_target(f"{self.kind} {self.name!r}", self.target, self.distribution)
+
+    def why_not(self) -> str:
+        """Return why it cannot be loaded, "" if it can; never raises for a broken plug-in."""
+        try:
+            self.load()
+        except SparseAttentionError as error:
+            return str(error)
+        return ""
+
+
+def backends() -> dict[str, Plugin]:
+    """Return the registered backends by name, read from metadata; imports none of them."""
+    return _plugins("backend", BACKEND_GROUP)
+
+
+def policies() -> dict[str, Plugin]:
+    """Return the registered policies by name, read from metadata; imports none of them."""
+    return _plugins("policy", POLICY_GROUP)
+
+
+def get_backend(backend: str | Backend, **options: Any) -> Backend:
+    """Return a backend by name.
+
+    Parameters
+    ----------
+    backend : str or Backend
+        A registered name, ``"module:attr"``, or an instance (returned as it is).
+    **options
+        Keyword arguments of the backend's class or factory.
+
+    Raises
+    ------
+    UnknownNameError
+        If no such backend is registered; it lists those that are.
+    UnavailableError
+        If it is registered but cannot be loaded here.
+    InvalidTypeError
+        If what was found is not a backend, or refuses the options.
+    """
+    return _build("backend", BACKEND_GROUP, Backend, backend, options)  # type: ignore[no-any-return]
+
+
+def get_policy(
+    policy: str | PrefixAttentionPolicy[Any], **parameters: Any
+) -> PrefixAttentionPolicy[Any]:
+    """Return a policy by name.
+
+    Parameters
+    ----------
+    policy : str or PrefixAttentionPolicy
+        A registered name, ``"name:key=value,key=value"``, ``"module:attr"``, or an instance.
+    **parameters
+        The policy's parameters; they override those in the string.
+
+    Raises
+    ------
+    UnknownNameError
+        If the policy or a parameter is not known; it names the nearest one.
+    UnavailableError
+        If it is registered but cannot be loaded here.
+    InvalidArgumentError, InvalidTypeError
+        If a parameter's value breaks its rule.
+
+    Examples
+    --------
+    >>> get_policy("losa:active=3,budget=64").active
+    3
+    """
+    if isinstance(policy, str):
+        policy, written = _split_parameters(policy)
+        parameters = {**written, **parameters}
+    return _build("policy", POLICY_GROUP, PrefixAttentionPolicy, policy, parameters)  # type: ignore[no-any-return]
+
+
+def _plugins(kind: str, group: str) -> dict[str, Plugin]:
+    found: dict[str, Plugin] = {}
+    for entry in _entries(group):
+        plugin = Plugin(kind, entry.name, entry.value, _distribution(entry))
+        other = found.setdefault(entry.name, plugin)
+        if other.target != plugin.target:
+            found[entry.name] = dataclasses.replace(
+                other, target=f"{other.target} | {plugin.target}",
+                distribution=f"{other.distribution} and {plugin.distribution}",
+            )
+    return dict(sorted(found.items()))
+
+
+def _entries(group: str) -> tuple[EntryPoint, ...]:
+    return tuple(entry_points(group=group))
+
+
+def _distribution(entry: EntryPoint) -> str:
+    return entry.dist.name if entry.dist is not None else "an unnamed distribution"
+
+
+def _build(kind: str, group: str, base: type, name: Any, options: dict[str, Any]) -> Any:
+    if isinstance(name, base):
+        if options:
+            raise InvalidTypeError(
+                kind, f"must be a name when options are given ({', '.join(options)})", "an instance"
+            )
+        return name
+    if not isinstance(name, str):
+        raise InvalidTypeError(kind, f"must be a name or a {base.__name__}", type(name).__name__)
+    target = _find(kind, group, name)
+    if isinstance(target, base):
+        return _build(kind, group, base, target, options)
+    if not callable(target):
+        raise InvalidTypeError(kind, f"must name a {base.__name__} or a factory of one", repr(target))
+    _check_options(kind, name, target, options)
+    try:
+        built = target(**options)
+    except SparseAttentionError:
+        raise
+    except ImportError as error:
+        raise UnavailableError(f"{kind} {name!r}", [str(error)], "Install what is missing.") from error
+    except Exception as error:
+        raise InvalidTypeError(
+            f"{kind} {name!r}", "must be constructible with these options",
+            f"{options or 'no options'}: {type(error).__name__}: {error}",
+        ) from error
+    if not isinstance(built, base):
+        raise InvalidTypeError(
+            f"{kind} {name!r}", f"must give a {base.__name__}", type(built).__name__,
+            f"Derive the class from sparse_dlm_attn.{base.__name__}.",
+        )
+    return built
+
+
+def _find(kind: str, group: str, name: str) -> Any:
+    plugin = _plugins(kind, group).get(name)
+    if plugin is not None:
+        if " | " in plugin.target:
+            raise InvalidArgumentError(
+                kind, "must be registered by one distribution", f"{name!r} by {plugin.distribution}",
+                f"Ask for one of {plugin.target} by 'module:attr', or uninstall the other.",
+            )
+        return plugin.load()
+    if ":" in name:
+        return _import_target(f"{kind} {name!r}", name, "your Python path")
+    raise UnknownNameError(
+        kind, name, _plugins(kind, group), f"A {kind} of your own is named 'module:attr'."
+    )
+
+
+def _import_target(what: str, target: str, source: str) -> Any:
+    """Import ``module:attr``, turning any failure of foreign code into `UnavailableError`."""
+    module, _, attribute = target.partition(":")
+    try:
+        loaded = importlib.import_module(module)
+        for part in attribute.split("."):
+            loaded = getattr(loaded, part)
+    except SparseAttentionError:
+        raise
+    except ModuleNotFoundError as error:
+        missing = error.name or module
+        remedy = (
+            f"Check the spelling of {module!r} and that it is on the Python path."
+            if module == missing or module.startswith(f"{missing}.")
+            else f"Install {missing!r}, which {source} needs."
+        )
+        raise UnavailableError(what, [str(error)], remedy) from error
+    except AttributeError as error:
+        raise UnavailableError(what, [str(error)], f"Check the name after ':' in {target!r}.") from error
+    except BaseException as error:  # foreign code may raise anything while it is imported
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        reason = f"importing {module!r} raised {type(error).__name__}: {error}"
+        raise UnavailableError(what, [reason], f"Repair or uninstall {source}.") from error
+    return loaded
+
+
+def _check_options(kind: str, name: str, target: Any, options: dict[str, Any]) -> None:
+    try:
+        parameters = inspect.signature(target).parameters
+    except (TypeError, ValueError):
+        return
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return
+    for option in options:
+        if option not in parameters:
+            raise UnknownNameError(f"parameter of {kind} {name!r}", option, parameters)
+
+
+def _split_parameters(text: str) -> tuple[str, dict[str, Any]]:
+    """Split ``"name:key=value,..."``; a last part without "=" belongs to the name."""
+    head, separator, tail = text.rpartition(":")
+    if not separator or "=" not in tail:
+        return text, {}
+    parameters: dict[str, Any] = {}
+    for item in tail.split(","):
+        key, equals, value = item.partition("=")
+        if not equals or not key.strip() or not value.strip():
+            raise InvalidArgumentError(
+                "policy", "must be written name:key=value,key=value", repr(text)
+            )
+        if key.strip() in parameters:
+            raise InvalidArgumentError("policy", "must give each parameter once", repr(text))
+        parameters[key.strip()] = _literal(value.strip())
+    return head, parameters
+
+
+def _literal(text: str) -> Any:
+    named = {"true": True, "false": False, "none": None}
+    if text.lower() in named:
+        return named[text.lower()]
+    for convert in (int, float):
+        try:
+            return convert(text)
+        except ValueError:
+            continue
+    return text

@@ -1,0 +1,189 @@
+"""Values that policies and backends exchange: frozen, validated by shape and dtype.
+
+Constructing one never reads array contents, so it never synchronises with a device.
+Shapes are logical; strides are free, except that the last axis is contiguous.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from sparse_dlm_attn.arrays import Array, dtype_name, is_array, is_host, namespace, shape_of, to_numpy
+from sparse_dlm_attn.errors import InvalidArgumentError, InvalidTypeError
+
+__all__ = ["AttentionState", "PageBounds", "PassInfo", "check_array", "softmax_scale"]
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+def check_array(
+    name: str, value: Array, axes: tuple[int | str, ...], dtypes: tuple[str, ...] = FLOATS
+) -> None:
+    """Raise unless ``value`` is an array of the given axes and dtypes.
+
+    Parameters
+    ----------
+    name : str
+        Argument name for the message.
+    value : object
+        What the caller gave.
+    axes : tuple of int or str
+        One entry an axis: an int is the required size, a str names a free size.
+    dtypes : tuple of str
+        Accepted dtype names.
+
+    Raises
+    ------
+    InvalidTypeError
+        If it is not an array or has another dtype.
+    InvalidArgumentError
+        If the number of axes or a fixed size differs.
+    """
+    wanted = "(" + ", ".join(map(str, axes)) + ")"
+    if not is_array(value):
+        raise InvalidTypeError(
+            name, f"must be an array of shape {wanted}", type(value).__name__,
+            "Convert it with the backend's asarray().",
+        )
+    shape = shape_of(value)
+    if len(shape) != len(axes) or any(
+        isinstance(axis, int) and axis != size for axis, size in zip(axes, shape, strict=False)
+    ):
+        raise InvalidArgumentError(name, f"must have shape {wanted}", f"shape {shape}")
+    if dtype_name(value) not in dtypes:
+        raise InvalidTypeError(
+            name, f"must have dtype {' or '.join(dtypes)}", f"dtype {dtype_name(value)}"
+        )
+
+
+def softmax_scale(head_dim: int, scale: float | None) -> float:
+    """Return ``scale``, or the default ``1 / sqrt(head_dim)``: the only place it is defined."""
+    if scale is None:
+        return 1.0 / math.sqrt(head_dim)
+    if not isinstance(scale, int | float) or not math.isfinite(scale) or scale <= 0:
+        raise InvalidArgumentError("scale", "must be a finite positive number or None", repr(scale))
+    return float(scale)
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionState:
+    """Softmax attention over one set of keys, in a form that can be merged (clause STATE-1).
+
+    Parameters
+    ----------
+    out : array
+        ``(batch, q_heads, tokens, head_dim)``, normalised output in the dtype of the inputs.
+    lse : array
+        float32 ``(batch, q_heads, tokens)``, natural log of the sum of ``exp(scale * q . k)``.
+        An empty key set has ``out = 0`` and ``lse = -inf``.
+    """
+
+    out: Array
+    lse: Array
+
+    def __post_init__(self) -> None:
+        check_array("out", self.out, ("batch", "q_heads", "tokens", "head_dim"))
+        check_array("lse", self.lse, shape_of(self.out)[:3], ("float32",))
+
+    @classmethod
+    def empty_like(cls, q: Array) -> AttentionState:
+        """Return the state of the empty key set for queries shaped like ``q``."""
+        xp = namespace(q)
+        lse = xp.full(shape_of(q)[:3], -math.inf, dtype=xp.float32, device=q.device)
+        return cls(xp.zeros_like(q), lse)
+
+
+@dataclass(frozen=True, eq=False)
+class PageBounds:
+    """Per-channel bounds of the valid keys of each page (QUEST metadata, clause BOUNDS-1).
+
+    Parameters
+    ----------
+    lower, upper : array
+        ``(batch, kv_heads, pages, head_dim)``, in the dtype of the keys (a minimum or maximum of
+        keys is a key's value, so nothing is rounded). Both are 0 for a page without tokens.
+    """
+
+    lower: Array
+    upper: Array
+
+    def __post_init__(self) -> None:
+        check_array("lower", self.lower, ("batch", "kv_heads", "pages", "head_dim"))
+        check_array("upper", self.upper, shape_of(self.lower))
+
+
+@dataclass(frozen=True, eq=False)
+class PassInfo:
+    """Where a pass stands in the denoising of its block.
+
+    Parameters
+    ----------
+    index : int or array
+        Pass within the block, 0 for the first. An int holds for every sequence and lets policies
+        skip work on the host; an integer array ``(batch,)`` serves sequences at different passes.
+    is_save : bool or array
+        Whether this is the save pass (writes the block's final KV); bool array ``(batch,)`` likewise.
+    decoded, newly_decoded : array, optional
+        bool ``(batch, tokens)``: tokens that are no longer masked, and those of them that were
+        unmasked after the previous pass. Policies that need them say so when they are missing.
+    layer, num_layers : int
+        Layer of this call, counted from 0, and the model's number of layers.
+    total_passes : int, optional
+        Denoising passes planned for the block (save pass not counted); None if not known.
+    """
+
+    index: int | Array
+    is_save: bool | Array = False
+    decoded: Array | None = None
+    newly_decoded: Array | None = None
+    layer: int = 0
+    num_layers: int = 1
+    total_passes: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "index", _host_uniform(self.index))
+        object.__setattr__(self, "is_save", _host_uniform(self.is_save))
+        if isinstance(self.index, int):
+            if self.index < 0:
+                raise InvalidArgumentError("index", "must be a pass number from 0", self.index)
+        else:
+            check_array("index", self.index, ("batch",), ("int8", "int16", "int32", "int64"))
+        if not isinstance(self.is_save, bool):
+            check_array("is_save", self.is_save, ("batch",), ("bool", "bool_"))
+        for name in ("decoded", "newly_decoded"):
+            if getattr(self, name) is not None:
+                check_array(name, getattr(self, name), ("batch", "tokens"), ("bool", "bool_"))
+        if not 0 <= self.layer < self.num_layers:
+            raise InvalidArgumentError(
+                "layer", f"must be in 0..num_layers-1 = 0..{self.num_layers - 1}", self.layer
+            )
+        if self.total_passes is not None and self.total_passes < 1:
+            raise InvalidArgumentError("total_passes", "must be at least 1 or None", self.total_passes)
+
+    def of_sequences(self, name: str, like: Array) -> Array:
+        """Return ``index`` or ``is_save`` as an array ``(batch,)`` beside the array ``like``."""
+        xp = namespace(like)
+        value: Any = getattr(self, name)
+        dtype = xp.bool if name == "is_save" else xp.int32
+        if isinstance(value, bool | int):
+            return xp.full((like.shape[0],), value, dtype=dtype, device=like.device)
+        return xp.astype(xp.asarray(value, device=like.device), dtype)
+
+
+def _host_uniform(value: Any) -> Any:
+    """Turn a host array (or sequence) whose entries agree into one Python scalar."""
+    if isinstance(value, bool | int):
+        return value
+    if isinstance(value, list | tuple):
+        import numpy as np
+
+        value = np.asarray(value)
+    if not is_array(value):
+        raise InvalidTypeError("index/is_save", "must be a scalar or an array (batch,)", repr(value))
+    if is_host(value) and value.ndim == 1 and value.shape[0] > 0:
+        host = to_numpy(value)
+        if (host == host[0]).all():
+            return bool(host[0]) if host.dtype == bool else int(host[0])
+    return value
