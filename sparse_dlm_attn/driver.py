@@ -165,7 +165,7 @@ class PrefixAttention:
             state = self.policy.reuse(inputs, active, fresh)
             out = self.policy.merge(inputs, state, self.backend.attend_block(q, k, v, scale=scale))
         traffic = Traffic(
-            selection.loaded(active, int(q.shape[1]), context.kv_heads), context.page_lengths,
+            selection, active, int(q.shape[1]), context.kv_heads, context.page_lengths,
             context.token_bytes, operators.metadata_reads, operators.key_reads,
         )
         return out, LayerMemory(

@@ -1,4 +1,4 @@
-"""What a pass read: density and bytes, as array expressions that never synchronise."""
+"""What a pass read: density and bytes, computed when asked for and without a synchronisation."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, cast
 from sparse_dlm_attn.arrays import Array, namespace
 from sparse_dlm_attn.backend import Backend
 from sparse_dlm_attn.context import Context
+from sparse_dlm_attn.selection import Selection
 from sparse_dlm_attn.values import PageBounds
 
 __all__ = ["RecordingOperators", "Traffic"]
@@ -19,8 +20,10 @@ class Traffic:
 
     Parameters
     ----------
-    loaded : array
-        bool ``(batch, kv_heads, pages)``: pages loaded, after the union over rows and group.
+    selection, active : Selection, array
+        What the pass selected, and bool ``(batch, tokens)``: for which rows.
+    q_heads, kv_heads : int
+        Head counts.
     page_lengths : array
         int32 ``(batch, pages)``, of the context.
     token_bytes : int
@@ -30,18 +33,27 @@ class Traffic:
         token), and how often it read all keys (to build bounds or pooled scores).
     """
 
-    loaded: Array
+    selection: Selection
+    active: Array
+    q_heads: int
+    kv_heads: int
     page_lengths: Array
     token_bytes: int
     metadata_reads: int = 0
     key_reads: int = 0
 
     @property
+    def loaded(self) -> Array:
+        """Bool ``(batch, kv_heads, pages)``: pages loaded, after the union over rows and group."""
+        chosen = self.selection.loaded(self.active, self.q_heads, self.kv_heads)
+        return chosen & (self.page_lengths > 0)[:, None, :]
+
+    @property
     def context_tokens(self) -> Array:
         """float32 ``(batch,)``: valid context tokens, summed over KV heads."""
         xp = namespace(self.page_lengths)
         tokens = xp.sum(xp.astype(self.page_lengths, xp.float32), axis=-1)
-        return tokens * self.loaded.shape[1]
+        return tokens * self.kv_heads
 
     @property
     def tokens_read(self) -> Array:
@@ -66,7 +78,7 @@ class Traffic:
     def metadata_bytes(self) -> Array:
         """float32 ``(batch,)``: bytes read to choose pages."""
         xp = namespace(self.page_lengths)
-        pages = xp.sum(xp.astype(self.page_lengths > 0, xp.float32), axis=-1) * self.loaded.shape[1]
+        pages = xp.sum(xp.astype(self.page_lengths > 0, xp.float32), axis=-1) * self.kv_heads
         bounds = pages * (self.token_bytes * self.metadata_reads)
         return bounds + self.context_tokens * (self.token_bytes / 2 * self.key_reads)
 
