@@ -210,7 +210,8 @@ class PrefixAttention:
             restarts = info.of_sequences("index", q) == 0
         same_context = memory.version == context.version and restarts is False
         operators = RecordingOperators(self.backend, memory.bounds if same_context else None)
-        policy_memory, cached = memory.policy_memory, memory.state
+        policy_memory = memory.policy_memory
+        cached: AttentionState | None = memory.state
         if restarts is True:
             cached = None
             if self.policy.memory_scope == "block":
@@ -262,7 +263,7 @@ def check_block(q: Array, k: Array, v: Array, context: Context) -> None:
         raise InvalidArgumentError("q", "must have at least one row", f"shape {shape_of(q)}")
     for name, array in (("k", k), ("v", v), ("context.k_pages", context.k_pages),
                         ("context.page_table", context.page_table)):
-        if device_of(array) != device_of(q) or type(array) is not type(q):
+        if device_of(array) != device_of(q) or namespace(array) is not namespace(q):
             raise InvalidArgumentError(
                 name, f"must be a {type(q).__name__} on device {device_of(q)}, as q is",
                 f"a {type(array).__name__} on {device_of(array)}",

@@ -156,7 +156,7 @@ def pooled_scores(q: Array, context: Context, *, span: int, scale: float | None 
     valid = xp.reshape(valid_tokens(context), (batch, 1, 1, 1, -1))
     pooled = []
     for start in range(0, tokens, span):  # one span at a time: memory is span x context
-        rows = xp.astype(q[:, :, start : start + span, :], dtype)
+        rows = xp.astype(q[:, :, start : min(start + span, tokens), :], dtype)
         rows = xp.reshape(rows, (batch, context.kv_heads, group, -1, head_dim))
         logits = factor * xp.matmul(rows, xp.matrix_transpose(keys))
         logits = xp.where(valid, logits, -math.inf)

@@ -28,9 +28,13 @@ from sparse_dlm_attn.policy import PrefixAttentionPolicy
 
 __all__ = [
     "BACKEND_GROUP",
+    "CHECK_GROUP",
+    "COMMAND_GROUP",
     "POLICY_GROUP",
     "Plugin",
     "backends",
+    "checks",
+    "commands",
     "get_backend",
     "get_policy",
     "policies",
@@ -38,16 +42,18 @@ __all__ = [
 
 BACKEND_GROUP = "sparse_dlm_attn.backends"
 POLICY_GROUP = "sparse_dlm_attn.policies"
+COMMAND_GROUP = "sparse_dlm_attn.commands"
+CHECK_GROUP = "sparse_dlm_attn.checks"
 
 
 @dataclass(frozen=True)
 class Plugin:
-    """A registered backend or policy, not loaded yet.
+    """A registered backend, policy or command, not loaded yet.
 
     Parameters
     ----------
     kind : str
-        "backend" or "policy".
+        "backend", "policy", "command" or "check".
     name : str
         Name to ask for it by.
     target : str
@@ -88,6 +94,16 @@ def backends() -> dict[str, Plugin]:
 def policies() -> dict[str, Plugin]:
     """Return the registered policies by name, read from metadata; imports none of them."""
     return _plugins("policy", POLICY_GROUP)
+
+
+def commands() -> dict[str, Plugin]:
+    """Return the commands that plug-ins add to the command line, by name; imports none of them."""
+    return _plugins("command", COMMAND_GROUP)
+
+
+def checks() -> dict[str, Plugin]:
+    """Return the checks that plug-ins add to the command `doctor`, by name; imports none of them."""
+    return _plugins("check", CHECK_GROUP)
 
 
 def get_backend(backend: str | Backend, **options: Any) -> Backend:

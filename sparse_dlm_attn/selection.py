@@ -134,7 +134,7 @@ class Selection:
         keys = xp.sort(xp.where(self.mask, index, pages), axis=-1)
         indices = xp.astype(xp.where(keys < pages, keys, -1), xp.int32)
         counts = xp.sum(self.mask, axis=-1, dtype=xp.int32)
-        return indices[..., : pages if capacity is None else capacity], counts
+        return indices[..., : pages if capacity is None else min(capacity, pages)], counts
 
     def to_csr(self, context: Context) -> tuple[Any, Any, Any]:
         """Return FlashInfer-style CSR page lists with physical page ids, on the host.

@@ -47,7 +47,7 @@ def masked_softmax(
     q: Array, context: Context, selection: Selection, active: Array, scale: float
 ) -> tuple[Array, Array]:
     """Token by token, one masked softmax over a dense copy of the context: the first oracle."""
-    batch, q_heads, tokens, head_dim = q.shape
+    batch, q_heads, tokens, _ = q.shape
     out, lse = np.zeros(q.shape), np.full(q.shape[:3], -np.inf)
     for b, h, row in np.ndindex(batch, q_heads, tokens):
         if not active[b, row]:
@@ -58,7 +58,8 @@ def masked_softmax(
                 continue
             for slot in range(context.page_lengths[b, page]):
                 where = (context.page_table[b, page], h * context.kv_heads // q_heads, slot)
-                scores.append(scale * float(q[b, h, row].astype(float) @ context.k_pages[where].astype(float)))
+                key = context.k_pages[where].astype(float)
+                scores.append(scale * float(q[b, h, row].astype(float) @ key))
                 values.append(context.v_pages[where].astype(float))
         if scores:
             lse[b, h, row] = np.logaddexp.reduce(scores)

@@ -101,7 +101,7 @@ def test_memory_of_a_block_is_dropped_at_pass_0() -> None:
     context = ragged_context(4)
     q, k, v = block(5)
     attention = PrefixAttention(FirstRowOnly(), "reference")
-    out, memory = attention(q, k, v, context)
+    _, memory = attention(q, k, v, context)
     _, memory = attention(q, k, v, context, memory, PassInfo(1))
     grown = with_lengths(context, np.full_like(context.page_lengths, 4), version=1)
     again, fresh = attention(q, k, v, grown, memory, PassInfo(0))
@@ -221,7 +221,7 @@ def test_info_accepts_ints_and_uniform_arrays_alike() -> None:
     assert PassInfo(np.array([2, 2])).index == 2
     assert isinstance(PassInfo([0, 1]).index, np.ndarray)
     assert PassInfo(0, is_save=np.array([True, True])).is_save is True
-    with pytest.raises(InvalidArgumentError, match="layer must be in 0..num_layers-1 = 0..1"):
+    with pytest.raises(InvalidArgumentError, match=r"layer must be in 0\.\.num_layers-1 = 0\.\.1"):
         PassInfo(0, layer=2, num_layers=2)
     with pytest.raises(InvalidArgumentError, match="index must be a pass number from 0"):
         PassInfo(-1)

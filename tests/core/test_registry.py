@@ -98,7 +98,7 @@ def test_wrong_things_are_refused_by_name(plugins: Path) -> None:
 
 @pytest.mark.clause("ERROR-1")
 def test_unknown_names_list_the_known_and_the_nearest() -> None:
-    with pytest.raises(UnknownNameError, match="unknown backend 'refrence'.*did you mean 'reference'"):
+    with pytest.raises(UnknownNameError, match=r"unknown backend 'refrence'.*did you mean 'reference'"):
         get_backend("refrence")
     with pytest.raises(UnknownNameError, match="unknown parameter of policy 'dense' 'budget'"):
         get_policy("dense:budget=3")

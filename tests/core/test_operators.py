@@ -1,0 +1,97 @@
+"""The default operators run on any array API library and agree with the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import array_api_strict
+import numpy as np
+import pytest
+from problems import Array, block, ragged_context, random_selection
+
+from sparse_dlm_attn import AttentionState, Context, InvalidArgumentError, Selection, get_backend, operators
+
+REFERENCE = get_backend("reference")
+
+
+def from_torch(array: Array) -> Any:
+    torch = pytest.importorskip("torch")
+    return torch.from_numpy(array.copy())
+
+
+@pytest.fixture(params=["numpy", "array_api_strict", "torch"])
+def convert(request: pytest.FixtureRequest) -> Callable[[Array], Any]:
+    """Return a function that moves a NumPy array into the library under test."""
+    return {"numpy": np.asarray, "array_api_strict": array_api_strict.asarray, "torch": from_torch}[
+        request.param
+    ]
+
+
+def converted(context: Context, convert: Callable[[Array], Any]) -> Context:
+    return Context(*(convert(a) for a in (context.k_pages, context.v_pages, context.page_table,
+                                          context.page_lengths)))
+
+
+def check(actual: Any, expected: Array, tolerance: float = 2e-6) -> None:
+    np.testing.assert_allclose(np.asarray(actual), expected, atol=tolerance)
+
+
+@pytest.mark.clause("TOP-1", "POOLED-1", "CHANGE-1", "CHANGE-2", "CHANGE-3", "POLICY-1")
+def test_decisions_agree_with_the_reference(convert: Callable[[Array], Any]) -> None:
+    context = ragged_context(1)
+    q, _, _ = block(2)
+    scores = REFERENCE.page_scores(q, REFERENCE.page_bounds(context))
+    other = converted(context, convert)
+    top = operators.top_pages(convert(scores), 2, eligible=other.exists[:, None, None, :])
+    check(top, REFERENCE.top_pages(scores, 2, eligible=context.exists[:, None, None, :]))
+    check(
+        operators.pooled_scores(convert(q), other, span=2),
+        REFERENCE.pooled_scores(q, context, span=2),
+    )
+    moved = (q * np.linspace(0, 1, 5, dtype=np.float32)[:, None]).astype(np.float32)
+    change = REFERENCE.query_change(q, moved)
+    check(operators.query_change(convert(q), convert(moved)), change, 1e-5)
+    for rule in ({"count": 2}, {"mass": 0.5}, {"mass": 1.0}):
+        check(operators.largest_changes(convert(change), **rule), REFERENCE.largest_changes(change, **rule))
+
+
+@pytest.mark.clause("MERGE-1", "REUSE-1")
+def test_states_agree_with_the_reference(convert: Callable[[Array], Any]) -> None:
+    context = ragged_context(3)
+    q, k, v = block(4)
+    active = np.random.default_rng(5).random((2, 5)) < 0.5
+    states = [
+        REFERENCE.attend_pages(q, context, random_selection(6, context, 2, 5, 5), active),
+        REFERENCE.attend_block(q, k, v),
+    ]
+    others = [AttentionState(convert(state.out), convert(state.lse)) for state in states]
+    merged, expected = operators.merge(*others), REFERENCE.merge(*states)
+    check(merged.out, expected.out)
+    check(merged.lse, expected.lse)
+    kept = operators.reuse(convert(active), *others)
+    check(kept.out, REFERENCE.reuse(active, *states).out, 0)
+
+
+def test_values_work_on_any_library(convert: Callable[[Array], Any]) -> None:
+    context = converted(ragged_context(7), convert)
+    expected = ragged_context(7)
+    check(context.page_ends, expected.page_ends)
+    check(context.tokens, expected.tokens)
+    selection = random_selection(8, expected, 2, 5, 2)
+    other = Selection(convert(selection.mask), 2)
+    for actual, wanted in zip(other.page_lists(), selection.page_lists(), strict=True):
+        check(actual, wanted)
+    active = np.array([[True, False, True, False, False]] * 2)
+    check(other.loaded(convert(active), 4, 2), selection.loaded(active, 4, 2))
+    check(other.for_rows(4, 5), selection.for_rows(4, 5))
+    assert str(other) == str(selection)
+
+
+@pytest.mark.clause("ERROR-1")
+@pytest.mark.parametrize(
+    "rule", [{}, {"count": 1, "mass": 0.5}, {"count": -1}, {"count": 1.5}, {"mass": 1.1}, {"mass": -0.1}]
+)
+def test_change_rules_that_make_no_sense_are_refused(rule: dict[str, Any]) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"count|mass"):
+        operators.largest_changes(np.zeros((1, 2), np.float32), **rule)
