@@ -133,7 +133,7 @@ class Selection:
         # Unselected pages sort behind all selected ones, so no data-dependent shape arises.
         keys = xp.sort(xp.where(self.mask, index, pages), axis=-1)
         indices = xp.astype(xp.where(keys < pages, keys, -1), xp.int32)
-        counts = xp.sum(self.mask, axis=-1, dtype=xp.int32)
+        counts = xp.sum(xp.astype(self.mask, xp.int32), axis=-1, dtype=xp.int32)
         return indices[..., : pages if capacity is None else min(capacity, pages)], counts
 
     def to_csr(self, context: Context) -> tuple[Any, Any, Any]:
