@@ -23,10 +23,10 @@ from sparse_dlm_attn.errors import UnsupportedError as UnsupportedError
 from sparse_dlm_attn.policy import PassInputs as PassInputs
 from sparse_dlm_attn.policy import PrefixAttentionPolicy as PrefixAttentionPolicy
 from sparse_dlm_attn.registry import Plugin as Plugin
-from sparse_dlm_attn.registry import backends as backends
+from sparse_dlm_attn.registry import available_backends as available_backends
+from sparse_dlm_attn.registry import available_policies as available_policies
 from sparse_dlm_attn.registry import get_backend as get_backend
 from sparse_dlm_attn.registry import get_policy as get_policy
-from sparse_dlm_attn.registry import policies as policies
 from sparse_dlm_attn.selection import Selection as Selection
 from sparse_dlm_attn.traffic import Traffic as Traffic
 from sparse_dlm_attn.values import AttentionState as AttentionState
@@ -63,8 +63,8 @@ __all__ = [
     "UnknownNameError",
     "UnsupportedError",
     "__version__",
-    "backends",
+    "available_backends",
+    "available_policies",
     "get_backend",
     "get_policy",
-    "policies",
 ]

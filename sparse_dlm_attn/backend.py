@@ -125,9 +125,9 @@ class Backend(ABC):
 
     @abstractmethod
     def page_scores(self, q: Array, bounds: PageBounds) -> Array:
-        r"""Return the largest q.k that a page's box allows, unscaled (clause SCORES-1).
+        """Return the largest q.k that a page's box allows, unscaled (clause SCORES-1).
 
-        .. math:: s = \sum_c \max(q_c\,lower_c,\; q_c\,upper_c)
+        The sum over channels of ``max(q * lower, q * upper)``.
 
         Parameters
         ----------
@@ -257,9 +257,9 @@ class Backend(ABC):
         return operators.largest_changes(change, count=count, mass=mass)
 
     def merge(self, *states: AttentionState) -> AttentionState:
-        r"""Return the state of the union of disjoint key sets (clause MERGE-1).
+        """Return the state of the union of disjoint key sets (clause MERGE-1).
 
-        .. math:: L = \log\sum_r e^{L_r}, \qquad out = \sum_r e^{L_r - L}\, out_r
+        With ``lse = log(sum of exp(lse_r))``, ``out`` is the sum of ``exp(lse_r - lse) * out_r``.
 
         A state of weight 0 is dropped by selection, not multiplied, so its ``out`` may hold anything.
         """

@@ -164,13 +164,15 @@ class PrefixAttention:
             fresh = self.backend.attend_pages(q, context, selection, active, scale=scale)
             state = self.policy.reuse(inputs, active, fresh)
             out = self.policy.merge(inputs, state, self.backend.attend_block(q, k, v, scale=scale))
+        # Before the traffic is counted: a policy that freezes a selection scores pages here.
+        remembered = self.policy.remember(inputs, active, selection)
         traffic = Traffic(
             selection, active, int(q.shape[1]), context.kv_heads, context.page_lengths,
             context.token_bytes, operators.metadata_reads, operators.key_reads,
         )
         return out, LayerMemory(
             self.policy, info.layer, context.version, context.page_table, context.page_lengths, state,
-            self.policy.remember(inputs, active, selection), operators.bounds, selection, active, traffic,
+            remembered, operators.bounds, selection, active, traffic,
         )
 
     def _checked(

@@ -72,13 +72,10 @@ class UnknownNameError(SparseAttentionError, LookupError, ValueError):
         self.name = name
         self.known = sorted(known)
         nearest = difflib.get_close_matches(name, self.known, n=1)
-        parts = [f"unknown {kind} {name!r}"]
-        if nearest:
-            parts.append(f"did you mean {nearest[0]!r}?")
-        parts.append(f"known: {', '.join(self.known) or 'none'}.")
-        if hint:
-            parts.append(hint)
-        super().__init__("; ".join(parts[:-1]) + "; " + parts[-1] if len(parts) > 1 else parts[0])
+        message = f"unknown {kind} {name!r}"
+        message += f"; did you mean {nearest[0]!r}?" if nearest else "."
+        message += f" Known: {', '.join(self.known) or 'none'}."
+        super().__init__(message + (f" {hint}" if hint else ""))
 
     def __str__(self) -> str:  # LookupError would quote its argument
         return str(self.args[0])

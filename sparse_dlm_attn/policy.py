@@ -19,7 +19,15 @@ from sparse_dlm_attn.errors import InvalidArgumentError, InvalidTypeError
 from sparse_dlm_attn.selection import Selection
 from sparse_dlm_attn.values import AttentionState, PassInfo
 
-__all__ = ["PassInputs", "PrefixAttentionPolicy", "check_choice", "check_count", "check_fraction"]
+__all__ = [
+    "PassInputs",
+    "PrefixAttentionPolicy",
+    "check_choice",
+    "check_count",
+    "check_flag",
+    "check_fraction",
+    "either",
+]
 
 MemoryT = TypeVar("MemoryT")
 
@@ -97,11 +105,14 @@ class PassInputs(Generic[MemoryT]):
     ) -> Array:
         """Return ``rows()`` for sequences where ``condition`` holds, else ``otherwise()``.
 
-        Either side is computed only if some sequence may need it.
+        Both give arrays ``(batch, ...)`` of one shape. Either side is computed only if some sequence
+        may need it.
         """
         if isinstance(condition, bool):
             return rows() if condition else otherwise()
-        return self.xp.where(condition[:, None], rows(), otherwise())
+        chosen = rows()
+        axes = (condition.shape[0],) + (1,) * (chosen.ndim - 1)
+        return self.xp.where(self.xp.reshape(condition, axes), chosen, otherwise())
 
     def dense_where(self, condition: bool | Array, select: Callable[[], Selection]) -> Selection:
         """Return all pages for sequences where ``condition`` holds, else ``select()``."""
@@ -187,6 +198,12 @@ def check_count(name: str, value: object, minimum: int = 0) -> None:
         raise InvalidTypeError(name, "must be an int", repr(value))
     if value < minimum:
         raise InvalidArgumentError(name, f"must be at least {minimum}", value)
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise InvalidTypeError(name, "must be true or false", repr(value))
 
 
 def check_fraction(name: str, value: object) -> None:

@@ -109,7 +109,7 @@ class Selection:
         )
         used = xp.any(xp.reshape(padded, (batch, spans, self.span)), axis=-1)
         of_heads = xp.any(self.for_query_heads(q_heads) & used[:, None, :, None], axis=2)
-        return xp.any(xp.reshape(of_heads, (batch, kv_heads, -1, self.pages)), axis=2)
+        return xp.any(xp.reshape(of_heads, (batch, kv_heads, q_heads // kv_heads, self.pages)), axis=2)
 
     def page_lists(self, capacity: int | None = None) -> tuple[Array, Array]:
         """Return the same selection as padded lists.

@@ -90,7 +90,8 @@ def query_change(q: FloatArray, q_reference: FloatArray) -> FloatArray:
     check_array("q_reference", q_reference, q.shape)
     difference = q.astype(np.float64) - q_reference.astype(np.float64)
     with np.errstate(over="ignore", invalid="ignore"):
-        return (difference**2).mean(axis=(1, 3)).astype(np.float32)
+        change: FloatArray = (difference**2).mean(axis=(1, 3))
+        return change.astype(np.float32)
 
 
 def largest_changes(

@@ -1,0 +1,71 @@
+# Every target sets itself up: all it needs is Python 3.11 to 3.13 and a package index.
+#   make demo     decode a long prompt with the small model, policy by policy
+#   make test     run this project's tests
+# Stamps in $(VENV) make a second call start at once.
+
+PYTHON ?= python3
+VENV ?= .venv
+# PyTorch is used by tests only: array code is run on a second library, and the small model is compared
+# with its training code. `make test TORCH=` goes without; those tests are then skipped with the reason.
+TORCH ?= torch
+PYTEST_ARGS ?= -n 2
+DEMO_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+# Two test processes share the cores; a BLAS that starts a thread per core in each only slows both.
+test: export OPENBLAS_NUM_THREADS ?= 1
+test: export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test lint types docs conformance wheel clean help
+
+help:
+	@echo "make demo | test | lint | types | docs | conformance | wheel | clean"
+
+demo: $(VENV)/.base
+	$(BIN)/sparse-dlm-attn decode $(DEMO_ARGS)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev types
+	$(BIN)/ruff check .
+	$(BIN)/numpydoc lint $$(git ls-files --cached --others --exclude-standard \
+	  'sparse_dlm_attn/*.py' 'reference/*.py' 'models/sparse_dlm_attn_tiny/*.py' 'conformance/*.py')
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+conformance: $(VENV)/.dev
+	$(BIN)/sparse-dlm-attn conformance --backend reference --profile quick
+
+# Through the source distribution, so that a file missing from it shows.
+wheel: $(VENV)/.dev
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+
+clean:
+	rm -rf $(VENV) build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
+	  echo "Python 3.11, 3.12 or 3.13 is needed; $(PYTHON) is not one of them." \
+	       "Name another: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "Creating $(VENV) ..."
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "$(PYTHON) cannot create virtual environments; on Debian install python3-venv." >&2; exit 1; }
+
+# Stamps are renewed when the dependencies or entry points change; sources are installed editable.
+$(VENV)/.base: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing sparse_dlm_attn into $(VENV) ..."
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	@echo "Installing what tests, lint and documentation need into $(VENV) ..."
+	@$(PIP) --editable '.[dev]' $(TORCH)
+	@touch $@

@@ -1,0 +1,39 @@
+"""Page bounds and scores."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from sparse_dlm_attn import Context, PageBounds
+from sparse_dlm_attn.arrays import compute_dtype
+from sparse_dlm_attn.operators import valid_tokens
+
+__all__ = ["page_bounds", "page_scores"]
+
+
+def page_bounds(context: Context) -> PageBounds:
+    """Return minimum and maximum of each page's valid keys (clause BOUNDS-1)."""
+    table = torch.where(context.exists, context.page_table, 0).long()
+    lower, upper = [], []
+    for pages, valid, exists in zip(table, valid_tokens(context), context.exists, strict=True):
+        keys = context.k_pages[pages]  # (pages, kv_heads, page_size, head_dim): one sequence at a time
+        absent = ~valid[:, None, :, None]
+        smallest = keys.masked_fill(absent, math.inf).amin(dim=2)
+        largest = keys.masked_fill(absent, -math.inf).amax(dim=2)
+        missing = ~exists[:, None, None]
+        lower.append(smallest.masked_fill(missing, 0).transpose(0, 1))
+        upper.append(largest.masked_fill(missing, 0).transpose(0, 1))
+    return PageBounds(torch.stack(lower), torch.stack(upper))
+
+
+def page_scores(q: torch.Tensor, bounds: PageBounds) -> torch.Tensor:
+    """Return ``relu(q) . upper + min(q, 0) . lower``, one pair of products a KV head (SCORES-1)."""
+    batch, q_heads, tokens, head_dim = q.shape
+    kv_heads = bounds.lower.shape[1]
+    dtype = compute_dtype(q)
+    rows = q.to(dtype).reshape(batch, kv_heads, -1, head_dim)
+    upper, lower = (b.to(dtype).transpose(-1, -2) for b in (bounds.upper, bounds.lower))
+    scores = rows.clamp(min=0) @ upper + rows.clamp(max=0) @ lower
+    return scores.reshape(batch, q_heads, tokens, -1).to(torch.float32)

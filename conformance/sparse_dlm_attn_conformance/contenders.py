@@ -1,0 +1,64 @@
+"""Policies under test, with parameters small enough for small problems."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from sparse_dlm_attn import PrefixAttentionPolicy, SparseAttentionError, get_policy, policies
+
+__all__ = ["VARIANTS", "Contender", "contenders"]
+
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "dense": ("dense",),
+    "sliding-window": ("sliding-window:window=5",),
+    "streaming-llm": ("streaming-llm:sinks=2,window=4",),
+    "quest": ("quest:budget=6,min_pages=1,pages=own,union_over=query_head", "quest:budget=4,newest=true"),
+    "losa": ("losa:budget=6,active=2", "losa:budget=4,mass=0.5,drift=refresh,pages=own"),
+    "flashblock": ("flashblock:limit=1",),
+    "mage": ("mage:budget=5,dense_layers=0",),
+    "sparsed": ("sparsed:ratio=0.4,warmup=1,span=2",),
+}
+"""Defaults are made for contexts of thousands of tokens: on a generated problem, which has a few dozen,
+they would read every page and prove nothing."""
+
+
+@dataclass(eq=False)
+class Contender:
+    """A policy under test, or why it did not load."""
+
+    spec: str
+    instance: PrefixAttentionPolicy[Any] | None = None
+    error: str = ""
+    name: str = field(default="")
+
+    def __repr__(self) -> str:
+        return self.spec
+
+    @property
+    def policy(self) -> PrefixAttentionPolicy[Any]:
+        """The policy; only for contenders that loaded."""
+        if self.instance is None:
+            raise RuntimeError(f"policy {self.spec!r} did not load: {self.error}")
+        return self.instance
+
+
+def contenders(wanted: list[str]) -> list[Contender]:
+    """Return the wanted policies, by default all registered ones.
+
+    A registered name stands for its small variants (`VARIANTS`); anything else is taken as it is.
+    """
+    names = list(dict.fromkeys(wanted)) or list(policies())
+    return [load(spec) for name in names for spec in VARIANTS.get(name, (name,))]
+
+
+def load(spec: str) -> Contender:
+    """Load one policy, whatever foreign code does meanwhile."""
+    try:
+        return Contender(spec, get_policy(spec))
+    except KeyboardInterrupt:
+        raise
+    except SparseAttentionError as error:
+        return Contender(spec, None, str(error))
+    except BaseException as error:  # foreign code may raise anything
+        return Contender(spec, None, f"{type(error).__name__}: {error}")

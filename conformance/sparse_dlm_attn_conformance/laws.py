@@ -1,0 +1,307 @@
+"""How a law runs: on generated problems, with a budget of examples, a time limit and a ledger.
+
+A law is a test function ``test_...(subject, **drawn)`` with the clauses it holds as a pytest mark and
+a strategy for each drawn argument::
+
+    @pytest.mark.clause("MERGE-3")
+    @law(table=merge_tables())
+    def test_the_empty_state_is_the_identity(subject, table): ...
+
+pytest hands in the subject; calling the law without pytest works as well (`check_backend` does).
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from hypothesis import HealthCheck, Phase, event, given, reject, settings
+from hypothesis import errors as hypothesis_errors
+from hypothesis.strategies import SearchStrategy
+
+from sparse_dlm_attn_conformance.checks import ConformanceFailure
+from sparse_dlm_attn_conformance.ledger import KnownFailure, Ledger
+from sparse_dlm_attn_conformance.strategies import within
+from sparse_dlm_attn_conformance.subjects import Subject
+from sparse_dlm_attn_conformance.timing import TimeLimitExceeded, time_limit
+
+__all__ = ["OPTIONS", "RECORD", "LawOptions", "LawRun", "Record", "clauses_of", "law", "law_settings"]
+
+CALM = (HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large,
+        HealthCheck.large_base_example, HealthCheck.differing_executors, HealthCheck.nested_given)
+SHRINK_SECONDS = 15.0
+PACKAGE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class LawOptions:
+    """What holds for every law of a run.
+
+    Parameters
+    ----------
+    ledger : Ledger
+        Known failures.
+    seconds : float
+        Time limit of one example.
+    examples : int or None
+        Examples of a law, None for those of the Hypothesis profile.
+    shrink : bool
+        Whether a failing problem is made smaller.
+    """
+
+    ledger: Ledger = field(default_factory=Ledger)
+    seconds: float = 60.0
+    examples: int | None = None
+    shrink: bool = True
+
+
+@dataclass
+class Record:
+    """What a law did: examples run and refused, what they covered, known failures met."""
+
+    examples: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
+    features: Counter[str] = field(default_factory=Counter)
+    known: Counter[str] = field(default_factory=Counter)
+    statistics: str = ""
+
+
+OPTIONS: ContextVar[LawOptions] = ContextVar("options of the run", default=LawOptions())  # noqa: B039
+RECORD: ContextVar[Record | None] = ContextVar("record of the running law", default=None)
+
+
+def clauses_of(function: Any) -> tuple[str, ...]:
+    """Return the clauses that a law or test is marked with."""
+    marks = getattr(function, "pytestmark", [])
+    return tuple(clause for mark in marks if mark.name == "clause" for clause in mark.args)
+
+
+def law(
+    *, share: float = 1.0, **strategies: SearchStrategy[Any]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Turn a function of a subject and drawn arguments into a law.
+
+    Parameters
+    ----------
+    share : float
+        Part of the profile's examples that it runs, for laws that are slow or narrow.
+    **strategies
+        A strategy for each drawn argument.
+    """
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        def run(subject: Subject, **fixed: Any) -> None:
+            __tracebackhide__ = True
+            LawRun(run, function, subject, fixed, share, strategies).run()
+
+        signature = inspect.signature(function)
+        given_by_pytest = [p for name, p in signature.parameters.items() if name not in strategies]
+        run.__name__, run.__qualname__ = function.__name__, function.__qualname__
+        run.__doc__, run.__module__ = function.__doc__, function.__module__
+        run.__signature__ = signature.replace(parameters=given_by_pytest)  # type: ignore[attr-defined]
+        run.body = function  # type: ignore[attr-defined]
+        return run
+
+    return decorate
+
+
+def law_settings(share: float = 1.0) -> settings:
+    """Return the Hypothesis settings of a law under the options in force."""
+    options = OPTIONS.get()
+    examples = options.examples or settings.default.max_examples  # type: ignore[union-attr]
+    phases = [Phase.explicit, Phase.reuse, Phase.generate]
+    return settings(
+        settings.default,
+        max_examples=max(1, round(examples * share)), deadline=None, suppress_health_check=CALM,
+        phases=[*phases, Phase.shrink] if options.shrink else phases,
+    )
+
+
+@dataclass
+class LawRun:
+    """One law on one subject."""
+
+    law: Callable[..., None]
+    body: Callable[..., None]
+    subject: Subject
+    fixed: dict[str, Any]
+    share: float
+    strategies: dict[str, SearchStrategy[Any]]
+    failures: dict[str, ConformanceFailure] = field(default_factory=dict)
+    first_failure: float | None = None
+    matched: Counter[str] = field(default_factory=Counter)
+    record: Record = field(default_factory=Record)
+
+    def run(self) -> None:
+        """Run the law's examples; raise `ConformanceFailure` with everything one needs to know."""
+        __tracebackhide__ = True
+        require_loaded(self.subject)
+        entries = self.entries()
+        self.record = RECORD.get() or self.record
+        with within(self.subject.backend.capabilities):
+            try:
+                if self.strategies:
+                    self.hypothesis_test(entries)()
+                else:
+                    self.example({}, entries)
+            except (hypothesis_errors.Unsatisfiable, hypothesis_errors.UnsatisfiedAssumption):
+                pass  # nothing could be run: `conclude` says why
+            except hypothesis_errors.Flaky as error:
+                raise self.flaky(error) from None
+            except TimeLimitExceeded as error:
+                raise ConformanceFailure(self.clauses[0], f"{error}; it was interrupted") from None
+        self.conclude(entries)
+
+    @property
+    def clauses(self) -> tuple[str, ...]:
+        """The clauses this law holds."""
+        return clauses_of(self.law) or ("UNMARKED",)
+
+    def entries(self) -> tuple[KnownFailure, ...]:
+        """Return the known failures of this law on this subject."""
+        policy = str(self.fixed.get("policy", ""))
+        return OPTIONS.get().ledger.concerning(
+            self.body.__name__, self.clauses, self.subject.spec, self.subject.dtype, policy
+        )
+
+    def hypothesis_test(self, entries: tuple[KnownFailure, ...]) -> Callable[[], None]:
+        """Build the property test of this run."""
+
+        def body(**drawn: Any) -> None:
+            __tracebackhide__ = True
+            self.example(drawn, entries)
+
+        # Hypothesis tells tests apart by source; this source is the same for every law.
+        identity = f"{self.body.__module__}.{self.body.__name__}-{self.subject}-{self.fixed}"
+        body._hypothesis_internal_add_digest = identity.encode()  # type: ignore[attr-defined]
+        test = law_settings(self.share)(given(**self.strategies)(body))
+        return cast("Callable[[], None]", test)
+
+    def example(self, drawn: dict[str, Any], entries: tuple[KnownFailure, ...]) -> None:
+        """Run the law on one drawn problem."""
+        __tracebackhide__ = True
+        key = repr(drawn)
+        if key in self.failures:
+            raise self.failures[key]
+        if self.first_failure is not None and time.monotonic() - self.first_failure > SHRINK_SECONDS:
+            reject()  # enough shrinking: only what is known to fail may still be replayed
+        self.refuse_undeclared(drawn)
+        matching = [entry for entry in entries if entry.matches(self.facts(drawn))]
+        if any(entry.crash for entry in matching):
+            for entry in matching:
+                self.record.known[entry.reason] += 1
+            reject()
+        failure = self.attempt(drawn)
+        self.record.examples += 1
+        self.matched.update(entry.reason for entry in matching)
+        if failure is not None and matching:
+            for entry in matching:
+                self.record.known[entry.reason] += 1
+        elif failure is not None:
+            self.failures[key] = failure
+            self.first_failure = self.first_failure or time.monotonic()
+            raise failure
+
+    def attempt(self, drawn: dict[str, Any]) -> ConformanceFailure | None:
+        """Run the body; return what failed, whether a law or the backend's own code."""
+        for value in drawn.values():
+            for feature in getattr(value, "features", list)():
+                self.record.features[feature] += 1
+                event(feature)  # for --hypothesis-show-statistics
+        try:
+            with time_limit(OPTIONS.get().seconds, self.body.__name__):
+                self.body(self.subject, **self.fixed, **drawn)
+        except ConformanceFailure as error:
+            return self.explained(error.clause, str(error).partition(": ")[2], drawn)
+        except hypothesis_errors.HypothesisException:
+            raise
+        except (Exception, SystemExit) as error:
+            return self.explained(self.clauses[0], foreign(error), drawn)
+        return None
+
+    def refuse_undeclared(self, drawn: dict[str, Any]) -> None:
+        """Leave out problems that the backend says it does not compute."""
+        for value in drawn.values():
+            if hasattr(value, "problem"):
+                reasons = self.subject.backend.why_not(
+                    value.problem(self.subject.dtype, self.subject.device_kind)
+                )
+                if reasons:
+                    self.record.refused["; ".join(reasons)] += 1
+                    reject()
+
+    def facts(self, drawn: dict[str, Any]) -> dict[str, Any]:
+        """Return what a ledger's ``when`` may speak about."""
+        found: dict[str, Any] = {"dtype": self.subject.dtype, "policy": str(self.fixed.get("policy", ""))}
+        for name, value in drawn.items():
+            found[name] = value
+            if hasattr(value, "problem"):
+                found.update(vars(value))
+                found.update({n: getattr(value, n) for n in ("batch", "pages", "q_heads") if hasattr(value, n)})
+        return found
+
+    def explained(self, clause: str, text: str, drawn: dict[str, Any]) -> ConformanceFailure:
+        """Return the failure with problem and snippet."""
+        values = {**self.fixed, **drawn}
+        shown = "".join(f"\n  {name} = {value!r}" for name, value in values.items())
+        return ConformanceFailure(
+            clause,
+            f"{text}\nlaw: {self.body.__name__} ({', '.join(self.clauses)})"
+            f"\nbackend: {self.subject.spec}, dtype {self.subject.dtype}\nproblem:{shown or ' none'}"
+            f"\nreproduce with:\n{snippet(self.body, self.subject, values)}",
+        )
+
+    def flaky(self, error: Exception) -> ConformanceFailure:
+        """Return the failure of a backend that answers differently when asked again."""
+        found = next(iter(self.failures.values()), None)
+        reason = str(found) if found is not None else f"{type(error).__name__}: {error}"
+        return ConformanceFailure(
+            "PURE-3", f"the same problem failed and then passed, so results are not a function of their "
+            f"inputs. The failure was:\n{reason}",
+        )
+
+    def conclude(self, entries: tuple[KnownFailure, ...]) -> None:
+        """Fail on ledger entries that are out of date; skip a law that had nothing to run."""
+        for entry in entries:
+            matched = self.matched[entry.reason]
+            if matched and not self.record.known[entry.reason]:
+                raise ConformanceFailure(
+                    self.clauses[0], f"all {matched} problems of the known failure {entry.reason!r} "
+                    f"({entry.link}) passed: remove its entry from the ledger",
+                )
+        if self.record.examples == 0 and not self.record.known:
+            reasons = "; ".join(dict(self.record.refused.most_common(3))) or "no problem could be drawn"
+            pytest.skip(f"the backend declares none of the drawn problems: {reasons}")
+
+
+def require_loaded(subject: Subject) -> None:
+    """Skip unless the backend loaded (that it did not is one failure, not a hundred)."""
+    if subject.instance is None:
+        pytest.skip(f"backend {subject.spec!r} did not load")
+
+
+def foreign(error: BaseException) -> str:
+    """Describe an exception of the code under test, with its own last frames."""
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [frame for frame in frames if PACKAGE not in Path(frame.filename).parents] or list(frames)
+    lines = "".join(f"\n  {f.filename}:{f.lineno} in {f.name}: {f.line}" for f in theirs[-3:])
+    return f"the code under test raised {type(error).__name__}: {error}{lines}"
+
+
+def snippet(body: Callable[..., None], subject: Subject, values: dict[str, Any]) -> str:
+    """Return Python lines that run the law again on this very problem."""
+    module = body.__module__.rpartition(".")[2]
+    arguments = "".join(f",\n      {name}={value!r}" for name, value in values.items())
+    return (
+        "  from math import inf, nan\n"
+        "  from sparse_dlm_attn_conformance import *\n"
+        f"  reproduce({subject.spec!r}, '{module}::{body.__name__}', dtype={subject.dtype!r}{arguments})"
+    )

@@ -1,0 +1,205 @@
+"""The pytest plugin: ``pytest --pyargs sparse_dlm_attn_conformance --sda-backend NAME``.
+
+It is loaded in every pytest run of an environment that has this package, so it imports nothing but
+pytest until laws are collected.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import warnings
+from collections.abc import Generator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from sparse_dlm_attn_conformance.session import ConformanceSession
+
+PACKAGE = Path(__file__).parent
+SESSION: pytest.StashKey[ConformanceSession] = pytest.StashKey()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options of a conformance run."""
+    group = parser.getgroup("sparse_dlm_attn conformance")
+    group.addoption("--sda-backend", action="append", default=[], metavar="NAME",
+                    help="backend under test: a registered name or module:attr; may be repeated")
+    group.addoption("--sda-policy", action="append", default=[], metavar="POLICY",
+                    help="policy under test, e.g. losa or module:attr; may be repeated (default: all registered)")
+    group.addoption("--sda-dtype", action="append", default=[], metavar="DTYPE",
+                    help="test only this dtype; may be repeated (default: all that the backend declares)")
+    group.addoption("--sda-device", default=None, metavar="DEVICE",
+                    help="passed to the backend as device=DEVICE")
+    group.addoption("--sda-clause", action="append", default=[], metavar="ID",
+                    help="run only laws of this clause (MERGE-1) or group (MERGE); may be repeated")
+    group.addoption("--sda-profile", choices=("quick", "ci", "nightly"), default=None,
+                    help="how many problems each law gets (default: quick)")
+    group.addoption("--sda-known-failures", default=None, metavar="FILE", help="ledger of known failures (TOML)")
+    group.addoption("--sda-report", action="append", default=[], metavar="FILE",
+                    help="write the report: JSON, or a Markdown matrix if the name ends in .md")
+    group.addoption("--sda-seconds", type=float, default=60.0, metavar="S",
+                    help="time limit of one problem in seconds, 0 for none (default: 60)")
+    group.addoption("--sda-database", default=".hypothesis/sda-nightly", metavar="DIR",
+                    help="where the nightly profile stores failing problems")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the marks; load backends and profile if this is a conformance run."""
+    config.addinivalue_line("markers", "clause(*ids): clauses of the specification that a law holds")
+    config.addinivalue_line("markers", "conformance: a law of the conformance suite")
+    if config.getoption("--sda-backend"):
+        from sparse_dlm_attn import SparseAttentionError
+        from sparse_dlm_attn_conformance.session import ConformanceSession
+
+        try:
+            config.stash[SESSION] = ConformanceSession.of_config(config)
+        except SparseAttentionError as error:
+            raise pytest.UsageError(str(error)) from None
+
+
+def session_of(config: pytest.Config) -> ConformanceSession | None:
+    """Return the conformance session of this run, if it is one."""
+    return config.stash.get(SESSION, None)
+
+
+def is_law(item: Any) -> bool:
+    """Return whether a collected item or module comes from this package."""
+    return PACKAGE in Path(item.path).parents
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """Say what is under test."""
+    session = session_of(config)
+    return [] if session is None else [
+        *session.header(),
+        f"python {platform.python_version()}; SDA_* variables: "
+        f"{', '.join(f'{k}={v}' for k, v in sorted(os.environ.items()) if k.startswith('SDA_')) or 'none'}",
+    ]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Hand each law every backend and dtype, and each policy law every policy."""
+    if PACKAGE not in Path(metafunc.definition.path).parents or "subject" not in metafunc.fixturenames:
+        return
+    session = session_of(metafunc.config)
+    if session is None:
+        raise pytest.UsageError(
+            "the conformance suite needs --sda-backend NAME, e.g. --sda-backend reference; "
+            "`sparse-dlm-attn backends` lists the registered ones"
+        )
+    with_policies = "policy" in metafunc.fixturenames
+    subjects = session.policy_subjects if with_policies else session.subjects
+    metafunc.parametrize("subject", subjects, ids=str, scope="session")
+    if with_policies:
+        metafunc.parametrize("policy", session.contenders, ids=str, scope="session")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the laws of the wanted clauses; foreign code may warn about NaN without failing a law."""
+    session = session_of(config)
+    if session is None:
+        return
+    dropped = []
+    for item in items:
+        if not is_law(item):
+            continue
+        item.add_marker("conformance")
+        item.add_marker(pytest.mark.filterwarnings("default"))
+        if not session.wants(clauses_of_item(item)):
+            dropped.append(item)
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if item not in set(dropped)]
+
+
+def clauses_of_item(item: pytest.Item) -> tuple[str, ...]:
+    """Return the clauses that an item is marked with."""
+    return tuple(str(clause) for mark in item.iter_markers("clause") for clause in mark.args)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, Any, Any]:
+    """Record what a law does while it runs."""
+    session = session_of(pyfuncitem.config)
+    if session is None or not is_law(pyfuncitem):
+        return (yield)
+    from sparse_dlm_attn_conformance.laws import RECORD, Record
+
+    record = Record()
+    pyfuncitem.user_properties.append(("sda_record", record))
+    token = RECORD.set(record)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return (yield)
+    finally:
+        RECORD.reset(token)
+        if record.statistics:
+            pyfuncitem.hypothesis_statistics = record.statistics  # type: ignore[attr-defined]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Turn an outcome into a result, and a failure into its own text without our stack."""
+    report = yield
+    session = session_of(item.config)
+    if session is None or not is_law(item) or (report.when != "call" and report.outcome == "passed"):
+        return report
+    from sparse_dlm_attn_conformance.checks import ConformanceFailure
+
+    error = call.excinfo.value if call.excinfo is not None else None
+    if isinstance(error, ConformanceFailure):
+        report.longrepr = str(error)
+    record = dict(item.user_properties).get("sda_record")
+    item.user_properties[:] = [entry for entry in item.user_properties if entry[0] != "sda_record"]
+    result = session.result(item, clauses_of_item(item), report, record)
+    report.user_properties = [*item.user_properties, ("sda", asdict(result))]
+    return report
+
+
+class Collector:
+    """Gathers results, also those that xdist's workers send."""
+
+    def __init__(self, session: ConformanceSession) -> None:
+        self.session = session
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Keep the result that travels with a report."""
+        for name, value in report.user_properties:
+            if name == "sda" and isinstance(value, dict):
+                self.session.collect(value)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Start gathering."""
+    conformance = session_of(session.config)
+    if conformance is not None:
+        session.config.pluginmanager.register(Collector(conformance), "sda-collector")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Write the reports; a run in which nothing ran on a backend has failed."""
+    conformance = session_of(session.config)
+    if conformance is None or hasattr(session.config, "workerinput") or session.config.option.collectonly:
+        return
+    problem = conformance.finish()
+    if problem and exitstatus in (0, 5):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Print the summary."""
+    session = session_of(config)
+    if session is None or config.option.collectonly:
+        return
+    terminalreporter.section("conformance")
+    for line in session.summary():
+        terminalreporter.write_line(line)

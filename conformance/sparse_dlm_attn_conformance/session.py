@@ -1,0 +1,195 @@
+"""One conformance run: what is under test, how thoroughly, and what was found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import Phase, settings
+from hypothesis.database import DirectoryBasedExampleDatabase
+
+import sparse_dlm_attn
+from sparse_dlm_attn import DataFileError, InvalidArgumentError
+from sparse_dlm_attn_conformance.clauses import CLAUSES, matches
+from sparse_dlm_attn_conformance.contenders import Contender, contenders
+from sparse_dlm_attn_conformance.laws import CALM, OPTIONS, LawOptions, Record
+from sparse_dlm_attn_conformance.ledger import Ledger
+from sparse_dlm_attn_conformance.report import Report, Result, write_report
+from sparse_dlm_attn_conformance.subjects import DTYPES, Subject, load_backend
+
+__all__ = ["PROFILES", "ConformanceSession", "register_profiles", "subjects_of"]
+
+PROFILES = {"quick": 12, "ci": 60, "nightly": 2000}
+"""Problems that a law gets, by profile."""
+
+
+def register_profiles(database: str = ".hypothesis/sda-nightly") -> None:
+    """Register the Hypothesis profiles ``sda-quick``, ``sda-ci`` and ``sda-nightly``.
+
+    The nightly one stores failing problems in ``database``, so that the next night replays them;
+    the others store nothing and repeat the same problems unless a seed is given.
+    """
+    common: dict[str, Any] = {"deadline": None, "suppress_health_check": CALM, "print_blob": False}
+    for name in ("quick", "ci"):
+        settings.register_profile(
+            f"sda-{name}", settings.get_profile("default"), max_examples=PROFILES[name], database=None,
+            derandomize=True, stateful_step_count=12,
+            phases=(Phase.explicit, Phase.generate, Phase.shrink), **common,
+        )
+    settings.register_profile(
+        "sda-nightly", settings.get_profile("default"), max_examples=PROFILES["nightly"], derandomize=False,
+        database=DirectoryBasedExampleDatabase(database), stateful_step_count=40,
+        phases=(Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink), **common,
+    )
+
+
+def subjects_of(spec: str, dtypes: tuple[str, ...] = (), **options: Any) -> list[Subject]:
+    """Return a subject for each wanted dtype that a backend declares; one that says why if it has none."""
+    backend, error = load_backend(spec, **options)
+    if backend is None:
+        return [Subject(spec, "any", None, error)]
+    declared = [name for name in DTYPES if name in backend.capabilities.dtypes]
+    chosen = [name for name in declared if not dtypes or name in dtypes]
+    if not chosen:
+        wanted = f"none of {', '.join(dtypes)} is among the declared dtypes {', '.join(declared)}"
+        return [Subject(spec, "any", None, wanted)]
+    return [Subject(spec, name, backend) for name in chosen]
+
+
+@dataclass
+class ConformanceSession:
+    """State of one run.
+
+    Parameters
+    ----------
+    subjects : list of Subject
+        Every backend and dtype.
+    contenders : list of Contender
+        Every policy.
+    clauses : tuple of str
+        Clauses or groups to restrict the run to.
+    report : Report
+        What was found.
+    paths : tuple of str
+        Where to write reports.
+    problems : list of str
+        What went wrong beside the laws.
+    """
+
+    subjects: list[Subject]
+    contenders: list[Contender]
+    clauses: tuple[str, ...]
+    report: Report
+    paths: tuple[str, ...]
+    problems: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of_config(cls, config: pytest.Config) -> ConformanceSession:
+        """Build the session that pytest's options describe, and load its profile."""
+        option = config.getoption
+        clauses = tuple(option("--sda-clause"))
+        groups = {clause.split("-")[0] for clause in CLAUSES}
+        for clause in clauses:
+            if clause not in CLAUSES and clause not in groups:
+                raise InvalidArgumentError("--sda-clause", "must be a clause or group of the specification", clause)
+        for dtype in option("--sda-dtype"):
+            if dtype not in DTYPES:
+                raise InvalidArgumentError("--sda-dtype", f"must be one of {', '.join(DTYPES)}", dtype)
+        ledger = option("--sda-known-failures")
+        OPTIONS.set(LawOptions(Ledger.read(ledger) if ledger else Ledger(), option("--sda-seconds")))
+        profile = load_profile(config)
+        device = option("--sda-device")
+        options = {} if device is None else {"device": device}
+        subjects = [subject for spec in dict.fromkeys(option("--sda-backend"))
+                    for subject in subjects_of(spec, tuple(option("--sda-dtype")), **options)]
+        described = {subject.spec: describe(subject) for subject in subjects}
+        return cls(subjects, contenders(option("--sda-policy")), clauses, Report(profile, described),
+                   tuple(option("--sda-report")))
+
+    @property
+    def policy_subjects(self) -> list[Subject]:
+        """One dtype a backend, float32 if it has it: decisions do not depend on the dtype."""
+        chosen: dict[str, Subject] = {}
+        for subject in self.subjects:
+            if subject.spec not in chosen or subject.dtype == "float32":
+                chosen[subject.spec] = subject
+        return list(chosen.values())
+
+    def wants(self, clauses: tuple[str, ...]) -> bool:
+        """Return whether a law with these clauses belongs to the run."""
+        return not self.clauses or any(matches(clause, self.clauses) for clause in clauses)
+
+    def header(self) -> list[str]:
+        """Return what is under test, for the header of the run."""
+        lines = [f"sparse_dlm_attn {sparse_dlm_attn.__version__}, specification {sparse_dlm_attn.SPEC_VERSION}, "
+                 f"profile {self.report.profile}"]
+        for spec, facts in self.report.backends.items():
+            lines.append(f"backend {spec}: " + "; ".join(f"{name} {value}" for name, value in facts.items()))
+        lines.append(f"policies: {', '.join(map(str, self.contenders)) or 'none'}")
+        return lines
+
+    def result(
+        self, item: pytest.Item, clauses: tuple[str, ...], report: pytest.TestReport, record: Record | None
+    ) -> Result:
+        """Describe what one law did."""
+        parameters: dict[str, Any] = getattr(item, "callspec").params if hasattr(item, "callspec") else {}
+        subject: Subject | None = parameters.get("subject")
+        record = record or Record()
+        outcome, reason = report.outcome, ""
+        if outcome == "skipped":
+            reason = report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else ""
+        elif outcome == "failed":
+            reason = str(report.longrepr).partition("\n")[0]
+        elif record.known:
+            outcome = "known failure"  # type: ignore[assignment]
+        return Result(
+            law=item.name.partition("[")[0], clauses=clauses, backend=subject.spec if subject else "",
+            dtype=subject.dtype if subject else "any", policy=str(parameters.get("policy", "")),
+            outcome=outcome, reason=reason, examples=record.examples, seconds=round(report.duration, 3),
+            refused=dict(record.refused), known=dict(record.known), features=dict(record.features),
+        )
+
+    def collect(self, data: dict[str, Any]) -> None:
+        """Add a result."""
+        self.report.results.append(Result.of_dict(data))
+
+    def finish(self) -> list[str]:
+        """Write the reports; return what went wrong beside the laws."""
+        self.problems += [f"{name}: no law ran a problem" for name in self.report.idle_backends()]
+        for path in self.paths:
+            try:
+                write_report(self.report, path)
+            except DataFileError as error:
+                self.problems.append(str(error))
+        return self.problems
+
+    def summary(self) -> list[str]:
+        """Return the lines of the terminal summary."""
+        lines = self.report.lines()
+        return lines + [problem for problem in self.problems if not problem.endswith("ran a problem")] + [
+            f"report: {path}" for path in self.paths]
+
+
+def load_profile(config: pytest.Config) -> str:
+    """Load the wanted profile, unless the user chose one of Hypothesis's own."""
+    register_profiles(config.getoption("--sda-database"))
+    wanted = config.getoption("--sda-profile")
+    own = config.getoption("--hypothesis-profile", None)
+    if wanted is None and own:
+        return str(own)
+    name = f"sda-{wanted or 'quick'}"
+    settings.load_profile(name)
+    if config.getoption("--hypothesis-seed", None) is not None:
+        settings.register_profile("sda-seeded", settings.get_profile(name), derandomize=False)
+        settings.load_profile("sda-seeded")
+    return wanted or "quick"
+
+
+def describe(subject: Subject) -> dict[str, Any]:
+    """Return what a backend declares, as plain data."""
+    if subject.instance is None:
+        return {"did not load": subject.error}
+    declared = vars(subject.instance.capabilities)
+    return {name: list(value) if isinstance(value, tuple) else value
+            for name, value in declared.items() if value not in (None, "")}

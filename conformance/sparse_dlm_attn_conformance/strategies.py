@@ -1,0 +1,200 @@
+"""Hypothesis strategies for whole problems; sizes are drawn first and everything else derived.
+
+All of them stay inside what the backend under test declares (`within`), so that few examples are
+thrown away. Options are listed simplest first, because shrinking moves towards the first.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+import numpy as np
+from hypothesis import strategies as st
+
+from sparse_dlm_attn import Capabilities
+from sparse_dlm_attn_conformance.cases import REGIMES, Case
+from sparse_dlm_attn_conformance.tables import ChangeTable, MergeTable, ScoreTable
+
+__all__ = ["cases", "change_tables", "merge_tables", "score_tables", "within"]
+
+MAX_ELEMENTS = int(os.environ.get("SDA_CONFORMANCE_MAX_ELEMENTS", "8192"))
+"""Cap on the elements of one array, so that a failing problem stays readable."""
+
+HEAD_DIMS = (2, 4, 8, 16, 1, 3, 64, 80, 96)
+PAGE_SIZES = (1, 2, 3, 4, 5, 8, 16)
+GROUPS = (1, 2, 4, 7)
+BLOCKS = (1, 2, 3, 5, 8, 13, 17)
+WILD_ENTRIES = (0, -1, 2**31 - 1, -(2**31), 10_000)
+LAYOUTS = ("plain", "token_major", "gapped")
+SCALES = (None, 1.0, 0.25, 0.7)
+
+T = TypeVar("T")
+_limits: ContextVar[Capabilities | None] = ContextVar("capabilities of the backend under test", default=None)
+
+
+@contextmanager
+def within(capabilities: Capabilities | None) -> Iterator[None]:
+    """Draw only problems that ``capabilities`` admit, as long as the block runs."""
+    token = _limits.set(capabilities)
+    try:
+        yield
+    finally:
+        _limits.reset(token)
+
+
+def _allowed(defaults: tuple[int, ...], name: str, largest: int) -> tuple[int, ...]:
+    """Return the defaults that the backend admits, else the smallest sizes that it does admit."""
+    declared: tuple[int, ...] | None = getattr(_limits.get(), name, None)
+    if declared is None:
+        return defaults
+    common = tuple(size for size in defaults if size in declared)
+    return common or tuple(sorted(size for size in declared if size <= largest)) or tuple(sorted(declared)[:1])
+
+
+def _pick(draw: Any, options: tuple[T, ...], label: str) -> T:
+    return draw(st.sampled_from(options), label=label)  # type: ignore[no-any-return]
+
+
+@st.composite
+def cases(
+    draw: Any,
+    *,
+    regimes: tuple[str, ...] = REGIMES,
+    max_batch: int = 3,
+    min_pages: int = 0,
+    max_pages: int = 6,
+    heads: tuple[str, ...] = ("one", "kv", "query"),
+    poisons: tuple[str, ...] = ("zero", "nan", "inf", "huge"),
+    layouts: tuple[str, ...] = LAYOUTS,
+    groups: tuple[int, ...] = GROUPS,
+    scales: tuple[float | None, ...] = SCALES,
+    spans: tuple[int, ...] | None = None,
+    wild: bool = True,
+) -> Case:
+    """Draw a whole problem; every parameter narrows one part of it."""
+    batch = draw(st.integers(1, max_batch), label="batch")
+    group = _pick(draw, tuple(g for g in _allowed(GROUPS, "groups", 64) if g in groups) or groups, "group")
+    kv_heads = draw(st.integers(1, 3 if group < 4 else 2), label="kv_heads")
+    head_dim = _pick(draw, _allowed(HEAD_DIMS, "head_dims", 256), "head_dim")
+    page_size = _pick(draw, _allowed(PAGE_SIZES, "page_sizes", 128), "page_size")
+    most_rows = max(1, MAX_ELEMENTS // (kv_heads * group * head_dim))
+    longest = getattr(_limits.get(), "max_block_length", None) or BLOCKS[-1]
+    tokens = _pick(draw, tuple(n for n in BLOCKS if n <= min(most_rows, longest)) or (1,), "tokens")
+    fitting = max(2, MAX_ELEMENTS // (kv_heads * page_size * head_dim))
+    pages = draw(st.integers(min_pages, max(min_pages, min(max_pages, fitting))), label="pages")
+    lengths = tuple(draw(_page_lengths(pages, page_size)) for _ in range(batch))
+    table, num_pages = draw(_page_tables(lengths, wild))
+    all_spans = (tokens, 1, 2, 3, 32) if spans is None else spans
+    return Case(
+        kv_heads=kv_heads, group=group, head_dim=head_dim, page_size=page_size, tokens=tokens,
+        lengths=lengths, table=table, num_pages=num_pages,
+        segments=draw(_segments(batch, pages), label="segments"),
+        heads=_pick(draw, heads, "selection heads"), span=_pick(draw, all_spans, "span"),
+        masks=tuple(draw(st.lists(_bits(pages), min_size=1, max_size=5), label="masks")),
+        active=tuple(draw(_bits(tokens), label="active") for _ in range(batch)),
+        scale=_pick(draw, scales, "scale"), regime=_pick(draw, regimes, "regime"),
+        poison=_pick(draw, poisons, "poison"), layout=_pick(draw, layouts, "layout"),
+        seed=draw(st.integers(0, 999), label="seed"),
+    )
+
+
+def _bits(width: int) -> st.SearchStrategy[int]:
+    """Bitmasks: all, none or any; "all" first, because it is the plainest case."""
+    everything = (1 << width) - 1
+    return st.one_of(st.just(everything), st.just(0), st.integers(0, everything), st.integers(0, everything))
+
+
+@st.composite
+def _page_lengths(draw: Any, pages: int, page_size: int) -> tuple[int, ...]:
+    """Draw the lengths of one sequence: a prefix of full pages, or anything anywhere."""
+    if draw(st.booleans(), label="pages filled in any way"):
+        length = st.one_of(st.just(page_size), st.integers(0, page_size))
+        return tuple(draw(length, label="page length") for _ in range(pages))
+    tokens = draw(st.integers(0, pages * page_size), label="context tokens")
+    return tuple(min(page_size, max(0, tokens - page * page_size)) for page in range(pages))
+
+
+@st.composite
+def _page_tables(
+    draw: Any, lengths: tuple[tuple[int, ...], ...], wild: bool
+) -> tuple[tuple[tuple[int, ...], ...], int]:
+    """Draw a table: in order, shuffled, or with physical pages that sequences share."""
+    batch, pages = len(lengths), len(lengths[0])
+    spare = draw(st.integers(0, 2), label="spare physical pages")
+    num_pages = max(1, batch * pages + spare)
+    kind = _pick(draw, ("in order", "shuffled", "shared"), "page table")
+    rng = np.random.default_rng(draw(st.integers(0, 99), label="page table seed"))
+    numbers = np.arange(num_pages)
+    if kind == "shuffled":
+        numbers = rng.permutation(num_pages)
+    elif kind == "shared":
+        numbers = rng.integers(0, num_pages, num_pages)
+    table = numbers[: batch * pages].reshape(batch, pages).tolist()
+    absent = _pick(draw, WILD_ENTRIES, "table entry of absent pages") if wild else 0
+    return tuple(
+        tuple(entry if length else absent for entry, length in zip(entries, row, strict=True))
+        for entries, row in zip(table, lengths, strict=True)
+    ), num_pages
+
+
+@st.composite
+def _segments(draw: Any, batch: int, pages: int) -> tuple[tuple[int, ...], ...] | None:
+    """Draw prompt, generated and suffix pages in this order, or no segments."""
+    if not draw(st.booleans(), label="has segments"):
+        return None
+    rows = []
+    for _ in range(batch):
+        prompt, suffix = sorted(draw(st.tuples(st.integers(0, pages), st.integers(0, pages))))
+        rows.append(tuple(0 if page < prompt else 1 if page < suffix else 2 for page in range(pages)))
+    return tuple(rows)
+
+
+@st.composite
+def score_tables(draw: Any, *, special: bool = True) -> ScoreTable:
+    """Draw scores to rank, with ties; ``special`` adds infinities and NaN."""
+    pages = draw(st.integers(0, 9), label="pages")
+    lead = draw(st.lists(st.integers(1, 3), min_size=1, max_size=3), label="leading shape")
+    rows = int(np.prod(lead))
+    values: tuple[float, ...] = (0.0, 1.0, -1.0, 2.0, 0.125, -3.5)
+    if special:
+        values = (*values, float("-inf"), float("inf"), float("nan"))
+    kept = draw(st.integers(1, 4), label="different rows")
+    drawn = draw(st.lists(st.sampled_from(values), min_size=pages * kept, max_size=pages * kept))
+    per_row = draw(st.booleans(), label="a count for each row")
+    counts = draw(st.lists(st.integers(-2, pages + 2), min_size=rows if per_row else 1,
+                           max_size=rows if per_row else 1), label="counts")
+    eligible = draw(st.lists(_bits(pages), min_size=1, max_size=3), label="eligible")
+    return ScoreTable(tuple(lead), pages, tuple(drawn), tuple(counts), per_row, tuple(eligible),
+                      draw(st.booleans(), label="eligible broadcasts"))
+
+
+@st.composite
+def change_tables(draw: Any, *, special: bool = False, dyadic: bool = True) -> ChangeTable:
+    """Draw changes to rank; ``special`` adds NaN."""
+    tokens, batch = draw(st.integers(1, 12), label="tokens"), draw(st.integers(1, 3), label="batch")
+    numbers: tuple[float, ...] = (0.0, 1.0, 2.0, 0.5, 0.125, 3.75, 8.0)
+    if special:
+        numbers = (*numbers, float("nan"))
+    value = st.sampled_from(numbers) if dyadic else st.floats(0, 1024, width=32, allow_subnormal=False)
+    rows = draw(st.lists(value, min_size=tokens * batch, max_size=tokens * batch), label="change")
+    mass = draw(st.sampled_from((0.5, 0.0, 1.0, 0.25, 0.9, 0.1, 1 / 3)), label="mass")
+    return ChangeTable(batch, tuple(rows), draw(st.integers(0, tokens + 2), label="count"), mass)
+
+
+@st.composite
+def merge_tables(draw: Any, *, states: tuple[int, ...] = (2, 1, 3, 4), empty: bool = True) -> MergeTable:
+    """Draw attention states to merge: shapes, a level and a kind for each state."""
+    count = _pick(draw, states, "states")
+    head_dims = _allowed(HEAD_DIMS, "head_dims", 256)
+    kinds = ("plain", "some rows empty", "empty") if empty else ("plain",)
+    return MergeTable(
+        batch=draw(st.integers(1, 2), label="batch"), q_heads=draw(st.integers(1, 4), label="q_heads"),
+        tokens=_pick(draw, BLOCKS[:5], "tokens"), head_dim=_pick(draw, head_dims, "head_dim"),
+        levels=tuple(draw(st.sampled_from((0.0, 1.0, -3.0, 40.0, -90.0, 3000.0))) for _ in range(count)),
+        kinds=tuple(_pick(draw, kinds, "kind") for _ in range(count)),
+        seed=draw(st.integers(0, 999), label="seed"),
+    )

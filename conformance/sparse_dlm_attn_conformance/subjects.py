@@ -1,0 +1,173 @@
+"""What is under test: a backend and a dtype, with the conversions between it and the host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from sparse_dlm_attn import AttentionState, Backend, Context, PageBounds, Selection, get_backend
+from sparse_dlm_attn.arrays import Array, device_of, is_array, namespace, to_numpy
+from sparse_dlm_attn_conformance.cases import Arrays, Host, transport
+from sparse_dlm_attn_conformance.tables import HostState
+
+__all__ = ["DTYPES", "Loaded", "Subject", "load_backend"]
+
+DTYPES = ("float64", "float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A case's values as arrays of the backend under test."""
+
+    q: Array
+    q_other: Array
+    k: Array
+    v: Array
+    context: Context
+    selection: Selection
+    active: Array
+
+    def arrays(self) -> dict[str, Array]:
+        """Return every array by name."""
+        named = {
+            "q": self.q, "q_other": self.q_other, "k": self.k, "v": self.v, "active": self.active,
+            "k_pages": self.context.k_pages, "v_pages": self.context.v_pages,
+            "page_table": self.context.page_table, "page_lengths": self.context.page_lengths,
+            "selection.mask": self.selection.mask,
+        }
+        if self.context.page_segments is not None:
+            named["page_segments"] = self.context.page_segments
+        return named
+
+
+@dataclass(eq=False)
+class Subject:
+    """A backend under test with one dtype.
+
+    Parameters
+    ----------
+    spec : str
+        How the backend was asked for.
+    dtype : str
+        Dtype of q, K and V; "any" if the backend did not load.
+    instance : Backend or None
+        The backend, None if it did not load.
+    error : str
+        Why it did not load.
+    """
+
+    spec: str
+    dtype: str
+    instance: Backend | None = None
+    error: str = ""
+    _device: Any = field(default=None, repr=False)
+
+    def __repr__(self) -> str:
+        return f"{self.spec}-{self.dtype}"
+
+    @property
+    def backend(self) -> Backend:
+        """The backend; only for subjects that loaded."""
+        if self.instance is None:
+            raise RuntimeError(f"backend {self.spec!r} did not load: {self.error}")
+        return self.instance
+
+    @property
+    def device(self) -> Any:
+        """Device on which the backend makes its arrays, as its own library names it."""
+        if self._device is None:
+            self._device = device_of(self.ints(np.zeros((1,), dtype=np.int32)))
+        return self._device
+
+    @property
+    def device_kind(self) -> str:
+        """Kind of the device ("cpu", "cuda"), as `sparse_dlm_attn.Problem` writes it."""
+        return str(self.device).split(":")[0].lower()
+
+    def using(self, backend: Backend) -> Subject:
+        """Return the same subject with another backend object, for example one that watches calls."""
+        return Subject(self.spec, self.dtype, backend)
+
+    def floats(self, values: Host, dtype: str | None = None) -> Array:
+        """Convert host values to an array of this dtype (or of ``dtype``)."""
+        name = dtype or self.dtype
+        return frozen(self.backend.asarray(transport(values, name), dtype=name))
+
+    def ints(self, values: Host) -> Array:
+        """Convert int8, int32 or bool host values, keeping their dtype."""
+        return frozen(self.backend.asarray(values, dtype=values.dtype.name))
+
+    def state(self, state: HostState) -> AttentionState:
+        """Convert an attention state."""
+        return AttentionState(self.floats(state.out), self.floats(state.lse, "float32"))
+
+    def bounds(self, bounds: PageBounds) -> PageBounds:
+        """Convert page bounds."""
+        return PageBounds(self.floats(bounds.lower), self.floats(bounds.upper))
+
+    def load(self, arrays: Arrays) -> Loaded:
+        """Convert a whole problem, in the memory layout that it asks for."""
+        segments = arrays.page_segments
+        context = Context(
+            self._laid_out(arrays.k_pages, arrays.layout), self._laid_out(arrays.v_pages, arrays.layout),
+            self.ints(arrays.page_table), self.ints(arrays.page_lengths),
+            None if segments is None else self.ints(segments),
+        )
+        rows = {name: self._laid_out(getattr(arrays, name), arrays.layout)
+                for name in ("q", "q_other", "k", "v")}
+        return Loaded(
+            context=context, selection=Selection(self.ints(arrays.mask), arrays.span),
+            active=self.ints(arrays.active), **rows,
+        )
+
+    def _laid_out(self, values: Host, layout: str) -> Array:
+        """Convert ``(a, heads, tokens, head_dim)`` values, in plain, token-major or gapped memory."""
+        if layout == "token_major":
+            moved = self.floats(np.ascontiguousarray(values.swapaxes(1, 2)))
+            return frozen(namespace(moved).permute_dims(moved, (0, 2, 1, 3)))
+        if layout == "gapped":  # every other token of a cache twice as long; the gaps hold NaN
+            wide = np.full((*values.shape[:2], 2 * values.shape[2], values.shape[3]), np.nan)
+            wide[:, :, ::2] = values
+            return frozen(self.floats(wide)[:, :, ::2, :])
+        return self.floats(values)
+
+    def owns(self, value: object) -> bool:
+        """Return whether ``value`` is an array of this backend's library and device."""
+        return (
+            is_array(value)
+            and type(value) is type(self.ints(np.zeros((1,), dtype=np.int32)))
+            and str(device_of(value)) == str(self.device)
+        )
+
+
+def frozen(array: Array) -> Array:
+    """Return ``array``, read-only if it is NumPy's, so that a write into it cannot go unnoticed."""
+    if isinstance(array, np.ndarray):
+        array = array[...]
+        array.flags.writeable = False
+    return array
+
+
+def host(array: Array) -> Host:
+    """Copy an array of any library to the host."""
+    return np.array(to_numpy(array))
+
+
+def load_backend(spec: str | Backend, **options: Any) -> tuple[Backend | None, str]:
+    """Return ``(backend, "")``, or ``(None, why)``, whatever foreign code does while it loads.
+
+    A backend loads if it can be built and says what it supports.
+    """
+    try:
+        backend = get_backend(spec, **options)
+        declared = backend.capabilities
+        unknown = [name for name in declared.dtypes if name not in DTYPES]
+        if unknown or not declared.dtypes:
+            return None, f"capabilities.dtypes must name some of {', '.join(DTYPES)}; got {declared.dtypes}"
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # foreign code may raise anything, SystemExit included
+        return None, f"{type(error).__name__}: {error}"
+    return backend, ""

@@ -1,0 +1,96 @@
+"""Drawn inputs of the operators that need no whole problem: scores, changes, states to merge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sparse_dlm_attn import Problem
+from sparse_dlm_attn_conformance.cases import Host, round_to
+
+__all__ = ["ChangeTable", "HostState", "MergeTable", "ScoreTable"]
+
+
+@dataclass(frozen=True, eq=False)
+class HostState:
+    """An attention state in float64 NumPy (``out`` representable in the dtype, ``lse`` in float32)."""
+
+    out: Host
+    lse: Host
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """Scores to rank: ``values`` fill ``(*lead, pages)`` cyclically."""
+
+    lead: tuple[int, ...]
+    pages: int
+    values: tuple[float, ...]
+    counts: tuple[int, ...]
+    per_row: bool
+    eligible: tuple[int, ...]
+    broadcast: bool
+
+    def scores(self) -> Host:
+        """Return float32 scores ``(*lead, pages)``."""
+        shape = (*self.lead, self.pages)
+        return np.resize(np.asarray(self.values, dtype=np.float32), shape)
+
+    def count(self) -> Any:
+        """Return an int, or an int32 array ``lead``."""
+        if not self.per_row:
+            return self.counts[0]
+        return np.asarray(self.counts, dtype=np.int32).reshape(self.lead)
+
+    def mask(self) -> Host:
+        """Return the eligible pages, bool, with 1 for all but the page axis if it broadcasts."""
+        rows = 1 if self.broadcast else int(np.prod(self.lead))
+        chosen = np.resize(np.asarray(self.eligible, dtype=np.int64), (rows, 1))
+        bits = np.asarray((chosen >> np.arange(self.pages)) & 1, dtype=bool)
+        shape = (1,) * len(self.lead) if self.broadcast else self.lead
+        return bits.reshape(*shape, self.pages)
+
+
+@dataclass(frozen=True)
+class ChangeTable:
+    """Changes to rank: ``values`` fill ``(batch, tokens)``."""
+
+    batch: int
+    values: tuple[float, ...]
+    count: int
+    mass: float
+
+    def change(self) -> Host:
+        """Return float32 changes ``(batch, tokens)``."""
+        return np.asarray(self.values, dtype=np.float32).reshape(self.batch, -1)
+
+
+@dataclass(frozen=True)
+class MergeTable:
+    """Attention states to merge; state ``i`` has lse around ``levels[i]``."""
+
+    batch: int
+    q_heads: int
+    tokens: int
+    head_dim: int
+    levels: tuple[float, ...]
+    kinds: tuple[str, ...]
+    seed: int
+
+    def problem(self, dtype: str, device: str = "cpu") -> Problem:
+        """Return the facts that decide whether a backend computes this."""
+        return Problem(dtype, self.head_dim, 16, self.q_heads, self.q_heads, self.tokens, device)
+
+    def states(self, dtype: str) -> list[HostState]:
+        """Return the states, with values representable in ``dtype``."""
+        rng = np.random.default_rng(self.seed)
+        shape = (self.batch, self.q_heads, self.tokens)
+        made = []
+        for level, kind in zip(self.levels, self.kinds, strict=True):
+            out = round_to(rng.standard_normal((*shape, self.head_dim)), dtype)
+            lse = round_to(level + rng.standard_normal(shape), "float32")
+            empty = {"plain": 0.0, "some rows empty": 0.5, "empty": 1.0}[kind] > rng.random(shape)
+            made.append(HostState(np.where(empty[..., None], 0.0, out), np.where(empty, -np.inf, lse)))
+        return made

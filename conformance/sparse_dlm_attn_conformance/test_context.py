@@ -1,0 +1,203 @@
+"""Laws of the context: what does not exist, page tables, views, and how tokens are cut into pages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sparse_dlm_attn import Context, Problem
+from sparse_dlm_attn.arrays import to_numpy
+from sparse_dlm_attn_conformance import accuracy
+from sparse_dlm_attn_conformance.cases import Arrays, Case, Host
+from sparse_dlm_attn_conformance.checks import expect, expect_close, expect_same_bits
+from sparse_dlm_attn_conformance.laws import law
+from sparse_dlm_attn_conformance.operations import OVER_CONTEXT, arrays_in, prepare
+from sparse_dlm_attn_conformance.oracle import context_keys
+from sparse_dlm_attn_conformance.strategies import cases
+from sparse_dlm_attn_conformance.subjects import Subject, host
+
+PLAIN = ("plain",)
+
+
+def expect_unchanged(subject: Subject, before: Arrays, after: Arrays, what: str, clause: str) -> None:
+    """Check that every operator over the context gives the same bits for two problems."""
+    for operator in OVER_CONTEXT:
+        old, new = (arrays_in(prepare(subject, arrays, operator).run()) for arrays in (before, after))
+        for name, value in new.items():
+            expect_same_bits(host(value), host(old[name]), f"{operator}{name} with {what}", clause)
+
+
+@pytest.mark.clause("CONTEXT-2")
+@law(case=cases(poisons=("zero",)))
+def test_what_does_not_exist_changes_no_bit(subject: Subject, case: Case) -> None:
+    arrays = case.arrays(subject.dtype)
+    for value in (np.nan, np.inf, 3e4):
+        expect_unchanged(subject, arrays, arrays.poisoned(~arrays.stored(), value),
+                         f"{value} in tokens that do not exist", "CONTEXT-2")
+
+
+@pytest.mark.clause("CONTEXT-2")
+@law(case=cases(wild=False, poisons=("zero", "nan")), share=0.7)
+def test_the_table_entry_of_an_absent_page_may_be_anything(subject: Subject, case: Case) -> None:
+    arrays = case.arrays(subject.dtype)
+    wild = np.random.default_rng(case.seed).choice([-1, 2**31 - 1, -(2**31), case.num_pages],
+                                                   arrays.page_table.shape).astype(np.int32)
+    moved = arrays.but(page_table=np.where(arrays.page_lengths > 0, arrays.page_table, wild))
+    expect_unchanged(subject, arrays, moved, "other table entries of absent pages", "CONTEXT-2")
+
+
+@pytest.mark.clause("CONTEXT-3")
+@law(case=cases())
+def test_permuting_the_physical_pages_changes_no_bit(subject: Subject, case: Case) -> None:
+    arrays = case.arrays(subject.dtype)
+    order = np.random.default_rng(case.seed).permutation(case.num_pages)
+    where = np.argsort(order).astype(np.int32)
+    table = np.where(arrays.page_lengths > 0, where[np.where(arrays.page_lengths > 0, arrays.page_table, 0)],
+                     arrays.page_table)
+    moved = arrays.but(k_pages=arrays.k_pages[order], v_pages=arrays.v_pages[order], page_table=table)
+    expect_unchanged(subject, arrays, moved, "the physical pages permuted", "CONTEXT-3")
+
+
+@pytest.mark.clause("CONTEXT-1")
+@law(case=cases(layouts=("token_major", "gapped")))
+def test_strides_are_free_but_for_the_last_axis(subject: Subject, case: Case) -> None:
+    arrays = case.arrays(subject.dtype)
+    everyone = np.broadcast_to((arrays.page_lengths > 0)[:, None, None, :], (*arrays.q.shape[:3], case.pages))
+    expected = accuracy.attention(arrays, context_keys(arrays))
+    mass = accuracy.pooled_budget(arrays, context_keys(arrays, everyone))
+    for operator in OVER_CONTEXT[:3]:
+        strided, plain = (arrays_in(prepare(subject, problem, operator).run())
+                          for problem in (arrays, arrays.but(layout="plain")))
+        for name, value in strided.items():
+            budget = {".out": 2 * expected.out_budget, ".lse": 2 * expected.lse_budget, "": 2 * mass}.get(name, 0)
+            expect_close(host(value), host(plain[name]), budget,
+                         f"{operator}{name} with {case.layout} strides", "CONTEXT-1")
+
+
+@pytest.mark.clause("CONTEXT-1")
+@law(case=cases(layouts=PLAIN, min_pages=2), share=0.5)
+def test_reading_order_is_logical_order(subject: Subject, case: Case) -> None:
+    """Swapping two logical pages swaps their bounds and masses, whatever lies where in memory."""
+    arrays = case.arrays(subject.dtype)
+    swapped = np.arange(case.pages)[::-1]
+    moved = arrays.but(page_table=arrays.page_table[:, swapped], page_lengths=arrays.page_lengths[:, swapped],
+                       page_segments=None)
+    ops, before, after = subject.backend, subject.load(arrays), subject.load(moved)
+    old, new = ops.page_bounds(before.context), ops.page_bounds(after.context)
+    expect_same_bits(host(new.lower), host(old.lower)[:, :, swapped], "lower bounds, pages reversed", "CONTEXT-1")
+    expect_same_bits(host(new.upper), host(old.upper)[:, :, swapped], "upper bounds, pages reversed", "CONTEXT-1")
+    everyone = np.broadcast_to((arrays.page_lengths > 0)[:, None, None, :], (*arrays.q.shape[:3], case.pages))
+    masses = [host(ops.pooled_scores(on.q, on.context, span=case.span, scale=case.scale))
+              for on in (before, after)]
+    expect_close(masses[1], masses[0][..., swapped],
+                 2 * accuracy.pooled_budget(arrays, context_keys(arrays, everyone)),
+                 "pooled_scores, pages reversed", "CONTEXT-1")
+
+
+@pytest.mark.clause("CONTEXT-5", "MERGE-1")
+@law(case=cases(max_batch=2, layouts=PLAIN, heads=("one",), min_pages=1), share=0.7)
+def test_how_tokens_are_cut_into_pages_does_not_matter(subject: Subject, case: Case) -> None:
+    arrays = case.arrays(subject.dtype)
+    arrays = arrays.but(mask=np.ones_like(arrays.mask))
+    expected = accuracy.attention(arrays, context_keys(arrays))
+    for size in (1, 2, 3, 8, 16):
+        problem = Problem(subject.dtype, case.head_dim, size, case.q_heads, case.kv_heads, case.tokens,
+                          subject.device_kind)
+        if subject.backend.why_not(problem):
+            continue
+        cut = recut(arrays, size)
+        on = subject.load(cut)
+        state = subject.backend.attend_pages(on.q, on.context, on.selection, on.active, scale=case.scale)
+        expect_close(host(state.lse), expected.state.lse, expected.lse_budget,
+                     f"lse with pages of {size} tokens", "CONTEXT-5")
+        expect_close(host(state.out), expected.state.out, expected.out_budget,
+                     f"out with pages of {size} tokens", "CONTEXT-5")
+
+
+def recut(arrays: Arrays, size: int) -> Arrays:
+    """Return the same tokens in pages of another size, all selected."""
+    slots = np.arange(arrays.page_size) < arrays.page_lengths[:, :, None]
+    table = np.where(arrays.page_lengths > 0, arrays.page_table, 0)
+    batch, longest = len(table), int(arrays.page_lengths.sum(axis=1).max())
+    pages = max(1, -(-longest // size))
+    shape = (batch * pages, arrays.k_pages.shape[1], size, arrays.k_pages.shape[3])
+    parts: dict[str, Host] = {"k_pages": np.full(shape, np.nan), "v_pages": np.full(shape, np.nan)}
+    for name, stored in parts.items():
+        for b in range(batch):
+            tokens = getattr(arrays, name)[table[b]].swapaxes(1, 2)[slots[b]]
+            for page in range(pages):
+                piece = tokens[page * size : (page + 1) * size]
+                stored[b * pages + page, :, : len(piece)] = piece.swapaxes(0, 1)
+    lengths = arrays.page_lengths.sum(axis=1)[:, None] - np.arange(pages) * size
+    return arrays.but(
+        **parts, page_table=np.arange(batch * pages, dtype=np.int32).reshape(batch, pages),
+        page_lengths=np.clip(lengths, 0, size).astype(np.int32), page_segments=None,
+        mask=np.ones((batch, 1, arrays.mask.shape[2], pages), dtype=bool),
+    )
+
+
+@pytest.mark.clause("CONTEXT-4", "CONTEXT-1")
+@law(case=cases(layouts=PLAIN, poisons=("zero",), min_pages=1), share=0.5)
+def test_from_dense_views_the_cache(subject: Subject, case: Case) -> None:
+    arrays = case.arrays(subject.dtype)
+    rng = np.random.default_rng(case.seed)
+    tokens = case.pages * case.page_size
+    k, v = (rng.integers(-8, 9, (case.batch, case.kv_heads, tokens, case.head_dim)) / 8.0 for _ in range(2))
+    lengths = rng.integers(0, tokens + 1, case.batch).astype(np.int32)
+    cache = subject.floats(k), subject.floats(v)
+    context = Context.from_dense(*cache, case.page_size, lengths=subject.ints(lengths))
+    for name, dense, pages in (("k", cache[0], context.k_pages), ("v", cache[1], context.v_pages)):
+        expect(shares_memory(dense, pages), "CONTEXT-4", f"Context.from_dense must view {name}, not copy it")
+    problem = arrays.but(
+        k_pages=k.reshape(case.batch, case.kv_heads, case.pages, case.page_size, case.head_dim)
+        .swapaxes(1, 2).reshape(-1, case.kv_heads, case.page_size, case.head_dim),
+        v_pages=v.reshape(case.batch, case.kv_heads, case.pages, case.page_size, case.head_dim)
+        .swapaxes(1, 2).reshape(-1, case.kv_heads, case.page_size, case.head_dim),
+        page_table=np.arange(case.batch * case.pages, dtype=np.int32).reshape(case.batch, case.pages),
+        page_lengths=np.clip(lengths[:, None] - np.arange(case.pages) * case.page_size, 0, case.page_size)
+        .astype(np.int32), page_segments=None,
+    )
+    on = subject.load(problem)
+    state = subject.backend.attend_pages(on.q, context, on.selection, on.active, scale=case.scale)
+    expected = accuracy.attention(problem, context_keys(problem))
+    expect_close(host(state.lse), expected.state.lse, expected.lse_budget, "lse over a dense cache", "CONTEXT-4")
+    expect_close(host(state.out), expected.state.out, expected.out_budget, "out over a dense cache", "CONTEXT-4")
+
+
+def shares_memory(one: Any, other: Any) -> bool:
+    """Return whether two arrays of one library overlap in memory."""
+    for pointer in ("untyped_storage",):  # PyTorch, on any device
+        if hasattr(one, pointer):
+            return bool(getattr(one, pointer)().data_ptr() == getattr(other, pointer)().data_ptr())
+    return bool(np.shares_memory(to_numpy(one), to_numpy(other)))
+
+
+@pytest.mark.clause("SELECTION-2")
+@law(case=cases(max_batch=2), share=0.5)
+def test_page_lists_say_the_same_as_the_mask(subject: Subject, case: Case) -> None:
+    arrays = case.arrays(subject.dtype)
+    indices, counts = (host(part) for part in subject.load(arrays).selection.page_lists())
+    expect(indices.dtype == np.int32 and counts.dtype == np.int32, "SELECTION-2", "page lists must be int32")
+    for position in np.ndindex(*arrays.mask.shape[:3]):
+        listed = np.flatnonzero(arrays.mask[position])
+        expect(int(counts[position]) == len(listed), "SELECTION-2", f"wrong count at {position}")
+        row = indices[position]
+        expect(row[: len(listed)].tolist() == listed.tolist() and (row[len(listed) :] == -1).all(),
+               "SELECTION-2", f"list {position} must be {listed.tolist()}, then -1; got {row.tolist()}")
+
+
+@pytest.mark.clause("SELECTION-2")
+@law(case=cases(max_batch=2), share=0.3)
+def test_csr_lists_hold_physical_pages(subject: Subject, case: Case) -> None:
+    arrays = case.arrays(subject.dtype)
+    full = arrays.but(page_lengths=np.where(arrays.page_lengths > 0, case.page_size, 0).astype(np.int32))
+    on = subject.load(full)
+    indptr, indices, last = on.selection.to_csr(on.context)
+    for number, position in enumerate(np.ndindex(*full.mask.shape[:3])):
+        exists = full.page_lengths[position[0]] > 0
+        wanted = full.page_table[position[0]][np.flatnonzero(full.mask[position] & exists)]
+        got = indices[indptr[number] : indptr[number + 1]]
+        expect_same_bits(got, wanted.astype(got.dtype), f"CSR list {position}", "SELECTION-2")
+        expect(last[number] == (case.page_size if len(wanted) else 0), "SELECTION-2", "wrong last_page_len")

@@ -1,0 +1,124 @@
+"""Laws of purity: operators are functions of their arguments and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sparse_dlm_attn import AttentionState
+from sparse_dlm_attn_conformance.cases import Arrays, Case
+from sparse_dlm_attn_conformance.checks import expect, expect_same_bits
+from sparse_dlm_attn_conformance.laws import law
+from sparse_dlm_attn_conformance.operations import OPERATORS, arrays_in, prepare
+from sparse_dlm_attn_conformance.strategies import cases
+from sparse_dlm_attn_conformance.subjects import Subject, host
+from sparse_dlm_attn_conformance.test_context import shares_memory
+
+ROUGH = ("generic", "dyadic", "ties")
+
+
+@pytest.mark.clause("PURE-1")
+@pytest.mark.parametrize("operator", OPERATORS)
+@law(case=cases(), share=0.3)
+def test_no_operator_changes_its_arguments(subject: Subject, operator: str, case: Case) -> None:
+    arrays = case.arrays(subject.dtype)
+    call = prepare(subject, arrays, operator)
+    before = {name: host(array) for name, array in call.arguments.items()}
+    call.run()
+    for name, array in call.arguments.items():
+        expect_same_bits(host(array), before[name], f"argument {name} after {operator}", "PURE-1")
+
+
+@pytest.mark.clause("PURE-2")
+@pytest.mark.parametrize("operator", OPERATORS)
+@law(case=cases(regimes=ROUGH), share=0.3)
+def test_results_share_no_memory_with_arguments(subject: Subject, operator: str, case: Case) -> None:
+    arrays = case.arrays(subject.dtype)
+    if case.seed % 2:  # the cases in which returning an argument as it is would give the right numbers
+        whole = np.ones_like(arrays.active) if case.seed % 4 == 1 else np.zeros_like(arrays.active)
+        arrays = arrays.but(active=whole)
+    call = prepare(subject, arrays, operator)
+    for name, result in arrays_in(call.run()).items():
+        for argument, array in call.arguments.items():
+            expect(not shares_memory(result, array), "PURE-2",
+                   f"{operator}{name} must not share memory with its argument {argument}")
+
+
+@pytest.mark.clause("PURE-2")
+@law(case=cases(regimes=ROUGH, max_pages=1), share=0.3)
+def test_merging_one_state_does_not_hand_it_back(subject: Subject, case: Case) -> None:
+    extra = prepare(subject, case.arrays(subject.dtype), "merge").arguments
+    state = AttentionState(extra["fresh.out"], extra["fresh.lse"])
+    merged = subject.backend.merge(state)
+    for name in ("out", "lse"):
+        expect(not shares_memory(getattr(merged, name), getattr(state, name)), "PURE-2",
+               f"merge of one state must not share its {name}")
+
+
+@pytest.mark.clause("PURE-3")
+@pytest.mark.parametrize("operator", OPERATORS)
+@law(case=cases(regimes=ROUGH), share=0.5)
+def test_the_same_input_gives_the_same_bits(subject: Subject, operator: str, case: Case) -> None:
+    """Other work in between must not matter, nor may it change a result handed out before."""
+    need(subject, "deterministic")
+    arrays = case.arrays(subject.dtype)
+    first = arrays_in(prepare(subject, arrays, operator).run())
+    copies = {name: host(value) for name, value in first.items()}
+    prepare(subject, other_problem(arrays), operator).run()
+    again = arrays_in(prepare(subject, arrays, operator).run())
+    for name, value in again.items():
+        expect_same_bits(host(value), copies[name], f"{operator}{name} asked again", "PURE-3")
+        expect_same_bits(host(first[name]), copies[name], f"{operator}{name} after later calls", "PURE-3")
+
+
+def other_problem(arrays: Arrays) -> Arrays:
+    """Return a problem of the same shapes in which everything else differs."""
+    return arrays.but(
+        q=-arrays.q[:, :, ::-1], q_other=arrays.q, k=arrays.v, v=arrays.k, k_pages=-arrays.k_pages,
+        v_pages=arrays.k_pages, mask=~arrays.mask, active=~arrays.active,
+    )
+
+
+def need(subject: Subject, capability: str) -> None:
+    """Skip a law of a capability that the backend does not declare."""
+    if not getattr(subject.backend.capabilities, capability):
+        pytest.skip(f"the backend does not declare {capability}")
+
+
+@pytest.mark.clause("PURE-4")
+@pytest.mark.parametrize("operator", ("page_bounds", "page_scores", "pooled_scores", "query_change",
+                                      "attend_pages", "attend_block", "attend"))
+@law(case=cases(regimes=ROUGH), share=0.5)
+def test_a_sequence_does_not_depend_on_its_batch(subject: Subject, operator: str, case: Case) -> None:
+    need(subject, "batch_invariant")
+    arrays = case.arrays(subject.dtype)
+    together = prepared_results(subject, arrays, operator)
+    for b in range(case.batch):
+        alone = prepared_results(subject, single(arrays, b), operator)
+        for name, value in alone.items():
+            expect_same_bits(host(value)[0], host(together[name])[b], f"{operator}{name} of sequence {b} alone",
+                             "PURE-4")
+
+
+def prepared_results(subject: Subject, arrays: Arrays, operator: str) -> dict[str, Any]:
+    """Run an operator with no cached state, which would differ between batch and single."""
+    if operator != "attend":
+        return arrays_in(prepare(subject, arrays, operator).run())
+    on = subject.load(arrays)
+    return arrays_in(subject.backend.attend(
+        on.q, on.k, on.v, on.context, on.selection, on.active, None, scale=arrays.scale
+    ))
+
+
+def single(arrays: Arrays, b: int) -> Arrays:
+    """Return the problem of one sequence of a batch."""
+    one = slice(b, b + 1)
+    segments = arrays.page_segments
+    return arrays.but(
+        q=arrays.q[one], q_other=arrays.q_other[one], k=arrays.k[one], v=arrays.v[one],
+        page_table=arrays.page_table[one], page_lengths=arrays.page_lengths[one],
+        page_segments=None if segments is None else segments[one],
+        mask=arrays.mask[one], active=arrays.active[one],
+    )

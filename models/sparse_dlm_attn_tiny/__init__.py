@@ -1,0 +1,1 @@
+"""A small byte-level diffusion language model that ships with the project."""

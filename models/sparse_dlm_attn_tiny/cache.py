@@ -1,0 +1,321 @@
+"""The prefix cache of one sequence: keys, values and page metadata of everything decoded so far.
+
+Keys and values lie densely, layer by layer, in buffers with room to grow; a `Context` is a view of
+them. A cache can be forked in constant time, so that the KV of one prompt serves any number of
+decodings: forks share the buffers until one of them appends after another has (copy on append).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from sparse_dlm_attn.arrays import Array, namespace
+from sparse_dlm_attn.backend import Backend
+from sparse_dlm_attn.context import GENERATED, PROMPT, Context
+from sparse_dlm_attn.errors import InvalidArgumentError
+from sparse_dlm_attn.policy import check_count
+from sparse_dlm_attn.values import PageBounds, check_array
+from sparse_dlm_attn_tiny.config import TinyConfig
+
+__all__ = ["DEFAULT_PAGE_SIZE", "PrefixCache"]
+
+DEFAULT_PAGE_SIZE = 16
+GROWTH_TOKENS = 256  # spare room of a new buffer: a typical answer fits without growing again
+
+
+class _Buffers:
+    """Room for the KV of every layer; `filled` tells up to which token somebody has claimed it."""
+
+    def __init__(self, config: TinyConfig, backend: Backend, capacity: int) -> None:
+        shape = (1, config.kv_heads, capacity, config.head_dim)
+        self.keys = [self._zeros(backend, shape) for _ in range(config.layers)]
+        self.values = [self._zeros(backend, shape) for _ in range(config.layers)]
+        self.capacity = capacity
+        self.filled = 0
+
+    @staticmethod
+    def _zeros(backend: Backend, shape: tuple[int, ...]) -> Array:
+        like = backend.asarray(np.zeros(1, dtype=np.float32), dtype="float32")
+        return namespace(like).zeros(shape, dtype=like.dtype, device=like.device)
+
+
+class PrefixCache:
+    """Post-RoPE keys and values of one sequence's finished tokens, for all layers.
+
+    Parameters
+    ----------
+    config : TinyConfig
+        Architecture that the cache is for.
+    backend : Backend
+        Whose arrays the cache holds and whose `page_bounds` keeps the metadata.
+    page_size : int
+        Tokens a page.
+    block_length : int
+        Tokens denoised together; the prompt's KV depends on it (block-causal attention).
+    capacity : int
+        Tokens to reserve; the cache grows by copying when it needs more.
+    owner : object
+        The model whose KV it holds; decoding refuses a prefix of another model.
+
+    Attributes
+    ----------
+    length : int
+        Finished tokens.
+    version : int
+        Increased by every append, the same for no two different contents of a cache and its forks; the
+        version of the contexts.
+    prompt_tokens : int
+        Tokens that count as prompt: a page is of segment ``PROMPT`` if its first token is one.
+    tokens : tuple of int
+        The finished tokens themselves.
+    bounds_key_bytes : tuple of int
+        Per layer, the key bytes read so far to build page metadata: each key once, and the keys of a
+        partly filled page again whenever it grows. Forks inherit what was read before the fork.
+
+    Notes
+    -----
+    Page metadata belongs to a cache, not to the shared buffers, because two forks may fill the same
+    page with different tokens.
+    """
+
+    def __init__(
+        self,
+        config: TinyConfig,
+        backend: Backend,
+        *,
+        page_size: int = DEFAULT_PAGE_SIZE,
+        block_length: int | None = None,
+        capacity: int = 0,
+        owner: object = None,
+    ) -> None:
+        check_count("page_size", page_size, 1)
+        check_count("capacity", capacity, 0)
+        self.config = config
+        self.backend = backend
+        self.owner = owner
+        self.page_size = page_size
+        self.block_length = config.block_length if block_length is None else block_length
+        self.length = 0
+        self.version = 0
+        self._versions = itertools.count(1)  # one counter for a cache and all its forks
+        self.prompt_tokens = 0
+        self.tokens: tuple[int, ...] = ()
+        self.bounds_key_bytes = (0,) * config.layers
+        self._buffers = _Buffers(config, backend, self._rounded(max(capacity, 1)))
+        self._bounds: list[PageBounds | None] = [None] * config.layers
+        self._contexts: tuple[Context, ...] | None = None
+        self._rebuild_bounds(0)
+
+    def __repr__(self) -> str:
+        return (
+            f"PrefixCache({self.length} tokens, {self.prompt_tokens} of them prompt, "
+            f"page_size={self.page_size}, block_length={self.block_length}, version={self.version})"
+        )
+
+    @property
+    def pages(self) -> int:
+        """Pages that hold a token."""
+        return -(-self.length // self.page_size)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the buffers hold."""
+        return self._buffers.capacity
+
+    def fork(self, *, page_size: int | None = None) -> PrefixCache:
+        """Return a cache of the same tokens that can be appended to independently.
+
+        Nothing is copied now. The first fork to append writes into the shared spare room; a fork that
+        appends after another one did copies its tokens first.
+
+        Parameters
+        ----------
+        page_size : int, optional
+            Tokens a page of the fork; default: the same. Another one rebuilds the metadata.
+        """
+        fork = PrefixCache.__new__(PrefixCache)
+        fork.__dict__.update(self.__dict__)
+        fork._bounds = list(self._bounds)
+        if page_size is not None and page_size != self.page_size:
+            check_count("page_size", page_size, 1)
+            fork.page_size = page_size
+            fork.version = next(self._versions)
+            fork._contexts = None
+            fork._bounds = [None] * self.config.layers
+            fork.bounds_key_bytes = (0,) * self.config.layers
+            fork._make_room(0)
+            fork._rebuild_bounds(0)
+        return fork
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for ``tokens`` more tokens and claim it for this cache."""
+        check_count("tokens", tokens, 0)
+        if self._buffers.filled != self.length:
+            self._copy(self.length + tokens + GROWTH_TOKENS)  # another fork wrote behind our tokens
+        self._make_room(tokens)
+        self._buffers.filled = self.length + tokens
+
+    def write(self, layer: int, start: int, keys: Array, values: Array) -> None:
+        """Store KV of unfinished tokens in room that `reserve` claimed; `advance` makes them count.
+
+        Parameters
+        ----------
+        layer : int
+            Layer, counted from 0.
+        start : int
+            Position of the first token, at least `length`.
+        keys, values : array
+            float32 ``(1, kv_heads, tokens, head_dim)``.
+        """
+        shape = (1, self.config.kv_heads, "tokens", self.config.head_dim)
+        check_array("keys", keys, shape, ("float32",))
+        check_array("values", values, tuple(int(size) for size in keys.shape), ("float32",))
+        end = start + int(keys.shape[2])
+        if not self.length <= start <= end <= self._buffers.filled:
+            raise InvalidArgumentError(
+                "start", f"must lie with its tokens in {self.length}..{self._buffers.filled}",
+                f"{start}..{end}", "Call reserve() first.",
+            )
+        self._buffers.keys[layer][:, :, start:end, :] = keys
+        self._buffers.values[layer][:, :, start:end, :] = values
+
+    def read(self, layer: int, end: int) -> tuple[Array, Array]:
+        """Return views of the keys and values of tokens 0..end of a layer, written ones included."""
+        return self._buffers.keys[layer][:, :, :end, :], self._buffers.values[layer][:, :, :end, :]
+
+    def advance(self, tokens: Sequence[int], *, prompt_tokens: int | None = None) -> None:
+        """Count tokens as finished whose KV has been written for every layer.
+
+        Parameters
+        ----------
+        tokens : sequence of int
+            The tokens.
+        prompt_tokens : int, optional
+            New value of `prompt_tokens`; default: unchanged.
+        """
+        first_page = self.length // self.page_size  # a partly filled last page has to be rebuilt
+        self.tokens += tuple(int(token) for token in tokens)
+        self.length = len(self.tokens)
+        if prompt_tokens is not None:
+            self.prompt_tokens = prompt_tokens
+        self.version = next(self._versions)
+        self._contexts = None
+        self._make_room(0)
+        self._rebuild_bounds(first_page)
+
+    def append(self, keys: Sequence[Array], values: Sequence[Array], tokens: Sequence[int]) -> None:
+        """Append finished tokens: `reserve`, `write` for every layer, `advance`.
+
+        Parameters
+        ----------
+        keys, values : sequence of array
+            One array ``(1, kv_heads, tokens, head_dim)`` a layer.
+        tokens : sequence of int
+            The tokens.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If layers are missing or a shape does not fit; the cache is unchanged then.
+        """
+        for name, arrays in (("keys", keys), ("values", values)):
+            if len(arrays) != self.config.layers:
+                raise InvalidArgumentError(
+                    name, f"must hold one array for each of {self.config.layers} layers", len(arrays)
+                )
+            for array in arrays:
+                shape = (1, self.config.kv_heads, len(tokens), self.config.head_dim)
+                check_array(name, array, shape, ("float32",))
+        self.reserve(len(tokens))
+        for layer in range(self.config.layers):
+            self.write(layer, self.length, keys[layer], values[layer])
+        self.advance(tokens)
+
+    def context(self, layer: int) -> Context:
+        """Return the finished tokens of one layer as a `Context` that shares the cache's memory.
+
+        Page metadata is attached. An empty cache gives one absent page.
+        """
+        return self.contexts()[layer]
+
+    def contexts(self) -> tuple[Context, ...]:
+        """Return `context` of every layer; they share page table, lengths and segments."""
+        if self._contexts is None:
+            table, lengths, segments = self._page_arrays()
+            self._contexts = tuple(
+                Context(
+                    *self._paged(layer, 0, max(self.pages, 1)), table, lengths, segments,
+                    self._bounds[layer], self.version,
+                )
+                for layer in range(self.config.layers)
+            )
+        return self._contexts
+
+    def _page_arrays(self) -> tuple[Array, Array, Array]:
+        first = np.arange(max(self.pages, 1), dtype=np.int32)
+        lengths = np.clip(self.length - first * self.page_size, 0, self.page_size)
+        segments = np.where(first * self.page_size < self.prompt_tokens, PROMPT, GENERATED)
+        arrays = ((first, "int32"), (lengths, "int32"), (segments, "int8"))
+        table, lengths, segments = (
+            self.backend.asarray(values[None].astype(dtype), dtype=dtype) for values, dtype in arrays
+        )
+        return table, lengths, segments
+
+    def _paged(self, layer: int, first: int, last: int) -> tuple[Array, Array]:
+        """View pages ``first..last-1`` as ``(pages, kv_heads, page_size, head_dim)``."""
+        views = []
+        for buffers in (self._buffers.keys, self._buffers.values):
+            dense = buffers[layer][0, :, first * self.page_size : last * self.page_size, :]
+            xp = namespace(dense)
+            shape = (self.config.kv_heads, last - first, self.page_size, self.config.head_dim)
+            views.append(xp.permute_dims(xp.reshape(dense, shape), (1, 0, 2, 3)))
+        return views[0], views[1]
+
+    def _rebuild_bounds(self, first_page: int) -> None:
+        """Build metadata from page ``first_page`` on and keep the pages before it."""
+        last_page = max(self.pages, 1)
+        first_page = min(first_page, last_page - 1)
+        arrays = self._page_arrays()
+        # Physical pages of the partial view count from its first page.
+        table = arrays[0][:, first_page:] - first_page
+        lengths = arrays[1][:, first_page:]
+        for layer in range(self.config.layers):
+            pages = self._paged(layer, first_page, last_page)
+            fresh = self.backend.page_bounds(Context(*pages, table, lengths))
+            self._bounds[layer] = self._joined(self._bounds[layer], fresh, first_page)
+        key_bytes = 4 * self.config.kv_heads * self.config.head_dim
+        read = (self.length - min(first_page * self.page_size, self.length)) * key_bytes
+        self.bounds_key_bytes = tuple(bytes_ + read for bytes_ in self.bounds_key_bytes)
+
+    @staticmethod
+    def _joined(kept: PageBounds | None, fresh: PageBounds, pages: int) -> PageBounds:
+        if kept is None or pages == 0:
+            return fresh
+        xp = namespace(fresh.lower)
+        lower = xp.concat([kept.lower[:, :, :pages, :], fresh.lower], axis=2)
+        return PageBounds(lower, xp.concat([kept.upper[:, :, :pages, :], fresh.upper], axis=2))
+
+    def _rounded(self, tokens: int) -> int:
+        return -(-tokens // self.page_size) * self.page_size
+
+    def _make_room(self, tokens: int) -> None:
+        """Grow so that whole pages hold the finished tokens and ``tokens`` more."""
+        needed = self._rounded(max(self.length + tokens, 1))
+        if needed > self._buffers.capacity:
+            self._copy(needed + GROWTH_TOKENS)
+
+    def _copy(self, capacity: int) -> None:
+        """Move to buffers of our own."""
+        old = self._buffers
+        self._buffers = _Buffers(self.config, self.backend, self._rounded(capacity))
+        self._buffers.filled = self.length
+        for layer in range(self.config.layers):
+            for new, source in (
+                (self._buffers.keys[layer], old.keys[layer]),
+                (self._buffers.values[layer], old.values[layer]),
+            ):
+                new[:, :, : self.length, :] = source[:, :, : self.length, :]
+        self._contexts = None

@@ -1,0 +1,98 @@
+"""The command `show`: which pages of the context each pass of a policy reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sparse_dlm_attn import InvalidArgumentError
+from sparse_dlm_attn.cli.console import note, result_console
+from sparse_dlm_attn.cli.files import check_target, write_atomically
+from sparse_dlm_attn.policy import check_count
+from sparse_dlm_attn_tiny.commands import options
+from sparse_dlm_attn_tiny.commands.decode import compare_with_progress
+
+if TYPE_CHECKING:
+    from sparse_dlm_attn_tiny.comparison import Comparison
+    from sparse_dlm_attn_tiny.prompts import Prompt
+    from sparse_dlm_attn_tiny.records import PassRecord
+
+__all__ = ["show"]
+
+SHOWN_POLICIES = ("losa", "quest", "mage", "sliding-window")
+DEFAULT_PICTURE = Path("pages.png")
+
+
+def show(
+    prompt: options.PromptFile = None,
+    question: options.Question = None,
+    task: options.Task = None,
+    length: options.Length = None,
+    seed: options.Seed = None,
+    policy: options.Policies = None,
+    budget: options.Budget = options.DEFAULT_BUDGET,
+    backend: options.BackendName = "reference",
+    block_length: options.BlockLength = 16,
+    steps: options.Steps = None,
+    threshold: options.Threshold = None,
+    page_size: options.PageSize = 16,
+    block: Annotated[int, typer.Option(help="Block to show, counted from 0.")] = 0,
+    weights: options.Weights = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Picture to write (PNG).  [default: pages.png, none with --ascii]", metavar="FILE"),
+    ] = None,
+    as_text: Annotated[bool, typer.Option("--ascii", help="Draw the map in the terminal.")] = False,
+) -> None:
+    """Show which pages of the context each pass reads, as a picture or in the terminal."""
+    from sparse_dlm_attn_tiny import plots
+    from sparse_dlm_attn_tiny.policy_choice import choose_policies
+
+    check_count("--block", block)
+    settings = options.check_settings(block_length, steps, threshold, page_size, block + 1)
+    choices = choose_policies(policy or SHOWN_POLICIES, budget, page_size, baseline=False)
+    picture = out if out is not None or as_text else DEFAULT_PICTURE
+    if picture is not None:
+        plots.require_matplotlib()
+        check_target(picture, "--out")
+    model = options.load_model(backend, weights, settings)
+    asked = options.pick_prompt(
+        prompt, question, None, task, length, seed, block_length, model.config.max_context
+    )
+    comparison = compare_with_progress(model, asked, choices, settings)
+    panels = _panels(comparison, block)
+    marked = sorted({start // page_size for start, _ in asked.facts})
+    if as_text:
+        _print(panels, marked, asked)
+    if picture is not None:
+        title = f"Pages read in block {block}, {len(asked.text)} bytes of context, {page_size} a page"
+        write_atomically(picture, plots.heatmap_picture(panels, marked, title), "--out")
+        note(f"wrote {picture}")
+
+
+def _panels(comparison: Comparison, block: int) -> list[tuple[str, list[PassRecord]]]:
+    panels = []
+    for result, decoded in zip(comparison.results, comparison.decoded, strict=True):
+        passes = [record for record in decoded.passes if record.block == block]
+        if not passes:
+            raise InvalidArgumentError(
+                "--block", f"must be below {decoded.blocks}: the answer of {result.choice.label} ends", block
+            )
+        panels.append((result.choice.label, passes))
+    return panels
+
+
+def _print(panels: list[tuple[str, list[PassRecord]]], marked: list[int], prompt: Prompt) -> None:
+    from sparse_dlm_attn_tiny.plots import SHADES, ascii_heatmap
+
+    console = result_console()
+    for label, passes in panels:
+        console.print(label, style="bold", markup=False)
+        for line in ascii_heatmap(passes, console.width, marked):
+            console.print(line, markup=False, no_wrap=True)
+    console.print(
+        f"Share of layers and KV heads that loaded a page: '{SHADES}' is none to all."
+        + (" ^ holds a fact that the answer needs." if prompt.facts else ""), markup=False, soft_wrap=True,
+    )

@@ -1,0 +1,238 @@
+"""Block diffusion decoding over a cached prefix.
+
+The prompt's whole blocks are prefilled; what is left of it stands at the front of the first block,
+decoded from the start. A block is denoised in several passes, each followed by the decoding of some
+tokens, and run once more when it is complete, to write its final KV (the save pass). Every pass
+computes the block's own KV afresh and reads the prefix through `PrefixAttention`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sparse_dlm_attn import (
+    InvalidArgumentError,
+    InvalidTypeError,
+    LayerMemory,
+    PassInfo,
+    PrefixAttention,
+    PrefixAttentionPolicy,
+)
+from sparse_dlm_attn.arrays import to_numpy
+from sparse_dlm_attn.policy import check_count
+from sparse_dlm_attn_tiny.cache import DEFAULT_PAGE_SIZE, PrefixCache
+from sparse_dlm_attn_tiny.config import MASK_ID
+from sparse_dlm_attn_tiny.full_sequence import decode_full_sequence
+from sparse_dlm_attn_tiny.model import BlockPass, TinyModel, as_tokens, check_block_length
+from sparse_dlm_attn_tiny.records import Decoded, PassRecord, text_before_stop
+from sparse_dlm_attn_tiny.schedule import Schedule, confidences
+
+__all__ = ["Decoded", "PassRecord", "decode_blocks", "decode_full_sequence"]
+
+HostArray = np.ndarray[Any, Any]
+Memories = tuple[LayerMemory, ...] | None
+
+
+def decode_blocks(
+    model: TinyModel,
+    prompt: bytes | Sequence[int],
+    *,
+    policy: str | PrefixAttentionPolicy[Any],
+    block_length: int = 16,
+    steps: int | None = None,
+    threshold: float | None = None,
+    max_blocks: int = 8,
+    prefix: PrefixCache | None = None,
+    page_size: int | None = None,
+    on_pass: Callable[[PassRecord], None] | None = None,
+) -> Decoded:
+    """Continue a prompt block by block, greedily.
+
+    Parameters
+    ----------
+    model : TinyModel
+        The model; its backend computes.
+    prompt : bytes
+        At least one byte, at most the model's context. What is decoded may go beyond that.
+    policy : str or PrefixAttentionPolicy
+        A registered name, ``"name:key=value,..."``, ``"module:attr"``, or an instance.
+    block_length : int
+        Tokens denoised together: 8, 16 or 32.
+    steps : int, optional
+        Denoising passes of a full block, ``1..block_length``; default 8 unless a threshold is given.
+    threshold : float, optional
+        Instead of a fixed number: decode all tokens with a confidence strictly above it.
+    max_blocks : int
+        Blocks to decode at most.
+    prefix : PrefixCache, optional
+        ``model.prefill(prompt, block_length=...)``, to share it between decodings; it is not changed.
+    page_size : int, optional
+        Tokens a page; default: that of ``prefix``, else 16.
+    on_pass : callable, optional
+        Called with every `PassRecord` as soon as it exists.
+
+    Returns
+    -------
+    Decoded
+        Output, and what each pass read.
+
+    Raises
+    ------
+    InvalidArgumentError, InvalidTypeError
+        If an argument breaks a rule; nothing has been computed then.
+    UnknownNameError, UnavailableError
+        If the policy cannot be had.
+
+    Notes
+    -----
+    Confidence is the softmax probability of the likeliest byte; ties go to the lowest position. The stop byte
+    is looked for when a block is complete, as in SDAR, so all policies make the same passes.
+    """
+    tokens = as_tokens("prompt", prompt)
+    model.check_prompt(tokens)
+    schedule = Schedule(check_block_length(block_length), steps, threshold)
+    check_count("max_blocks", max_blocks, 1)
+    if page_size is not None:
+        check_count("page_size", page_size, 1)
+    if on_pass is not None and not callable(on_pass):
+        raise InvalidTypeError("on_pass", "must be callable or None", type(on_pass).__name__)
+    attention = PrefixAttention(policy, model.backend)
+    started = time.perf_counter()
+    if prefix is None:
+        cache = model.prefill(
+            tokens, block_length=block_length, page_size=page_size or DEFAULT_PAGE_SIZE
+        )
+        prefill_seconds = time.perf_counter() - started
+    else:
+        _check_prefix(model, prefix, tokens, block_length)
+        cache, prefill_seconds = prefix.fork(page_size=page_size), 0.0
+    started = time.perf_counter()
+    run = _BlockRun(model, attention, cache, schedule, on_pass)
+    first = tokens[cache.length :]
+    generated, stopped = b"", False
+    while run.blocks < max_blocks and not stopped:
+        generated += run.decode_block(first)
+        first = ()
+        output, stopped = text_before_stop(generated)
+    return Decoded(
+        output=output, generated=generated, stopped=stopped, passes=tuple(run.records),
+        block_length=block_length, page_size=cache.page_size, prompt_tokens=len(tokens),
+        prefilled_tokens=len(tokens) // block_length * block_length,
+        build_bytes=float(sum(run.build_bytes)), prefill_seconds=prefill_seconds,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _check_prefix(
+    model: TinyModel, prefix: PrefixCache, tokens: tuple[int, ...], block_length: int
+) -> None:
+    """Raise unless ``prefix`` is what `TinyModel.prefill` returns for this prompt and block length."""
+    if not isinstance(prefix, PrefixCache):
+        raise InvalidTypeError("prefix", "must be a PrefixCache or None", type(prefix).__name__)
+    remedy = "Pass model.prefill(prompt, block_length=...), or leave prefix out."
+    if prefix.owner is not model:
+        raise InvalidArgumentError("prefix", "must be made by this model", "one of another", remedy)
+    if prefix.block_length != block_length:
+        raise InvalidArgumentError(
+            "prefix", f"must be made with block_length={block_length}", prefix.block_length, remedy
+        )
+    whole = len(tokens) // block_length * block_length
+    if prefix.tokens != tokens[:whole] or prefix.prompt_tokens != len(tokens):
+        raise InvalidArgumentError(
+            "prefix", f"must hold exactly the prompt's first {whole} bytes", prefix, remedy
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """Place in a block: pass number, and what is decoded since when."""
+
+    index: int
+    is_save: bool
+    decoded: HostArray
+    newly: HostArray
+    planned: int | None
+
+
+class _BlockRun:
+    """A decoding under way: the only thing here that changes."""
+
+    def __init__(
+        self,
+        model: TinyModel,
+        attention: PrefixAttention,
+        cache: PrefixCache,
+        schedule: Schedule,
+        on_pass: Callable[[PassRecord], None] | None,
+    ) -> None:
+        self.model, self.attention, self.cache = model, attention, cache
+        self.schedule, self.on_pass = schedule, on_pass
+        self.blocks = 0
+        self.records: list[PassRecord] = []
+        self.build_bytes = [0] * model.config.layers
+        self._memories: Memories = None
+
+    def decode_block(self, known: Sequence[int]) -> bytes:
+        """Decode one block that starts with the ``known`` tokens, save it, return its new bytes."""
+        length = self.schedule.tokens
+        tokens = np.full(length, MASK_ID)
+        tokens[: len(known)] = known
+        decoded = tokens != MASK_ID
+        newly = np.zeros(length, dtype=bool)
+        planned = self.schedule.planned_passes(length - len(known))
+        index = 0
+        while not decoded.all():
+            step = _Step(index, False, decoded, newly, planned)
+            started = time.perf_counter()
+            result = self._forward(tokens, step)
+            best, confidence = confidences(to_numpy(result.logits))
+            newly = self.schedule.choose(index, ~decoded, confidence)
+            tokens = np.where(newly, best, tokens)
+            decoded = decoded | newly
+            self._record(result, step, tokens, newly, started)
+            index += 1
+        self._save(tokens, _Step(index, True, decoded, newly, planned))
+        self.blocks += 1
+        return bytes(tokens[len(known) :].tolist())
+
+    def _save(self, tokens: HostArray, step: _Step) -> None:
+        """Run the complete block once more and append its KV."""
+        started = time.perf_counter()
+        built = self.cache.bounds_key_bytes
+        result = self._forward(tokens, step)
+        self.cache.append(result.keys, result.values, tokens.tolist())
+        self._record(result, step, tokens, np.zeros_like(step.newly), started)
+        for layer in range(self.model.config.layers):
+            # Building the bounds is work of the layers that use them; see Decoded.traffic().
+            if any(record.metadata_reads[layer] for record in self.records):
+                self.build_bytes[layer] = built[layer]
+
+    def _forward(self, tokens: HostArray, step: _Step) -> BlockPass:
+        asarray = self.model.backend.asarray
+        info = PassInfo(
+            step.index, step.is_save, asarray(step.decoded[None], dtype="bool"),
+            asarray(step.newly[None], dtype="bool"), total_passes=step.planned,
+        )
+        result = self.model.forward_block(
+            tokens.tolist(), self.cache.length, self.cache.contexts(), self.attention, info, self._memories
+        )
+        # Kept across blocks too: the driver drops what does not outlive a block.
+        self._memories = result.memories
+        return result
+
+    def _record(
+        self, result: BlockPass, step: _Step, tokens: HostArray, newly: HostArray, started: float
+    ) -> None:
+        record = PassRecord.of(
+            result.memories, block=self.blocks, index=step.index, is_save=step.is_save,
+            tokens=tokens.tolist(), newly_decoded=np.flatnonzero(newly),
+            seconds=time.perf_counter() - started,
+        )
+        self.records.append(record)
+        if self.on_pass is not None:
+            self.on_pass(record)

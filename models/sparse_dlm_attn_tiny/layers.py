@@ -1,0 +1,184 @@
+"""The parts of a transformer layer outside attention, written once on the Python array API.
+
+Every array is float32. Matrices are ``(out, in)`` and applied as ``x @ matrix.T``; nothing has a bias.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sparse_dlm_attn.arrays import Array, namespace
+from sparse_dlm_attn.backend import Backend
+from sparse_dlm_attn_tiny.config import TinyConfig
+from sparse_dlm_attn_tiny.weights import Weights
+
+__all__ = ["Layer", "block_causal_attention", "rms_norm", "rope_tables", "rotate"]
+
+
+def rms_norm(x: Array, gain: Array, eps: float) -> Array:
+    """Scale the last axis to mean square one, then by ``gain`` of shape ``(channels,)``."""
+    xp = namespace(x)
+    return x / xp.sqrt(xp.mean(x * x, axis=-1, keepdims=True) + eps) * gain
+
+
+def rope_tables(config: TinyConfig, start: int, count: int, backend: Backend) -> tuple[Array, Array]:
+    """Return cosine and sine of the angles of positions ``start..start+count-1``.
+
+    Returns
+    -------
+    tuple of array
+        float32 ``(count, head_dim / 2)`` each, rounded from float64 angles.
+    """
+    half = config.head_dim // 2
+    frequency = float(config.rope_theta) ** (-np.arange(half) / half)
+    angle = np.arange(start, start + count, dtype=np.float64)[:, None] * frequency
+    cosine, sine = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+    return backend.asarray(cosine, dtype="float32"), backend.asarray(sine, dtype="float32")
+
+
+def rotate(x: Array, cosine: Array, sine: Array) -> Array:
+    """Apply rotary positions to ``(1, heads, tokens, head_dim)``: channel pairs ``(c, c + dim / 2)``."""
+    xp = namespace(x)
+    half = int(x.shape[-1]) // 2
+    first, second = x[..., :half], x[..., half:]
+    return xp.concat([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
+
+
+def silu(x: Array) -> Array:
+    """Return ``x * sigmoid(x)``; by tanh, which cannot overflow."""
+    xp = namespace(x)
+    half = x * 0.5
+    return half * xp.tanh(half) + half
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One layer's weights; matrices that share an input are stacked, so that one product does.
+
+    Parameters
+    ----------
+    config : TinyConfig
+        The architecture.
+    attention_norm, query_norm, key_norm, mlp_norm : array
+        Gains.
+    query_key_value : array
+        ``((query_heads + 2 * kv_heads) * head_dim, width)``.
+    output : array
+        ``(width, query_heads * head_dim)``.
+    gate_up : array
+        ``(2 * hidden, width)``.
+    down : array
+        ``(width, hidden)``.
+    """
+
+    config: TinyConfig
+    attention_norm: Array
+    query_norm: Array
+    key_norm: Array
+    mlp_norm: Array
+    query_key_value: Array
+    output: Array
+    gate_up: Array
+    down: Array
+
+    @classmethod
+    def of(cls, config: TinyConfig, weights: Weights, index: int, backend: Backend) -> Layer:
+        """Take layer ``index`` out of the weights and put it on the backend's device."""
+
+        def stacked(*names: str) -> Any:
+            parts = [weights[f"layers.{index}.{name}"] for name in names]
+            return backend.asarray(np.concatenate(parts), dtype="float32")
+
+        names = ("attention_norm", "query_norm", "key_norm", "mlp_norm", "output", "down")
+        return cls(
+            config=config, query_key_value=stacked("query", "key", "value"),
+            gate_up=stacked("gate", "up"), **{name: stacked(name) for name in names},
+        )
+
+    def project(self, x: Array, cosine: Array, sine: Array) -> tuple[Array, Array, Array]:
+        """Return queries, keys and values of tokens ``x``, normalised and rotated.
+
+        Parameters
+        ----------
+        x : array
+            ``(tokens, width)``: the residual stream.
+        cosine, sine : array
+            `rope_tables` of the tokens' positions.
+
+        Returns
+        -------
+        tuple of array
+            ``(1, query_heads or kv_heads, tokens, head_dim)``.
+        """
+        config, eps = self.config, self.config.norm_eps
+        xp = namespace(x)
+        joint = rms_norm(x, self.attention_norm, eps) @ xp.matrix_transpose(self.query_key_value)
+        joint = xp.reshape(joint, (int(x.shape[0]), -1, config.head_dim))
+        joint = xp.permute_dims(joint, (1, 0, 2))[None, ...]
+        keys, values = config.query_heads, config.query_heads + config.kv_heads
+        q = rotate(rms_norm(joint[:, :keys, ...], self.query_norm, eps), cosine, sine)
+        k = rotate(rms_norm(joint[:, keys:values, ...], self.key_norm, eps), cosine, sine)
+        # A copy of its own: backends want the last axes of v laid out like those of q and k.
+        return q, k, joint[:, values:, ...] * 1.0
+
+    def finish(self, x: Array, attended: Array) -> Array:
+        """Add the attention output and the feed-forward part to the residual stream.
+
+        Parameters
+        ----------
+        x : array
+            ``(tokens, width)``.
+        attended : array
+            ``(1, query_heads, tokens, head_dim)``.
+        """
+        xp = namespace(x)
+        joined = xp.reshape(xp.permute_dims(attended[0, ...], (1, 0, 2)), (int(x.shape[0]), -1))
+        x = x + joined @ xp.matrix_transpose(self.output)
+        hidden = rms_norm(x, self.mlp_norm, self.config.norm_eps) @ xp.matrix_transpose(self.gate_up)
+        gate, up = hidden[:, : self.config.hidden], hidden[:, self.config.hidden :]
+        return x + (silu(gate) * up) @ xp.matrix_transpose(self.down)
+
+
+def block_causal_attention(q: Array, k: Array, v: Array, block_length: int) -> Array:
+    """Attend from the last rows of a prompt to everything up to and including their own block.
+
+    Parameters
+    ----------
+    q : array
+        float32 ``(1, query_heads, rows, head_dim)``: whole blocks, the last ``rows`` tokens of the keys.
+    k, v : array
+        float32 ``(1, kv_heads, keys, head_dim)``.
+    block_length : int
+        Tokens a block.
+
+    Returns
+    -------
+    array
+        ``(1, query_heads, rows, head_dim)``.
+
+    Notes
+    -----
+    This is the prompt's dense part, which no policy decides about. One KV head at a time: its score
+    matrix ``(group * rows, keys)`` is all the memory it takes, and the scores are computed in place.
+    """
+    xp = namespace(q)
+    _, query_heads, rows, head_dim = (int(size) for size in q.shape)
+    kv_heads, keys = int(k.shape[1]), int(k.shape[2])
+    group = query_heads // kv_heads
+    block = xp.arange(rows, device=q.device) // block_length
+    later = block[None, :] > block[:, None]
+    none = xp.zeros((rows, rows), dtype=q.dtype, device=q.device)
+    bias = xp.concat([xp.where(later, -xp.inf, none)] * group, axis=0)
+    outputs = []
+    for head in range(kv_heads):
+        queries = q[0, head * group : (head + 1) * group, ...] * (1.0 / head_dim**0.5)
+        scores = xp.reshape(queries, (group * rows, head_dim)) @ xp.matrix_transpose(k[0, head, ...])
+        scores[:, keys - rows :] += bias
+        scores -= xp.max(scores, axis=-1, keepdims=True)
+        weights = xp.exp(scores)
+        out = (weights @ v[0, head, ...]) / xp.sum(weights, axis=-1, keepdims=True)
+        outputs.append(xp.reshape(out, (1, group, rows, head_dim)))
+    return xp.concat(outputs, axis=1)

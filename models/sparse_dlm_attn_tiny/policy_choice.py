@@ -1,0 +1,134 @@
+"""Which policies a command compares, and what one common budget means for each of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sparse_dlm_attn import InvalidArgumentError, PrefixAttentionPolicy, get_policy, policies
+from sparse_dlm_attn.policy import check_count
+
+__all__ = ["BASELINE", "DEFAULT_POLICIES", "PolicyChoice", "choose_policies", "choose_policy"]
+
+BASELINE = "dense"
+"""What agreement and savings are measured against."""
+
+DEFAULT_POLICIES = (
+    BASELINE, "losa", "quest", "sliding-window", "streaming-llm", "flashblock", "mage", "sparsed",
+)
+
+
+@dataclass(frozen=True)
+class PolicyChoice:
+    """A policy, ready to run.
+
+    Parameters
+    ----------
+    label : str
+        ``"name:key=value,..."`` with every parameter that differs from its default; `get_policy`
+        understands it.
+    policy : PrefixAttentionPolicy
+        The policy itself.
+    budget : int or None
+        The common budget that was given to it, in tokens; None if it has no budget or its own.
+    """
+
+    label: str
+    policy: PrefixAttentionPolicy[Any]
+    budget: int | None
+
+    @property
+    def name(self) -> str:
+        """What stands before the parameters."""
+        return _name_of(self.label)
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Every parameter with its value."""
+        return {name: getattr(self.policy, name) for name in _fields_of(self.policy)}
+
+
+def choose_policies(
+    texts: Sequence[str], budget: int, page_size: int, *, baseline: bool = True
+) -> list[PolicyChoice]:
+    """Return the policies to compare, each once.
+
+    Parameters
+    ----------
+    texts : sequence of str
+        As the user wrote them; empty for `DEFAULT_POLICIES`.
+    budget : int
+        Context tokens that a row may read, for policies that have a budget and were not given one.
+    page_size : int
+        Tokens a page.
+    baseline : bool
+        Whether to put the dense policy first if it is not among them.
+
+    Raises
+    ------
+    SparseAttentionError
+        For an unknown policy or parameter, or a value that breaks its rule.
+    """
+    names = list(texts) or list(DEFAULT_POLICIES)
+    if baseline and BASELINE not in names:
+        names.insert(0, BASELINE)
+    choices = [choose_policy(text, budget, page_size) for text in names]
+    return list({choice.label: choice for choice in choices}.values())
+
+
+def choose_policy(text: str, budget: int, page_size: int) -> PolicyChoice:
+    """Return one policy with the common budget, unless ``text`` sets its own.
+
+    Parameters
+    ----------
+    text : str
+        A registered name, ``"name:key=value,..."`` or ``"module:attr"``.
+    budget : int
+        Context tokens that a row may read.
+    page_size : int
+        Tokens a page.
+
+    Notes
+    -----
+    Policies that choose by content have a parameter ``budget``. A window gets the budget less what the
+    attention sinks take: they are rounded up to whole pages, as the policies do.
+    """
+    check_count("--budget", budget, 1)
+    if not text.strip() or (text.partition(":")[0] in policies() and "=" not in text and ":" in text):
+        raise InvalidArgumentError("--policy", "must be written name:key=value,key=value", repr(text))
+    policy = get_policy(text)
+    name, given = _budget_parameter(policy, budget, page_size)
+    if name is None or name in _written_parameters(text):
+        return PolicyChoice(text, policy, None)
+    separator = "," if _written_parameters(text) else ":"
+    return PolicyChoice(f"{text}{separator}{name}={given}", get_policy(text, **{name: given}), budget)
+
+
+def _budget_parameter(
+    policy: PrefixAttentionPolicy[Any], budget: int, page_size: int
+) -> tuple[str | None, int]:
+    fields = _fields_of(policy)
+    if "budget" in fields:
+        return "budget", budget
+    if "window" in fields:
+        sinks = -(-int(getattr(policy, "sinks", 0)) // page_size) * page_size
+        return "window", max(budget - sinks, 1)
+    return None, 0
+
+
+def _fields_of(policy: Any) -> list[str]:
+    """Return the names of a policy's parameters; a foreign policy need not be a dataclass."""
+    return [field.name for field in dataclasses.fields(policy)] if dataclasses.is_dataclass(policy) else []
+
+
+def _written_parameters(text: str) -> set[str]:
+    _, colon, tail = text.rpartition(":")
+    if not colon or "=" not in tail:
+        return set()
+    return {item.partition("=")[0].strip() for item in tail.split(",")}
+
+
+def _name_of(text: str) -> str:
+    return text.rpartition(":")[0] if _written_parameters(text) else text

@@ -1,0 +1,215 @@
+"""What a decoding did: its output, and what every pass of every layer read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sparse_dlm_attn import LayerMemory
+from sparse_dlm_attn.arrays import to_numpy
+from sparse_dlm_attn_tiny.config import STOP_BYTE
+
+__all__ = ["Decoded", "PassRecord", "TrafficTotal", "text_before_stop"]
+
+HostArray = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class PassRecord:
+    """One forward pass over one block; token counts and bytes are summed over KV heads.
+
+    Parameters
+    ----------
+    block, index : int
+        Block of this decoding and pass in the block, both from 0.
+    is_save : bool
+        Whether this pass wrote the block's final KV.
+    tokens : tuple of int
+        The block after the pass; 256 where it is still masked.
+    newly_decoded : tuple of int
+        Positions in the block that were decoded after this pass.
+    tokens_read, context_tokens, page_bytes, metadata_bytes, dense_bytes : numpy.ndarray
+        float64 ``(layers,)``: tokens loaded and tokens there are; bytes of the pages loaded, bytes
+        read to choose them, bytes that the dense policy reads.
+    metadata_reads : numpy.ndarray
+        int64 ``(layers,)``: how often the policy read the page bounds.
+    active_rows : numpy.ndarray
+        int64 ``(layers,)``: rows whose context part was computed.
+    loaded : numpy.ndarray
+        bool ``(layers, kv_heads, pages)``: pages loaded.
+    seconds : float
+        Wall time of the pass.
+    """
+
+    block: int
+    index: int
+    is_save: bool
+    tokens: tuple[int, ...]
+    newly_decoded: tuple[int, ...]
+    tokens_read: HostArray
+    context_tokens: HostArray
+    page_bytes: HostArray
+    metadata_bytes: HostArray
+    dense_bytes: HostArray
+    metadata_reads: HostArray
+    active_rows: HostArray
+    loaded: HostArray
+    seconds: float
+
+    @property
+    def density(self) -> float:
+        """Tokens loaded / context tokens, over all layers; 0 for an empty context."""
+        total = float(self.context_tokens.sum())
+        return float(self.tokens_read.sum()) / total if total else 0.0
+
+    @classmethod
+    def of(
+        cls,
+        memories: Sequence[LayerMemory],
+        *,
+        block: int,
+        index: int,
+        is_save: bool,
+        tokens: Sequence[int],
+        newly_decoded: Iterable[int],
+        seconds: float,
+    ) -> PassRecord:
+        """Read the traffic of a pass from its memories, to the host."""
+        traffic = [memory.traffic for memory in memories]
+
+        def per_layer(name: str) -> HostArray:
+            return np.asarray([float(to_numpy(getattr(item, name))[0]) for item in traffic])
+
+        return cls(
+            block=block, index=index, is_save=is_save, seconds=seconds,
+            tokens=tuple(int(token) for token in tokens),
+            newly_decoded=tuple(int(position) for position in newly_decoded),
+            tokens_read=per_layer("tokens_read"), context_tokens=per_layer("context_tokens"),
+            page_bytes=per_layer("page_bytes"), metadata_bytes=per_layer("metadata_bytes"),
+            dense_bytes=per_layer("dense_bytes"),
+            metadata_reads=np.asarray([item.metadata_reads for item in traffic]),
+            active_rows=np.asarray([int(to_numpy(memory.active).sum()) for memory in memories]),
+            loaded=np.stack([to_numpy(item.loaded)[0] for item in traffic]),
+        )
+
+
+@dataclass(frozen=True)
+class TrafficTotal:
+    """Context reads summed over passes, layers and KV heads.
+
+    Parameters
+    ----------
+    passes : int
+        Passes summed.
+    tokens_read, context_tokens : float
+        Tokens loaded, and tokens that the dense policy loads.
+    page_bytes, metadata_bytes : float
+        Bytes of pages loaded, and bytes read in the passes to choose them.
+    build_bytes : float
+        Key bytes read to build the page bounds that the policy used; 0 in totals without pass 0.
+    dense_bytes : float
+        Bytes that the dense policy reads in these passes.
+    """
+
+    passes: int
+    tokens_read: float
+    context_tokens: float
+    page_bytes: float
+    metadata_bytes: float
+    build_bytes: float
+    dense_bytes: float
+
+    @property
+    def density(self) -> float:
+        """Tokens loaded / context tokens; 0 for an empty context."""
+        return self.tokens_read / self.context_tokens if self.context_tokens else 0.0
+
+    @property
+    def bytes_read(self) -> float:
+        """All bytes: pages, metadata, and the building of metadata."""
+        return self.page_bytes + self.metadata_bytes + self.build_bytes
+
+    @property
+    def byte_share(self) -> float:
+        """Bytes read / what the dense policy reads; 0 for an empty context. May exceed 1."""
+        return self.bytes_read / self.dense_bytes if self.dense_bytes else 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Decoded:
+    """A finished decoding.
+
+    Parameters
+    ----------
+    output : bytes
+        The new bytes up to the first stop byte, which is left out.
+    generated : bytes
+        All new bytes of the blocks that were decoded, stop byte and filling included.
+    stopped : bool
+        Whether a stop byte was decoded; False if the number of blocks ended it.
+    passes : tuple of PassRecord
+        Every pass in order.
+    block_length, page_size : int
+        Tokens a block and a page.
+    prompt_tokens, prefilled_tokens : int
+        Bytes of the prompt, and those of them that were prefilled.
+    build_bytes : float
+        See `TrafficTotal`.
+    prefill_seconds, seconds : float
+        Wall time of the prefill (0 if a prefix was given) and of the passes.
+    """
+
+    output: bytes
+    generated: bytes
+    stopped: bool
+    passes: tuple[PassRecord, ...]
+    block_length: int
+    page_size: int
+    prompt_tokens: int
+    prefilled_tokens: int
+    build_bytes: float
+    prefill_seconds: float
+    seconds: float
+
+    @property
+    def blocks(self) -> int:
+        """Blocks decoded."""
+        return self.passes[-1].block + 1 if self.passes else 0
+
+    def traffic(self, first_pass: bool = True) -> TrafficTotal:
+        """Return the context reads of the decoding.
+
+        Parameters
+        ----------
+        first_pass : bool
+            Whether pass 0 of every block counts, and with it the building of page metadata. Save
+            passes always count.
+
+        Notes
+        -----
+        The bounds of the prompt's pages are built when the prompt is cached, not in a pass. A
+        policy that never reads them does not need that work, so it is charged, once, to layers in which the
+        policy read bounds in some pass of this decoding; likewise the bounds of blocks appended before
+        the last block. Shared prefixes make no difference: every decoding is charged as if alone.
+        """
+        counted = [record for record in self.passes if first_pass or record.index > 0]
+
+        def total(name: str) -> float:
+            return math.fsum(float(getattr(record, name).sum()) for record in counted)
+
+        return TrafficTotal(
+            passes=len(counted), tokens_read=total("tokens_read"),
+            context_tokens=total("context_tokens"), page_bytes=total("page_bytes"),
+            metadata_bytes=total("metadata_bytes"),
+            build_bytes=self.build_bytes if first_pass else 0.0, dense_bytes=total("dense_bytes"),
+        )
+
+
+def text_before_stop(generated: bytes) -> tuple[bytes, bool]:
+    """Return what precedes the first stop byte, and whether there is one."""
+    before, stop, _ = generated.partition(bytes([STOP_BYTE]))
+    return before, bool(stop)

@@ -1,0 +1,110 @@
+"""What commands print, and where: results on standard output, all else on standard error."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+__all__ = ["error_console", "note", "print_json", "progress", "result_console", "show_error"]
+
+PIPED_WIDTH = 150
+"""Columns of a table that is not printed on a terminal, unless COLUMNS says otherwise."""
+
+
+def _console(stderr: bool) -> Console:
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    terminal = stream is not None and stream.isatty()
+    width = None if terminal or os.environ.get("COLUMNS") else PIPED_WIDTH
+    return Console(stderr=stderr, width=width, highlight=False)
+
+
+def result_console() -> Console:
+    """Return the console of results (standard output)."""
+    return _console(stderr=False)
+
+
+def error_console() -> Console:
+    """Return the console of notes, progress and errors (standard error)."""
+    return _console(stderr=True)
+
+
+def print_json(value: Any) -> None:
+    """Print ``value`` as JSON, alone, on standard output.
+
+    Parameters
+    ----------
+    value : object
+        Dictionaries, lists, strings, finite numbers, booleans and None.
+    """
+    print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def note(message: str) -> None:
+    """Print a remark on standard error.
+
+    Parameters
+    ----------
+    message : str
+        One line of plain text.
+    """
+    error_console().print(message, style="dim", markup=False, soft_wrap=True)
+
+
+def show_error(message: str) -> None:
+    """Print the one message of a failed command on standard error.
+
+    Parameters
+    ----------
+    message : str
+        What is wrong and what to do, as the typed errors say it.
+    """
+    console = error_console()
+    console.print("error:", style="bold red", end=" ")
+    console.print(message, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def progress(*, transient: bool = True) -> Iterator[Progress]:
+    """Show progress bars on standard error while the body runs, only if that is a terminal.
+
+    Parameters
+    ----------
+    transient : bool
+        Whether the bars vanish at the end.
+
+    Yields
+    ------
+    rich.progress.Progress
+        Add tasks to it; without a terminal it stays silent.
+    """
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+    )
+
+    console = error_console()
+    with Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=transient,
+        disable=not console.is_terminal,
+    ) as bars:
+        yield bars

@@ -1,0 +1,198 @@
+"""How policies turn a budget and page scores into pages; shared by several methods."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, get_args
+
+from sparse_dlm_attn.arrays import Array, namespace, shape_of
+from sparse_dlm_attn.context import SUFFIX, Context
+from sparse_dlm_attn.policy import (
+    PassInputs,
+    PrefixAttentionPolicy,
+    check_choice,
+    check_count,
+    check_flag,
+    either,
+)
+from sparse_dlm_attn.selection import Selection
+
+__all__ = [
+    "BoundRanking",
+    "any_in_group",
+    "newest_page",
+    "pages_of_budget",
+    "with_page_count",
+]
+
+MemoryT = TypeVar("MemoryT")
+Rounding = Literal["floor", "ceil"]
+PagesRead = Literal["union", "own"]
+UnionOver = Literal["kv_head", "query_head", "layer"]
+GroupScores = Literal["query_head", "mean", "max"]
+FirstPass = Literal["dense", "sparse"]
+
+
+def pages_of_budget(
+    context: Context, budget: int, rounding: Rounding = "floor", minimum: int = 1
+) -> Array:
+    """Return how many pages a budget buys in each sequence, int32 ``(batch,)``.
+
+    Parameters
+    ----------
+    context : Context
+        Its page size converts tokens to pages.
+    budget : int
+        Tokens.
+    rounding : {"floor", "ceil"}
+        What a fraction of a page becomes.
+    minimum : int
+        Pages to allow in any case.
+
+    Notes
+    -----
+    A context that fits into the budget is bought whole. Without that rule ``floor`` would leave out
+    one page of it whenever its last page is partial.
+    """
+    xp = namespace(context.page_lengths)
+    budget = min(budget, context.pages * context.page_size)
+    whole = budget // context.page_size if rounding == "floor" else -(-budget // context.page_size)
+    tokens = context.tokens
+    count = min(max(whole, minimum), context.pages)
+    return xp.where(
+        tokens <= budget, xp.full_like(tokens, context.pages), xp.full_like(tokens, count)
+    )
+
+
+def newest_page(context: Context) -> Array:
+    """Return the last page before the block that holds a token, bool ``(batch, pages)``."""
+    xp = namespace(context.page_lengths)
+    before = context.exists & ~context.in_segment(SUFFIX)
+    counted = xp.cumulative_sum(xp.astype(before, xp.int32), axis=-1)
+    return before & (counted == counted[:, -1:])
+
+
+def any_in_group(mask: Array, kv_heads: int) -> Array:
+    """Unite the query heads of each group: ``(batch, q_heads, ...)`` to ``(batch, kv_heads, ...)``."""
+    xp = namespace(mask)
+    batch, heads, *rest = shape_of(mask)
+    return xp.any(xp.reshape(mask, (batch, kv_heads, heads // kv_heads, *rest)), axis=2)
+
+
+def with_page_count(mask: Array, pages: int) -> Array:
+    """Return a stored mask ``(..., pages)`` at the width of the present context.
+
+    While sequences of a batch stand in different blocks, the page table may grow for one of them;
+    the others have no tokens in the pages that were added or cut off.
+    """
+    xp = namespace(mask)
+    *axes, stored = shape_of(mask)
+    if stored >= pages:
+        return mask[..., :pages]
+    added = xp.zeros((*axes, pages - stored), dtype=xp.bool, device=mask.device)
+    return xp.concat([mask, added], axis=-1)
+
+
+@dataclass(frozen=True)
+class BoundRanking(PrefixAttentionPolicy[MemoryT]):
+    """Base of `quest` and `losa`: rank pages by the QUEST bound, for active rows only."""
+
+    budget: int = field(
+        default=256,
+        metadata={"help": "Context tokens that each row and head may choose, at least 1. LoSA reports "
+                  "128 to 1024, QUEST's scripts use 512 to 4096."},
+    )
+    page_count: Rounding = field(
+        default="floor",
+        metadata={"help": "What a fraction of a page in the budget becomes: floor (QUEST; never above "
+                  "the budget) or ceil."},
+    )
+    min_pages: int = field(
+        default=1,
+        metadata={"help": "Pages to choose however small the budget, at least 1. QUEST's accuracy code "
+                  "has 3, its kernels none."},
+    )
+    newest: bool = field(
+        default=False,
+        metadata={"help": "Always choose the last page before the block, within the budget, as QUEST's "
+                  "kernels do; its accuracy code does not."},
+    )
+    dense_layers: int = field(
+        default=0,
+        metadata={"help": "First layers that read everything in every pass. QUEST has 2 of 32."},
+    )
+    pages: PagesRead = field(
+        default="union",
+        metadata={"help": "Pages a row reads: union of what the block's active rows chose (nothing "
+                  "more is loaded for it), or own."},
+    )
+    union_over: UnionOver = field(
+        default="kv_head",
+        metadata={"help": "Heads that a union covers: kv_head (what a kernel loads), query_head (rows "
+                  "only) or layer (all heads). No effect with pages=own."},
+    )
+    group_scores: GroupScores = field(
+        default="query_head",
+        metadata={"help": "Who ranks pages: each query_head, or each KV head by the mean or max of its "
+                  "group's scores."},
+    )
+    first_pass: FirstPass = field(
+        default="sparse",
+        metadata={"help": "Whether pass 0 reads all pages (dense) or the chosen ones (sparse)."},
+    )
+
+    def __post_init__(self) -> None:
+        check_count("budget", self.budget, 1)
+        check_choice("page_count", self.page_count, get_args(Rounding))
+        check_count("min_pages", self.min_pages, 1)
+        check_flag("newest", self.newest)
+        check_count("dense_layers", self.dense_layers)
+        check_choice("pages", self.pages, get_args(PagesRead))
+        check_choice("union_over", self.union_over, get_args(UnionOver))
+        check_choice("group_scores", self.group_scores, get_args(GroupScores))
+        check_choice("first_pass", self.first_pass, get_args(FirstPass))
+
+    def in_dense_layer(self, inputs: PassInputs[MemoryT]) -> bool:
+        """Return whether this layer always reads everything, for all rows."""
+        return inputs.info.layer < self.dense_layers
+
+    def reads_everything(self, inputs: PassInputs[MemoryT]) -> bool | Array:
+        """Return whether a sequence reads all pages: in dense layers and, if so set, in pass 0."""
+        if self.first_pass == "dense":
+            return either(self.in_dense_layer(inputs), inputs.restarts)
+        return self.in_dense_layer(inputs)
+
+    def ranked_pages(self, inputs: PassInputs[MemoryT], active: Array) -> Selection:
+        """Return the best pages of the active rows; queries of other rows do not matter."""
+        xp = inputs.xp
+        # The mask comes after the ranking, so an inactive row contributes nothing whatever its query.
+        own = self._own_pages(inputs) & active[:, None, :, None]
+        if self.pages == "own":
+            return Selection(own, 1)
+        union = xp.any(own, axis=2, keepdims=True)
+        if self.union_over == "layer":
+            union = xp.any(union, axis=1, keepdims=True)
+        elif self.union_over == "kv_head":
+            union = any_in_group(union, inputs.context.kv_heads)
+        return Selection(union, inputs.tokens)
+
+    def _own_pages(self, inputs: PassInputs[MemoryT]) -> Array:
+        """Choose for every row and ranking head, bool ``(batch, heads, tokens, pages)``."""
+        context, ops = inputs.context, inputs.ops
+        scores = self._scores(inputs)
+        count = pages_of_budget(context, self.budget, self.page_count, self.min_pages)
+        count, eligible = count[:, None, None], context.exists[:, None, None, :]
+        if not self.newest:
+            return ops.top_pages(scores, count, eligible=eligible)
+        forced = newest_page(context)[:, None, None, :]
+        return ops.top_pages(scores, count - 1, eligible=eligible & ~forced) | forced
+
+    def _scores(self, inputs: PassInputs[MemoryT]) -> Array:
+        scores: Any = inputs.ops.page_scores(inputs.q, inputs.ops.page_bounds(inputs.context))
+        if self.group_scores == "query_head":
+            return scores
+        xp = inputs.xp
+        batch, _, tokens, pages = shape_of(scores)
+        grouped = xp.reshape(scores, (batch, inputs.context.kv_heads, inputs.group, tokens, pages))
+        # The sum ranks as the mean does, and no division can round two scores into a tie.
+        return xp.max(grouped, axis=2) if self.group_scores == "max" else xp.sum(grouped, axis=2)

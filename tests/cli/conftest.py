@@ -1,0 +1,52 @@
+"""Runs the command line as users do: through the interpreter, in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Return a function that runs ``python -m sparse_dlm_attn`` in an empty directory."""
+
+    def call(*arguments: str, code: int | None = 0, **options: object) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "160"}
+        environment.pop("SDA_TRACEBACK", None)
+        environment.update(options.pop("environment", {}))  # type: ignore[call-overload]
+        options.setdefault("stdin", subprocess.DEVNULL)
+        options.setdefault("stdout", subprocess.PIPE)
+        result: subprocess.CompletedProcess[str] = subprocess.run(  # type: ignore[call-overload]
+            [sys.executable, "-m", "sparse_dlm_attn", *arguments], stderr=subprocess.PIPE, text=True,
+            cwd=options.pop("cwd", tmp_path), env=environment, timeout=120, **options,
+        )
+        if code is not None:
+            assert result.returncode == code, result.stderr
+        assert "Traceback" not in result.stderr or environment.get("SDA_TRACEBACK")
+        return result
+
+    return call
+
+
+@pytest.fixture
+def plugins(tmp_path: Path) -> Callable[..., dict[str, str]]:
+    """Return a function that lays out a distribution with entry points, as an installer would."""
+
+    def install(entry_points: str, **modules: str) -> dict[str, str]:
+        folder = tmp_path / "site"
+        information = folder / "outsider-1.0.dist-info"
+        information.mkdir(parents=True)
+        (information / "METADATA").write_text("Metadata-Version: 2.1\nName: outsider\nVersion: 1.0\n")
+        (information / "entry_points.txt").write_text(entry_points)
+        for name, text in modules.items():
+            (folder / f"{name}.py").write_text(text)
+        return {"PYTHONPATH": str(folder)}
+
+    return install

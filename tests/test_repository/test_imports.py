@@ -1,0 +1,130 @@
+"""What an import costs and loads, in fresh interpreters, and which way the arrows point."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+HEAVY = {
+    "torch", "triton", "jax", "cupy", "hypothesis", "pytest", "_pytest", "matplotlib", "typer", "rich",
+    "click", "safetensors",
+}
+FOLDERS = {"reference", "backends", "conformance", "models", "tests", "benchmarks", "examples"}
+
+# Which of this project's packages each one may import, besides itself. The suite compares with the
+# reference; nothing else knows another package than the specification.
+ALLOWED = {
+    "sparse_dlm_attn": set(),
+    "reference/sparse_dlm_attn_reference": {"sparse_dlm_attn"},
+    "models/sparse_dlm_attn_tiny": {"sparse_dlm_attn"},
+    "conformance/sparse_dlm_attn_conformance": {"sparse_dlm_attn", "sparse_dlm_attn_reference"},
+}
+
+
+def run_fresh(code: str) -> str:
+    """Run ``code`` in a new interpreter, without this one's path or environment variables of Python's."""
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code], capture_output=True, text=True, timeout=120, check=False, cwd="/"
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def loaded_packages(code: str) -> set[str]:
+    """Top-level packages that are loaded after ``code`` ran in a new interpreter."""
+    printed = run_fresh(f"{code}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))")
+    return {name.partition(".")[0] for name in json.loads(printed.splitlines()[-1])}
+
+
+def test_importing_the_specification_takes_at_most_three_tenths_of_a_second() -> None:
+    code = (
+        "import time; start = time.perf_counter(); import sparse_dlm_attn; "
+        "print(time.perf_counter() - start)"
+    )
+    # Other work on the machine only ever adds, so the fastest of a few runs is what the import takes.
+    assert min(float(run_fresh(code)) for _ in range(7)) <= 0.3
+
+
+def test_importing_the_specification_loads_no_framework_and_no_other_package_of_ours() -> None:
+    loaded = loaded_packages("import sparse_dlm_attn")
+    assert not loaded & HEAVY
+    assert not {name for name in loaded if name.startswith("sparse_dlm_attn_")}
+
+
+def test_listing_backends_and_policies_imports_none_of_them() -> None:
+    loaded = loaded_packages(
+        "import sparse_dlm_attn as s; assert s.available_backends() and s.available_policies()"
+    )
+    assert not loaded & HEAVY
+    assert not {name for name in loaded if name.startswith("sparse_dlm_attn_")}
+
+
+def test_a_pass_on_the_reference_loads_no_framework() -> None:
+    code = """
+import numpy as np
+from sparse_dlm_attn import Context, PassInfo, PrefixAttention
+rng = np.random.default_rng(0)
+q, k, v = (rng.standard_normal((1, heads, 4, 8), dtype=np.float32) for heads in (4, 2, 2))
+cache = rng.standard_normal((2, 1, 2, 32, 8), dtype=np.float32)
+context = Context.from_dense(cache[0], cache[1], page_size=4)
+attention = PrefixAttention(policy="losa:budget=8,active=2", backend="reference")
+out, memory = attention(q, k, v, context, None, PassInfo(0))
+out, memory = attention(q, k, v, context, memory, PassInfo(1))
+"""
+    loaded = loaded_packages(code)
+    assert "sparse_dlm_attn_reference" in loaded
+    assert not loaded & HEAVY
+    assert not loaded & {"sparse_dlm_attn_conformance", "sparse_dlm_attn_tiny"}
+
+
+def test_the_command_line_answers_its_version_without_loading_the_model_or_a_framework() -> None:
+    code = (
+        "import sys\nsys.argv = ['sparse-dlm-attn', '--version']\n"
+        "from sparse_dlm_attn.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as done:\n    assert not done.code\n"
+    )
+    loaded = loaded_packages(code)
+    assert not loaded & {"torch", "triton", "hypothesis", "pytest", "matplotlib", "sparse_dlm_attn_tiny"}
+
+
+def imported_packages(path: Path) -> Iterator[str]:
+    """Top-level packages of all absolute imports of a file, those inside functions included."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.module.partition(".")[0]
+
+
+def packages() -> list[str]:
+    """Import packages of this repository, by folder."""
+    found = ["sparse_dlm_attn"]
+    for folder in ("reference", "backends", "conformance", "models"):
+        parents = sorted((ROOT / folder).glob("sparse_dlm_attn_*/__init__.py"))
+        found += [str(path.parent.relative_to(ROOT)) for path in parents]
+    return found
+
+
+@pytest.mark.parametrize("package", packages())
+def test_arrows_between_packages_point_one_way(package: str) -> None:
+    own = package.rpartition("/")[2]
+    allowed = ALLOWED.get(package, {"sparse_dlm_attn"}) | {own}
+    wrong = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in (ROOT / package).rglob("*.py")
+        for name in imported_packages(path)
+        if (name.startswith("sparse_dlm_attn") and name not in allowed) or name in FOLDERS
+    }
+    assert not wrong
+
+
+@pytest.mark.parametrize("package", packages())
+def test_the_package_declares_its_types(package: str) -> None:
+    assert (ROOT / package / "py.typed").is_file()

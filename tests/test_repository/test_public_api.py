@@ -1,0 +1,58 @@
+"""The public names: exported, documented, versioned."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from importlib.metadata import EntryPoint, distribution
+from pathlib import Path
+
+import pytest
+
+import sparse_dlm_attn
+
+ROOT = Path(__file__).parents[2]
+PUBLIC = sorted(set(sparse_dlm_attn.__all__) - {"__version__", "SPEC_VERSION", "Array"})
+
+
+def entry_points() -> list[EntryPoint]:
+    """Everything that this distribution registers."""
+    return sorted(distribution("sparse_dlm_attn").entry_points, key=lambda entry: (entry.group, entry.name))
+
+
+def test_all_lists_every_public_name_once() -> None:
+    names = [name for name in vars(sparse_dlm_attn) if not name.startswith("_")]
+    modules = {name for name in names if inspect.ismodule(getattr(sparse_dlm_attn, name))}
+    assert sorted(sparse_dlm_attn.__all__) == sorted({*names, "__version__"} - modules)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_the_public_name_has_a_docstring_and_stands_in_the_api_reference(name: str) -> None:
+    value = getattr(sparse_dlm_attn, name)
+    assert inspect.getdoc(value)
+    directive = re.compile(rf"^::: sparse_dlm_attn(\.\w+)*\.{name}$", re.MULTILINE)
+    pages = (ROOT / "docs" / "api").glob("*.md")
+    assert any(directive.search(page.read_text("utf-8")) for page in pages)
+
+
+def test_versions_are_written_as_documented_and_stand_in_the_changelog() -> None:
+    changelog = (ROOT / "CHANGELOG.md").read_text("utf-8")
+    assert re.fullmatch(r"\d+\.\d+\.\d+((a|b|rc)\d+)?", sparse_dlm_attn.__version__)
+    assert re.fullmatch(r"20\d\d\.(0[1-9]|1[0-2])", sparse_dlm_attn.SPEC_VERSION)
+    assert f"## Package {sparse_dlm_attn.__version__}" in changelog
+    assert f"## Specification {sparse_dlm_attn.SPEC_VERSION}" in changelog
+
+
+@pytest.mark.parametrize("entry", entry_points(), ids=lambda entry: f"{entry.group}:{entry.name}")
+def test_what_the_distribution_registers_can_be_loaded(entry: EntryPoint) -> None:
+    assert entry.load() is not None
+
+
+@pytest.mark.parametrize("name", sorted(sparse_dlm_attn.available_policies()))
+def test_a_registered_policy_of_ours_answers_to_its_own_name(name: str) -> None:
+    plugin = sparse_dlm_attn.available_policies()[name]
+    if plugin.distribution != "sparse_dlm_attn":
+        pytest.skip(f"registered by {plugin.distribution}")
+    assert sparse_dlm_attn.get_policy(name).name == name
+    assert importlib.import_module(plugin.target.partition(":")[0]).__doc__
