@@ -14,9 +14,10 @@ DEMO_ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-# Two test processes share the cores; a BLAS that starts a thread per core in each only slows both.
-test: export OPENBLAS_NUM_THREADS ?= 1
-test: export OMP_NUM_THREADS ?= 1
+# The matrices here are small: threads of a BLAS wait for each other longer than they compute, and on a
+# busy machine many times longer.
+export OPENBLAS_NUM_THREADS ?= 1
+export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test lint types docs conformance wheel clean help
 
@@ -31,8 +32,7 @@ test: $(VENV)/.dev
 
 lint: $(VENV)/.dev types
 	$(BIN)/ruff check .
-	$(BIN)/numpydoc lint $$(git ls-files --cached --others --exclude-standard \
-	  'sparse_dlm_attn/*.py' 'reference/*.py' 'models/sparse_dlm_attn_tiny/*.py' 'conformance/*.py')
+	$(BIN)/numpydoc lint $$(find sparse_dlm_attn reference conformance models/sparse_dlm_attn_tiny -name '*.py')
 
 types: $(VENV)/.dev
 	$(BIN)/mypy
@@ -46,7 +46,7 @@ conformance: $(VENV)/.dev
 # Through the source distribution, so that a file missing from it shows.
 wheel: $(VENV)/.dev
 	rm -rf dist
-	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m build --no-isolation --outdir dist .
 
 clean:
 	rm -rf $(VENV) build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -5,6 +5,8 @@
 5
 """
 
+from typing import TYPE_CHECKING
+
 from sparse_dlm_attn.arrays import Array as Array
 from sparse_dlm_attn.backend import Backend as Backend
 from sparse_dlm_attn.backend import Capabilities as Capabilities
@@ -23,8 +25,7 @@ from sparse_dlm_attn.errors import UnsupportedError as UnsupportedError
 from sparse_dlm_attn.policy import PassInputs as PassInputs
 from sparse_dlm_attn.policy import PrefixAttentionPolicy as PrefixAttentionPolicy
 from sparse_dlm_attn.registry import Plugin as Plugin
-from sparse_dlm_attn.registry import available_backends as available_backends
-from sparse_dlm_attn.registry import available_policies as available_policies
+from sparse_dlm_attn.registry import backends as backends
 from sparse_dlm_attn.registry import get_backend as get_backend
 from sparse_dlm_attn.registry import get_policy as get_policy
 from sparse_dlm_attn.selection import Selection as Selection
@@ -32,6 +33,11 @@ from sparse_dlm_attn.traffic import Traffic as Traffic
 from sparse_dlm_attn.values import AttentionState as AttentionState
 from sparse_dlm_attn.values import PageBounds as PageBounds
 from sparse_dlm_attn.values import PassInfo as PassInfo
+
+if TYPE_CHECKING:
+    from sparse_dlm_attn.registry import policies as policies
+else:  # the package of that name, which can be called
+    from sparse_dlm_attn import policies as policies
 
 __version__ = "0.1.0"
 SPEC_VERSION = "2026.11"
@@ -63,8 +69,8 @@ __all__ = [
     "UnknownNameError",
     "UnsupportedError",
     "__version__",
-    "available_backends",
-    "available_policies",
+    "backends",
     "get_backend",
     "get_policy",
+    "policies",
 ]

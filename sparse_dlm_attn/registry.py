@@ -32,12 +32,12 @@ __all__ = [
     "COMMAND_GROUP",
     "POLICY_GROUP",
     "Plugin",
-    "available_backends",
-    "available_policies",
+    "backends",
     "checks",
     "commands",
     "get_backend",
     "get_policy",
+    "policies",
 ]
 
 BACKEND_GROUP = "sparse_dlm_attn.backends"
@@ -86,12 +86,12 @@ class Plugin:
         return ""
 
 
-def available_backends() -> dict[str, Plugin]:
+def backends() -> dict[str, Plugin]:
     """Return the registered backends by name, read from metadata; imports none of them."""
     return _plugins("backend", BACKEND_GROUP)
 
 
-def available_policies() -> dict[str, Plugin]:
+def policies() -> dict[str, Plugin]:
     """Return the registered policies by name, read from metadata; imports none of them."""
     return _plugins("policy", POLICY_GROUP)
 

@@ -62,7 +62,7 @@ class TorchBackend(Backend):
     def capabilities(self) -> Capabilities:
         """Any shape; half, single and double precision; CPU."""
         return Capabilities(
-            dtypes=DTYPES, devices=("cpu",), deterministic=True, batch_invariant=True,
+            dtypes=DTYPES, devices=("cpu",), deterministic=True, batch_invariant=False,
             notes="Gathers the selected pages and multiplies; float32 or float64 inside.",
         )
 

@@ -110,7 +110,7 @@ def attend_block(
     rows = q.to(dtype).reshape(batch, kv_heads, -1, head_dim) * softmax_scale(head_dim, scale)
     keys, values = k.to(dtype).transpose(-1, -2), v.to(dtype)
     outs, lses = [], []
-    for part in rows.split(ROWS_AT_ONCE, dim=2):
+    for part in torch.split(rows, ROWS_AT_ONCE, dim=2):
         logits = part @ keys
         lses.append(logits.logsumexp(dim=-1))
         outs.append(torch.softmax(logits, dim=-1) @ values)

@@ -35,5 +35,5 @@ def page_scores(q: torch.Tensor, bounds: PageBounds) -> torch.Tensor:
     dtype = compute_dtype(q)
     rows = q.to(dtype).reshape(batch, kv_heads, -1, head_dim)
     upper, lower = (b.to(dtype).transpose(-1, -2) for b in (bounds.upper, bounds.lower))
-    scores = rows.clamp(min=0) @ upper + rows.clamp(max=0) @ lower
+    scores: torch.Tensor = rows.clamp(min=0) @ upper + rows.clamp(max=0) @ lower
     return scores.reshape(batch, q_heads, tokens, -1).to(torch.float32)

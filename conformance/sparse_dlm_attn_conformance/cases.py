@@ -296,5 +296,5 @@ class Arrays:
     def loaded(self) -> HostArray:
         """Return the pages that some row of a KV head reads, bool ``(batch, kv_heads, pages)``."""
         rows = self.rows()
-        shape = (rows.shape[0], self.k_pages.shape[1], -1, rows.shape[3])
+        shape = (rows.shape[0], self.k_pages.shape[1], self.group, rows.shape[3])
         return rows.any(axis=2).reshape(shape).any(axis=2)

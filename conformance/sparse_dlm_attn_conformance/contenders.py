@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from sparse_dlm_attn import PrefixAttentionPolicy, SparseAttentionError, get_policy, policies
+from sparse_dlm_attn import PrefixAttentionPolicy, SparseAttentionError, policies, get_policy
 
 __all__ = ["VARIANTS", "Contender", "contenders"]
 

@@ -7,6 +7,7 @@ specification demands; its error is the yardstick of `sparse_dlm_attn_conformanc
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,7 +54,8 @@ def context_keys(arrays: Arrays, pages: Host | None = None) -> KeySet:
     read = allowed.any(axis=2)[..., None]
 
     def gathered(stored: Host) -> Host:
-        ordered = stored[table].swapaxes(1, 2).reshape(batch, stored.shape[1], count * size, -1)
+        shape = (batch, stored.shape[1], count * size, stored.shape[3])
+        ordered = stored[table].swapaxes(1, 2).reshape(shape)
         return np.where(read, np.repeat(ordered, arrays.group, axis=1), 0.0)
 
     return KeySet(gathered(arrays.k_pages), gathered(arrays.v_pages), allowed)
@@ -67,7 +69,7 @@ def block_keys(arrays: Arrays) -> KeySet:
 
 def scale_of(arrays: Arrays) -> float:
     """Return the softmax scale of a problem, 1/sqrt(head_dim) by default (clause STATE-3)."""
-    return float(arrays.q.shape[3]) ** -0.5 if arrays.scale is None else arrays.scale
+    return 1.0 / math.sqrt(arrays.q.shape[3]) if arrays.scale is None else arrays.scale
 
 
 def softmax(q: Host, keys: KeySet, scale: float) -> HostState:

@@ -28,6 +28,7 @@ __all__ = [
 ]
 
 SHADES = " .:-=+*#%@"
+MARKERS = "osD^vP*X"
 HostArray = np.ndarray[Any, Any]
 
 
@@ -96,7 +97,7 @@ def ascii_heatmap(
         marks = [" "] * columns
         for page in marked_pages:
             marks[min(page * columns // pages, columns - 1)] = "^"
-        lines.append(" " * (margin + 1) + "".join(marks))
+        lines.append((" " * (margin + 1) + "".join(marks)).rstrip())
     return lines
 
 
@@ -175,11 +176,15 @@ def _draw_accuracy(axis: Any, scores: Sequence[PolicyScore], later: bool) -> Non
     by_name: dict[str, list[PolicyScore]] = {}
     for score in scores:
         by_name.setdefault(score.name, []).append(score)
-    for name, group in by_name.items():
+    for number, (name, group) in enumerate(by_name.items()):
         shares = [score.later_byte_share if later else score.byte_share for score in group]
         exact = [100 * score.exact / score.prompts for score in group]
         points = sorted(zip((100 * share for share in shares), exact, strict=True))
-        axis.plot(*zip(*points, strict=True), marker="o", label=name)
+        axis.plot(
+            *zip(*points, strict=True), label=name, alpha=0.8, marker=MARKERS[number % len(MARKERS)],
+            # Large markers first, so that policies with the same figures stay visible.
+            markersize=max(10 - number, 4),
+        )
 
 
 def _png(figure: Any) -> bytes:

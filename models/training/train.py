@@ -80,9 +80,7 @@ STAGES = (
     Stage(
         "16384",
         1.0,
-        Mixture(
-            (16384, 16384, 8192, 4096, 2048, 2048), 0.0, 0.1, ALL_TASKS, (0.1, 0.35), max_episodes=2
-        ),
+        Mixture((16384, 16384, 8192, 4096, 2048, 2048), 0.0, 0.1, ALL_TASKS, (0.1, 0.35), max_episodes=2),
         evaluate=(4096, 16384),
     ),
 )
@@ -93,7 +91,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--corpus", type=Path, required=True, help="text from corpus.py")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=1260, help="training time in all")
+    parser.add_argument("--seconds", type=float, default=1225, help="training time in all")
     parser.add_argument("--stop-after", type=float, help="stop this run early, to resume it later")
     parser.add_argument("--resume", action="store_true", help="go on from OUT/checkpoint.pt")
     parser.add_argument("--seed", type=int, default=0)

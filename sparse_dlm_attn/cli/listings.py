@@ -20,7 +20,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 
 def backends(as_json: AsJson = False) -> None:
     """List the backends: what each supports, where it comes from, why it is not available."""
-    records = [backend_record(plugin) for plugin in registry.available_backends().values()]
+    records = [backend_record(plugin) for plugin in registry.backends().values()]
     if as_json:
         print_json(records)
         return
@@ -43,7 +43,7 @@ def policies(
     as_json: AsJson = False,
 ) -> None:
     """List the policies, or explain one: what it does, its parameters and their defaults."""
-    plugins = registry.available_policies()
+    plugins = registry.policies()
     if name is not None and name not in plugins and ":" not in name:
         raise UnknownNameError("policy", name, plugins)
     if name is not None:

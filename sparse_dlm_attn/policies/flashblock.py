@@ -108,8 +108,8 @@ class FlashBlock(PrefixAttentionPolicy[FlashBlockMemory]):
                 "Pass PassInfo(index, newly_decoded=...), bool (batch, tokens): the tokens unmasked "
                 "after the previous pass.",
             )
-        dirty = inputs.memory.dirty | inputs.xp.asarray(newly, device=inputs.q.device)
-        return inputs.rows_where(inputs.restarts, inputs.no_rows, lambda: dirty)
+        # A sequence that restarts refreshes whatever this says, and a refresh clears its dirty rows.
+        return inputs.memory.dirty | inputs.xp.asarray(newly, device=inputs.q.device)
 
     def _refreshes(self, inputs: PassInputs[FlashBlockMemory], dirty: Array) -> bool | Array:
         """Return which sequences attend to their context in this pass, bool ``(batch,)``."""

@@ -58,7 +58,7 @@ def test_a_budget_below_one_is_refused(budget: int) -> None:
 
 @pytest.mark.parametrize(
     ("output", "reference", "share"),
-    [(b"", b"", 1.0), (b"abc", b"abc", 1.0), (b"abd", b"abc", 2 / 3), (b"ab", b"abcd", 0.5), (b"", b"a", 0.0)],
+    [(b"", b"", 1.0), (b"abc", b"abc", 1.0), (b"abd", b"abc", 2 / 3), (b"ab", b"abcd", 0.5), (b"", b"a", 0)],
 )
 def test_agreement_is_the_share_of_equal_bytes(output: bytes, reference: bytes, share: float) -> None:
     assert agreement(output, reference) == pytest.approx(share)
@@ -66,14 +66,13 @@ def test_agreement_is_the_share_of_equal_bytes(output: bytes, reference: bytes, 
 
 
 def test_the_default_prompt_hides_its_fact_far_from_the_question() -> None:
-    prompt = prompts.prompt_of_task(
-        prompts.DEFAULT_TASK, 4096, prompts.DEFAULT_SEED, block_length=16, depth=prompts.DEMO_DEPTH
-    )
+    prompt = prompts.prompt_of_task(prompts.DEFAULT_TASK, 4096, prompts.DEFAULT_SEED, block_length=16)
     assert len(prompt.text) == 4096
     assert prompt.answer is not None
-    for start, end in prompt.facts:
-        assert len(prompt.text) - end > 2048, "beyond any window of half the text"
-    assert prompt.answer.rstrip(".").encode() in prompt.text
+    for _, end in prompt.facts:
+        assert len(prompt.text) - end > 1024, "beyond any window of a quarter of the text"
+    stated = b" ".join(prompt.text[start:end] for start, end in prompt.facts)
+    assert all(word.rstrip(".").encode() in stated for word in prompt.answer.split(" is "))
 
 
 def test_an_unknown_task_is_refused_with_the_nearest_name() -> None:
@@ -104,8 +103,8 @@ def test_the_map_shows_the_share_of_layers_and_heads_that_loaded_a_page() -> Non
     loaded[0, 0, 1] = loaded[:, :, 2] = True
     assert plots.heatmap([record(loaded)]).tolist() == [[0.0, 0.25, 1.0, 0.0]]
     lines = plots.ascii_heatmap([record(loaded), record(loaded, index=1, is_save=True)], 80, [2])
-    assert lines == [" pass 0 | -@ |".replace("-", plots.SHADES[3]), "   save | -@ |".replace("-", plots.SHADES[3]),
-                     "           ^"]
+    quarter = plots.SHADES[3]  # of ten shades, rounded up
+    assert lines == [f" pass 0 | {quarter}@ |", f"   save | {quarter}@ |", " " * 11 + "^"]
 
 
 def test_a_page_read_once_stays_visible_where_pages_share_a_column() -> None:

@@ -20,7 +20,7 @@ import sparse_dlm_attn_tiny
 from sparse_dlm_attn.cli import main
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
-SHORT = ("--length", "512")
+SHORT = ("--task", "single-key", "--length", "256")
 SHIPPED = Path(sparse_dlm_attn_tiny.__file__).parent / "data" / "tiny.safetensors"
 
 
@@ -63,10 +63,10 @@ def test_json_stands_alone_on_standard_output_and_accounts_for_every_byte(run: R
     assert [r["policy"] for r in report["results"]] == ["dense", "losa:budget=64", "sliding-window:window=64"]
     dense, losa, window = (r["reads"] for r in report["results"])
     assert dense["everything"]["byte_share"] == 1.0
-    context, passes = 512 * 2 * 8, report["results"][0]["passes"]  # bytes of text x KV heads x layers
+    context, passes = 256 * 2 * 8, report["results"][0]["passes"]  # bytes of text x KV heads x layers
     assert dense["everything"]["context_tokens"] == context * passes
     assert dense["everything"]["bytes_read"] == context * passes * 2 * 64 * 4  # K and V, head_dim, float32
-    assert window["everything"]["density"] == 64 / 512
+    assert window["everything"]["density"] == 64 / 256
     for part in ("everything", "after_first_pass"):
         reads = losa[part]
         assert reads["bytes_read"] == reads["page_bytes"] + reads["metadata_bytes"] + reads["build_bytes"]
@@ -114,8 +114,23 @@ def test_the_number_of_passes_follows_steps(call: Call) -> None:
 
 
 def test_decoding_over_the_full_sequence(call: Call) -> None:
-    out, _ = call("decode", "--full-sequence", "--length", "256", "--task", "single-key", "--json")
+    out, _ = call("decode", "--full-sequence", *SHORT, "--json")
     assert json.loads(out)["full_sequence"]["passes"] == 8
+
+
+def test_the_demonstration_tells_its_story(call: Call) -> None:
+    out, _ = call(
+        "decode", "--policy", "losa", "--policy", "quest", "--policy", "sliding-window", "--policy",
+        "streaming-llm", "--json",
+    )
+    report = json.loads(out)
+    assert report["prompt"]["bytes"] == 4096
+    exact = {result["name"]: result["exact"] for result in report["results"]}
+    assert exact == {
+        "dense": True, "losa": True, "quest": True, "sliding-window": False, "streaming-llm": False,
+    }
+    shares = {r["name"]: r["reads"]["everything"]["byte_share"] for r in report["results"]}
+    assert shares["losa"] < 0.5 and shares["quest"] < 0.5
 
 
 BAD_OPTIONS: list[tuple[list[str], str]] = [
@@ -231,7 +246,7 @@ def test_show_draws_in_the_terminal_without_writing_anything(call: Call, tmp_pat
     out, _ = call("show", *SHORT, "--policy", "sliding-window", "--budget", "64", "--ascii", "--steps", "2")
     rows = [line for line in out.splitlines() if "|" in line]
     assert [row.split("|")[0].strip() for row in rows] == ["pass 0", "pass 1", "save"]
-    assert rows[0].split("|")[1] == " " * 28 + "@" * 4, "32 pages of 16, of which the last four are read"
+    assert rows[0].split("|")[1] == " " * 12 + "@" * 4, "16 pages of 16, of which the last four are read"
     assert os.listdir(tmp_path) == []
 
 

@@ -97,7 +97,6 @@ def test_a_threshold_decodes_what_is_strictly_above_it_and_at_least_the_best(mod
     script = Scripted(model, always(LETTERS, confidence))
     order = decoded_order(script, threshold=0.65)
     assert order == [(1, 3, 5), (2,), (0,), (4,), (7,), (6,)]
-    # A quarter is a float32 logarithm apart from neither side: exactly on the threshold is not above.
     level = Scripted(model, lambda position: (np.asarray(LETTERS), np.full(8, 1 / 256)))
     assert decoded_order(level, threshold=1 / 256) == [(position,) for position in range(8)]
     assert decoded_order(level, threshold=0.0) == [tuple(range(8))]
@@ -198,8 +197,9 @@ def test_dense_decoding_does_not_depend_on_the_page_size(
     model: TinyModel, text: bytes, page_size: int
 ) -> None:
     expected = decode_blocks(model, text[:64], policy="dense", max_blocks=2)
+    prefix = model.prefill(text[:64])
     result = decode_blocks(
-        model, text[:64], policy="dense", max_blocks=2, page_size=page_size, prefix=model.prefill(text[:64])
+        model, text[:64], policy="dense", max_blocks=2, page_size=page_size, prefix=prefix
     )
     assert result.generated == expected.generated
     assert result.page_size == page_size
@@ -237,9 +237,7 @@ def test_dense_decoding_reads_everything_in_every_pass(model: TinyModel, text: b
 
 
 @pytest.mark.clause("DENSITY-2")
-def test_building_bounds_is_charged_once_to_policies_that_read_them(
-    model: TinyModel, text: bytes
-) -> None:
+def test_building_bounds_is_charged_once_to_policies_that_read_them(model: TinyModel, text: bytes) -> None:
     config = model.config
     layer_bytes = 4 * config.head_dim * config.kv_heads
     result = decode_blocks(
@@ -325,9 +323,7 @@ def test_memory_lasts_as_long_as_the_policy_says(
         ({"on_pass": 3}, "on_pass"), ({"prefix": b"text"}, "prefix"),
     ],
 )
-def test_bad_options_are_refused_by_name(
-    model: TinyModel, options: dict[str, Any], argument: str
-) -> None:
+def test_bad_options_are_refused_by_name(model: TinyModel, options: dict[str, Any], argument: str) -> None:
     with pytest.raises(InvalidArgumentError) as caught:
         decode_blocks(model, b"some text", **{"policy": "dense", **options})
     assert caught.value.argument == argument

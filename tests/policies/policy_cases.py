@@ -186,9 +186,10 @@ class AnyArrayBackend(Backend):
     ) -> AttentionState:
         xp = namespace(q)
         batch, q_heads, tokens, head_dim = q.shape
-        pages = selection.for_rows(q_heads, tokens)[..., None] & valid_tokens(context)[:, None, None, :, :]
-        allowed = xp.reshape(pages, (batch, q_heads, tokens, context.pages * context.page_size)) & active[:, None, :, None]
-        flat = (batch, context.kv_heads, context.pages * context.page_size, head_dim)
+        slots = context.pages * context.page_size
+        chosen = selection.for_rows(q_heads, tokens)[..., None] & valid_tokens(context)[:, None, None, :, :]
+        allowed = xp.reshape(chosen, (batch, q_heads, tokens, slots)) & active[:, None, :, None]
+        flat = (batch, context.kv_heads, slots, head_dim)
         keys, values = (xp.reshape(gather_pages(p, context), flat)
                         for p in (context.k_pages, context.v_pages))
         return self._softmax(q, keys, values, allowed, scale)

@@ -158,7 +158,7 @@ def test_the_save_pass_does_what_its_parameter_says(save_pass: str, rows: int, d
 def test_a_save_pass_that_is_the_first_pass_is_dense(save_pass: str) -> None:
     block = make_block(49)
     attention = PrefixAttention(f"losa:budget=4,save_pass={save_pass}")
-    out, memory = attention(block.q[0], block.k, block.v, block.context, None, PassInfo(0, is_save=True))
+    _, memory = attention(block.q[0], block.k, block.v, block.context, None, PassInfo(0, is_save=True))
     assert memory.active.all()
     np.testing.assert_array_equal(memory.traffic.density, 1)
 

@@ -108,6 +108,17 @@ def test_a_row_reads_as_many_pages_as_its_budget_buys(parameters: str, pages: in
         np.testing.assert_array_equal(read, np.minimum(pages, existing)[:, None, None] * np.ones_like(read))
 
 
+@pytest.mark.clause("POLICY-6")
+def test_a_context_that_fits_into_the_budget_is_read_to_its_last_partial_page() -> None:
+    cache = make_block(0, batch=1, page_size=8, pages=4).context.k_pages[:4].transpose(1, 0, 2, 3)
+    cache = cache.reshape(1, 2, 32, 8)
+    block = make_block(0, batch=1)
+    for length, read in ((26, 4), (27, 4), (28, 3)):  # 27 / 8 alone would buy 3 pages of 4
+        context = Context.from_dense(cache, cache, page_size=8, lengths=[length])
+        _, memory = next(denoise("quest:budget=27,pages=own", replace(block, context=context)))
+        assert (rows_read(memory, 4, 6).sum(axis=-1) == read).all()
+
+
 @pytest.mark.parametrize("page_size", [1, 4, 8])
 @pytest.mark.clause("POLICY-6")
 def test_with_floor_no_row_reads_more_tokens_than_its_budget(page_size: int) -> None:

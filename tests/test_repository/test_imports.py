@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -44,12 +45,12 @@ def loaded_packages(code: str) -> set[str]:
 
 
 def test_importing_the_specification_takes_at_most_three_tenths_of_a_second() -> None:
+    # Processor time: on an idle machine it is the wall time of an import, and other work does not count.
     code = (
-        "import time; start = time.perf_counter(); import sparse_dlm_attn; "
-        "print(time.perf_counter() - start)"
+        "import time; start = time.process_time(); import sparse_dlm_attn; "
+        "print(time.process_time() - start)"
     )
-    # Other work on the machine only ever adds, so the fastest of a few runs is what the import takes.
-    assert min(float(run_fresh(code)) for _ in range(7)) <= 0.3
+    assert statistics.median(float(run_fresh(code)) for _ in range(5)) <= 0.3
 
 
 def test_importing_the_specification_loads_no_framework_and_no_other_package_of_ours() -> None:
@@ -60,7 +61,7 @@ def test_importing_the_specification_loads_no_framework_and_no_other_package_of_
 
 def test_listing_backends_and_policies_imports_none_of_them() -> None:
     loaded = loaded_packages(
-        "import sparse_dlm_attn as s; assert s.available_backends() and s.available_policies()"
+        "import sparse_dlm_attn as s; assert s.backends() and s.policies()"
     )
     assert not loaded & HEAVY
     assert not {name for name in loaded if name.startswith("sparse_dlm_attn_")}

@@ -21,17 +21,19 @@ if TYPE_CHECKING:
 
 __all__ = ["evaluate"]
 
-DEFAULT_TASKS = ("single-key", "multi-key")
+DEFAULT_TASKS = ("single-key", "chained")
 MOST_PROMPTS, MOST_WORKERS = 10_000, 256
 FULL_PROMPTS, DEFAULT_PROMPTS = 20, 4
-FULL_BUDGETS, DEFAULT_BUDGETS = (64, 128, 256, 512), (128, 256)
+FULL_BUDGETS, DEFAULT_BUDGETS = (16, 32, 64, 128, 256), (64, 256)
 
 
 def evaluate(
-    prompts: Annotated[int | None, typer.Option(help="Prompts a task.  [default: 4, 20 with --full]")] = None,
+    prompts: Annotated[
+        int | None, typer.Option(help="Prompts a task.", show_default="4, with --full 20")
+    ] = None,
     task: Annotated[
         list[str] | None,
-        typer.Option(help="Task; repeatable.  [default: single-key and multi-key, all with --full]"),
+        typer.Option(help="Task; repeatable.", show_default="single-key and chained, with --full all"),
     ] = None,
     length: Annotated[int, typer.Option(help="Bytes a prompt.")] = 4096,
     seed: Annotated[int, typer.Option(help="First seed; prompt n of a task has seed + n.")] = 0,
@@ -39,7 +41,8 @@ def evaluate(
     budget: Annotated[
         list[int] | None,
         typer.Option(
-            help="Context tokens a row may read; repeatable.  [default: 128 and 256; 64 to 512 with --full]"
+            help="Context tokens a row may read; repeatable.",
+            show_default="64 and 256, with --full 16 to 256",
         ),
     ] = None,
     backend: options.BackendName = "reference",
@@ -48,13 +51,15 @@ def evaluate(
     threshold: options.Threshold = None,
     page_size: options.PageSize = 16,
     full: Annotated[bool, typer.Option("--full", help="All tasks, more prompts, more budgets.")] = False,
-    workers: Annotated[int | None, typer.Option(help="Processes.  [default: one a core]")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes.", show_default="one a core")
+    ] = None,
     weights: options.Weights = None,
     out: Annotated[Path, typer.Option(help="Results (JSON).", metavar="FILE")] = Path("evaluation.json"),
     plot: Annotated[
         Path | None,
         typer.Option(
-            help="Picture (PNG).  [default: beside --out, if matplotlib is installed]", metavar="FILE"
+            help="Picture (PNG).", metavar="FILE", show_default="beside --out, if matplotlib is installed"
         ),
     ] = None,
     require: Annotated[

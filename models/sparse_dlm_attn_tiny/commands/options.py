@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 __all__ = ["check_settings", "environment_record", "load_model", "pick_prompt"]
 
-DEFAULT_BUDGET = 256
+DEFAULT_BUDGET = 128
 DEFAULT_LENGTH = 4096
 
 PromptFile = Annotated[
     str | None,
     typer.Option(
-        "--prompt", help="UTF-8 text to continue, or '-' for standard input.  [default: a held-out retrieval "
-        "prompt]", metavar="FILE",
+        "--prompt", help="UTF-8 text to continue, or '-' for standard input.", metavar="FILE",
+        show_default="a held-out retrieval prompt",
     ),
 ]
 Question = Annotated[
@@ -33,14 +33,14 @@ Question = Annotated[
 Answer = Annotated[
     str | None, typer.Option(help="Expected answer to --question, to mark answers exact.", metavar="TEXT")
 ]
-Task = Annotated[str | None, typer.Option(help="Task of the retrieval prompt.  [default: multi-key]")]
-Length = Annotated[int | None, typer.Option(help="Bytes of the retrieval prompt.  [default: 4096]")]
-Seed = Annotated[int | None, typer.Option(help="Seed of the retrieval prompt.  [default: 1851]")]
+Task = Annotated[str | None, typer.Option(help="Task of the retrieval prompt.", show_default="chained")]
+Length = Annotated[int | None, typer.Option(help="Bytes of the retrieval prompt.", show_default="4096")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the retrieval prompt.", show_default="1617")]
 Policies = Annotated[
     list[str] | None,
     typer.Option(
-        "--policy", help="Policy; repeatable; `sparse-dlm-attn policies` lists them.  [default: a selection]",
-        metavar="NAME[:key=value,...]",
+        "--policy", help="Policy; repeatable; `sparse-dlm-attn policies` lists them.",
+        metavar="NAME[:key=value,...]", show_default="a selection",
     ),
 ]
 Budget = Annotated[
@@ -50,7 +50,7 @@ BackendName = Annotated[
     str, typer.Option(help="Backend that computes; `sparse-dlm-attn backends` lists them.")
 ]
 BlockLength = Annotated[int, typer.Option(help="Tokens denoised together: 8, 16 or 32.")]
-Steps = Annotated[int | None, typer.Option(help="Denoising passes of a block.  [default: 8]")]
+Steps = Annotated[int | None, typer.Option(help="Denoising passes of a block.", show_default="8")]
 Threshold = Annotated[
     float | None,
     typer.Option(help="Instead of --steps: decode every token whose confidence exceeds this (0..1)."),
@@ -58,7 +58,9 @@ Threshold = Annotated[
 PageSize = Annotated[int, typer.Option(help="Context tokens a page.")]
 MaxBlocks = Annotated[
     int | None,
-    typer.Option(help="Blocks to decode at most.  [default: what the expected answer needs, else 4]"),
+    typer.Option(
+        help="Blocks to decode at most.", show_default="what the expected answer needs, 4 if none is known"
+    ),
 ]
 Weights = Annotated[
     Path | None, typer.Option(help="Weights file (safetensors) instead of the shipped one.", metavar="FILE")
@@ -127,7 +129,6 @@ def pick_prompt(
         default_length if length is None else length,
         prompts.DEFAULT_SEED if seed is None else seed,
         block_length=block_length,
-        depth=prompts.DEMO_DEPTH,
     )
 
 

@@ -42,7 +42,9 @@ def show(
     weights: options.Weights = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Picture to write (PNG).  [default: pages.png, none with --ascii]", metavar="FILE"),
+        typer.Option(
+            help="Picture to write (PNG).", metavar="FILE", show_default="pages.png, none with --ascii"
+        ),
     ] = None,
     as_text: Annotated[bool, typer.Option("--ascii", help="Draw the map in the terminal.")] = False,
 ) -> None:

@@ -1,0 +1,172 @@
+"""Denoising episodes: a block's passes as data, and what a policy decided in each of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+from sparse_dlm_attn import LayerMemory, PassInfo, PrefixAttention, PrefixAttentionPolicy, Problem
+from sparse_dlm_attn_conformance.cases import Arrays, Case, Host
+from sparse_dlm_attn_conformance.strategies import cases
+from sparse_dlm_attn_conformance.subjects import Subject, host
+
+__all__ = ["Episode", "Pass", "episodes", "play", "rows_of"]
+
+EXACT = ("dyadic", "ties", "zeros", "one_hot")
+
+
+@dataclass(frozen=True)
+class Episode:
+    """The passes of one block.
+
+    Parameters
+    ----------
+    case : Case
+        Context, block and sizes; its selection and active rows are not used.
+    moves : tuple of int
+        For each pass after the first, the bitmask of rows whose query moved.
+    decoded : tuple of int
+        For each pass after the first, the bitmask of rows decoded after the previous pass.
+    saves : bool
+        Whether the last pass is the save pass.
+    layer, num_layers : int
+        Layer of the calls.
+    total_passes : int or None
+        Planned passes, as the caller says.
+    """
+
+    case: Case
+    moves: tuple[int, ...] = ()
+    decoded: tuple[int, ...] = ()
+    saves: bool = False
+    layer: int = 0
+    num_layers: int = 1
+    total_passes: int | None = None
+
+    def problem(self, dtype: str, device: str = "cpu") -> Problem:
+        """Return the facts that decide whether a backend computes this."""
+        return self.case.problem(dtype, device)
+
+    def features(self) -> list[str]:
+        """Name what this episode covers."""
+        return [*self.case.features(), f"{self.passes} passes", *(["save pass"] if self.saves else [])]
+
+    @property
+    def passes(self) -> int:
+        """Number of passes."""
+        return 1 + len(self.moves)
+
+    def queries(self, dtype: str) -> list[Host]:
+        """Return the queries of every pass, float64 on the value grid of the case."""
+        current = self.case.arrays(dtype).q
+        queries = [current]
+        for number, bits in enumerate(self.moves):
+            moved = (bits >> np.arange(self.case.tokens)) & 1
+            fresh = replace(self.case, seed=self.case.seed + 1000 * (number + 1)).arrays(dtype).q
+            current = np.where(moved[None, None, :, None] == 1, fresh, current)
+            queries.append(current)
+        return queries
+
+    def newly(self, number: int) -> Host:
+        """Return the rows decoded before pass ``number``, bool ``(batch, tokens)``."""
+        bits = self.decoded[number - 1] if number else 0
+        row = np.asarray((bits >> np.arange(self.case.tokens)) & 1, dtype=bool)
+        return np.stack([np.roll(row, b) for b in range(self.case.batch)])  # sequences differ
+
+    def info(self, subject: Subject, number: int, index: Any = None, rows: slice = slice(None)) -> PassInfo:
+        """Return the place of pass ``number`` (with another index, or for some sequences only)."""
+        known = np.zeros((self.case.batch, self.case.tokens), dtype=bool)
+        for earlier in range(number + 1):
+            known |= self.newly(earlier)
+        return PassInfo(
+            number if index is None else index, is_save=self.saves and number == self.passes - 1,
+            decoded=subject.ints(known[rows]), newly_decoded=subject.ints(self.newly(number)[rows]),
+            layer=self.layer, num_layers=self.num_layers, total_passes=self.total_passes,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """What happened in one pass, on the host.
+
+    Parameters
+    ----------
+    out : numpy.ndarray
+        Output of the pass.
+    active : numpy.ndarray
+        bool ``(batch, tokens)``.
+    pages : numpy.ndarray
+        bool ``(batch, q_heads, tokens, pages)``: existing pages that active rows read.
+    memory : LayerMemory
+        What the driver returned.
+    """
+
+    out: Host
+    active: Host
+    pages: Host
+    memory: LayerMemory
+
+
+def rows_of(arrays: Arrays, memory: LayerMemory) -> Host:
+    """Return the existing pages that each query head and active row reads."""
+    mask, active = host(memory.selection.mask), host(memory.active)
+    return arrays.but(mask=mask, span=memory.selection.span, active=active).rows()
+
+
+def play(
+    subject: Subject,
+    policy: PrefixAttentionPolicy[Any],
+    episode: Episode,
+    *,
+    arrays: Arrays | None = None,
+    rows: slice = slice(None),
+    memory: LayerMemory | None = None,
+) -> list[Pass]:
+    """Run an episode through the driver.
+
+    Parameters
+    ----------
+    subject, policy : Subject, PrefixAttentionPolicy
+        What computes and what decides.
+    episode : Episode
+        The passes.
+    arrays : Arrays, optional
+        Values to use instead of the case's own (of the chosen sequences).
+    rows : slice
+        Sequences to run.
+    memory : LayerMemory, optional
+        Memory of an earlier block, handed in at pass 0.
+    """
+    base = arrays if arrays is not None else episode.case.arrays(subject.dtype)
+    attention = PrefixAttention(policy, subject.backend)
+    done: list[Pass] = []
+    on = subject.load(base)  # one context object for the block, as an engine has it
+    for number, q in enumerate(episode.queries(subject.dtype)):
+        now = subject.load(base.but(q=q[rows]))
+        out, memory = attention(
+            now.q, now.k, now.v, on.context, memory, episode.info(subject, number, rows=rows),
+            scale=episode.case.scale,
+        )
+        done.append(Pass(host(out), host(memory.active), rows_of(base, memory), memory))
+    return done
+
+
+@st.composite
+def episodes(
+    draw: Any, *, max_passes: int = 4, regimes: tuple[str, ...] = EXACT, max_batch: int = 2, **narrow: Any
+) -> Episode:
+    """Draw an episode; values lie on a grid, so that every decision is exact."""
+    case = draw(cases(regimes=regimes, max_batch=max_batch, heads=("one",), **narrow))
+    later = draw(st.integers(1, max_passes - 1), label="later passes")
+    rows = st.integers(0, (1 << case.tokens) - 1)
+    layers = draw(st.integers(1, 3), label="layers")
+    return Episode(
+        case=case, moves=tuple(draw(rows, label="moved rows") for _ in range(later)),
+        decoded=tuple(draw(rows, label="decoded rows") for _ in range(later)),
+        saves=draw(st.booleans(), label="last pass saves"), num_layers=layers,
+        layer=draw(st.integers(0, layers - 1), label="layer"),
+        total_passes=draw(st.sampled_from((None, 1, 4, 16)), label="total passes"),
+    )

@@ -1,0 +1,72 @@
+"""The state machine over denoising, for every policy."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from sparse_dlm_attn_conformance.checks import ConformanceFailure
+from sparse_dlm_attn_conformance.contenders import Contender
+from sparse_dlm_attn_conformance.denoising import Denoising
+from sparse_dlm_attn_conformance.laws import (
+    OPTIONS,
+    RECORD,
+    clauses_of,
+    foreign,
+    law_settings,
+    require_loaded,
+)
+from sparse_dlm_attn_conformance.strategies import within
+from sparse_dlm_attn_conformance.subjects import Subject
+from sparse_dlm_attn_conformance.timing import TimeLimitExceeded
+
+SHARE = 0.25
+
+
+@pytest.mark.clause("POLICY-1", "MEMORY-1", "MEMORY-2", "MEMORY-3")
+def test_denoising_goes_as_on_the_reference(subject: Subject, policy: Contender) -> None:
+    """Passes, save passes, growing prefixes, dropped and stale memory, in any order."""
+    require_loaded(subject)
+    if policy.instance is None:
+        pytest.skip(f"policy {policy.spec!r} did not load")
+    if known(subject, policy):
+        pytest.skip("known failure of the ledger: a state machine has no single problem to match")
+    machine = type("Machine", (Denoising,), {"subject": subject, "policy": policy.instance})
+    chosen = settings(law_settings(SHARE), print_blob=False)
+    with within(subject.backend.capabilities):
+        try:
+            run_state_machine_as_test(machine, settings=chosen)
+        except ConformanceFailure as error:
+            raise told(error, subject, policy) from None
+        except TimeLimitExceeded as error:
+            raise ConformanceFailure("POLICY-1", f"{error}; it was interrupted") from None
+        except (Exception, SystemExit) as error:
+            raise told(ConformanceFailure("POLICY-1", foreign(error)), subject, policy, error) from None
+
+
+def told(
+    failure: ConformanceFailure, subject: Subject, policy: Contender, cause: BaseException | None = None
+) -> ConformanceFailure:
+    """Return the failure with the steps that lead to it, which Hypothesis keeps as notes."""
+    steps = "\n".join(f"  {line}" for line in getattr(cause or failure, "__notes__", []))
+    text = str(failure).partition(": ")[2]
+    return ConformanceFailure(
+        failure.clause,
+        f"{text}\nlaw: test_denoising_goes_as_on_the_reference\nbackend: {subject.spec}, dtype {subject.dtype}"
+        f"\npolicy: {policy.spec}\nsteps:\n{steps}",
+    )
+
+
+def known(subject: Subject, policy: Contender) -> bool:
+    """Return whether the ledger knows this state machine to fail, and count that."""
+    law = test_denoising_goes_as_on_the_reference
+    entries = OPTIONS.get().ledger.concerning(
+        law.__name__, clauses_of(law), subject.spec, subject.dtype, policy.spec
+    )
+    entries = tuple(entry for entry in entries if entry.law)
+    record = RECORD.get()
+    for entry in entries:
+        if record is not None:
+            record.known[entry.reason] += 1
+    return bool(entries)
