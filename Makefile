@@ -5,8 +5,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# PyTorch is used by tests only: array code is run on a second library, and the small model is compared
-# with its training code. `make test TORCH=` goes without; those tests are then skipped with the reason.
+# PyTorch is optional. Tests run array code on it, and compare the small model with its training code.
+# `make test TORCH=` goes without; those tests are then skipped with the reason.
 TORCH ?= torch
 PYTEST_ARGS ?= -n 2
 DEMO_ARGS ?=
@@ -32,7 +32,7 @@ test: $(VENV)/.dev
 
 lint: $(VENV)/.dev types
 	$(BIN)/ruff check .
-	$(BIN)/numpydoc lint $$(find sparse_dlm_attn reference conformance models/sparse_dlm_attn_tiny -name '*.py')
+	$(BIN)/numpydoc lint $$(find sparse_dlm_attn reference backends conformance models/sparse_dlm_attn_tiny -name '*.py')
 
 types: $(VENV)/.dev
 	$(BIN)/mypy

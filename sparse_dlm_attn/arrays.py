@@ -14,6 +14,7 @@ from array_api_compat import array_namespace, device, is_array_api_obj
 __all__ = [
     "Array",
     "compute_dtype",
+    "device_kind",
     "device_of",
     "dtype_name",
     "invert_permutation",
@@ -42,9 +43,18 @@ def device_of(array: Array) -> Any:
     return device(array)
 
 
+def device_kind(array: Array) -> str:
+    """Return the kind of device, e.g. ``"cpu"`` or ``"cuda"``, without its number.
+
+    Libraries spell the processor in their own ways ("cpu", "TFRT_CPU_0", "Device('CPU_DEVICE')").
+    """
+    name = str(device(array)).lower()
+    return "cpu" if "cpu" in name else name.split(":")[0]
+
+
 def is_host(array: Array) -> bool:
     """Return whether the values of ``array`` can be read without a device synchronisation."""
-    return isinstance(array, np.ndarray) or str(device(array)) in {"cpu", "CPU_DEVICE"}
+    return isinstance(array, np.ndarray) or device_kind(array) == "cpu"
 
 
 def dtype_name(array: Array) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from sparse_dlm_attn import operators
-from sparse_dlm_attn.arrays import Array, device_of, dtype_name, shape_of
+from sparse_dlm_attn.arrays import Array, device_kind, dtype_name, shape_of
 from sparse_dlm_attn.context import Context
 from sparse_dlm_attn.selection import Selection
 from sparse_dlm_attn.values import AttentionState, PageBounds
@@ -31,8 +31,9 @@ class Problem:
     def of(cls, q: Array, context: Context) -> Problem:
         """Describe queries ``(batch, q_heads, tokens, head_dim)`` over ``context``."""
         _, q_heads, tokens, head_dim = shape_of(q)
-        device = str(device_of(q)).split(":")[0].lower()
-        return cls(dtype_name(q), head_dim, context.page_size, q_heads, context.kv_heads, tokens, device)
+        return cls(
+            dtype_name(q), head_dim, context.page_size, q_heads, context.kv_heads, tokens, device_kind(q)
+        )
 
 
 @dataclass(frozen=True)

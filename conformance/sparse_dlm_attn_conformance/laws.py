@@ -38,7 +38,12 @@ __all__ = ["OPTIONS", "RECORD", "LawOptions", "LawRun", "Record", "clauses_of", 
 CALM = (HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large,
         HealthCheck.large_base_example, HealthCheck.differing_executors, HealthCheck.nested_given)
 SHRINK_SECONDS = 15.0
+REFUSALS = 40
 PACKAGE = Path(__file__).parent
+
+
+class NothingDeclared(BaseException):
+    """The backend refused every problem so far; no `Exception`, so that Hypothesis lets it pass."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +157,7 @@ class LawRun:
                     self.hypothesis_test(entries)()
                 else:
                     self.example({}, entries)
-            except (hypothesis_errors.Unsatisfiable, hypothesis_errors.UnsatisfiedAssumption):
+            except (NothingDeclared, hypothesis_errors.Unsatisfiable, hypothesis_errors.UnsatisfiedAssumption):
                 pass  # nothing could be run: `conclude` says why
             except hypothesis_errors.Flaky as error:
                 raise self.flaky(error) from None
@@ -234,9 +239,12 @@ class LawRun:
                 reasons = self.subject.backend.why_not(
                     value.problem(self.subject.dtype, self.subject.device_kind)
                 )
-                if reasons:
-                    self.record.refused["; ".join(reasons)] += 1
-                    reject()
+                if not reasons:
+                    continue
+                self.record.refused["; ".join(reasons)] += 1
+                if not self.record.examples and sum(self.record.refused.values()) >= REFUSALS:
+                    raise NothingDeclared
+                reject()
 
     def facts(self, drawn: dict[str, Any]) -> dict[str, Any]:
         """Return what a ledger's ``when`` may speak about."""

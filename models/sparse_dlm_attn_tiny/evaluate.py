@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
-from multiprocessing import active_children, get_context
+from multiprocessing import active_children, get_context, parent_process
+from multiprocessing.connection import wait as connection_wait
 from pathlib import Path
 from typing import Any
 
@@ -263,10 +264,20 @@ _runner: _Runner | None = None  # of a worker process, set once by its initializ
 def _start_worker(evaluation: Evaluation) -> None:
     global _runner
     import signal
+    import threading
 
     # Ctrl-C reaches every process of the terminal; the parent decides what happens then.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _runner = _Runner(evaluation)
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it is gone: a killed parent cannot stop its pool."""
+    parent = parent_process()
+    if parent is not None:
+        connection_wait([parent.sentinel])
+        os._exit(1)
 
 
 def _run_in_worker(task: str, seed: int) -> Sample:

@@ -352,3 +352,23 @@ def test_an_interrupted_evaluation_ends_at_once_and_leaves_nothing(tmp_path: Pat
     assert process.returncode == 130, err
     assert "interrupted" in err and "Traceback" not in err
     assert os.listdir(tmp_path) == []
+
+
+def test_workers_end_when_the_evaluation_is_killed(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sparse_dlm_attn", "evaluate", "--length", "4096", "--prompts", "50",
+         "--workers", "2"],
+        stderr=subprocess.PIPE, text=True, cwd=tmp_path, start_new_session=True,
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+    )
+    assert process.stderr is not None
+    assert "2 processes" in process.stderr.readline()
+    time.sleep(2)  # by now the workers run
+    process.kill()
+    process.wait()
+    process.stderr.close()
+    deadline = time.monotonic() + 30
+    with pytest.raises(ProcessLookupError):  # nobody is left in the group
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)

@@ -133,7 +133,7 @@ class StrictOperators(PlainArrayApi):
 
     @property
     def capabilities(self) -> Capabilities:
-        return Capabilities(dtypes=("float32", "float64"))
+        return Capabilities(dtypes=("float32", "float64"), devices=("array_api_strict.device('cpu_device')",))
 
     def asarray(self, values: Any, *, dtype: str | None = None) -> Any:
         import array_api_strict

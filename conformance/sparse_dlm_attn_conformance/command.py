@@ -1,0 +1,126 @@
+"""The command `conformance`: run the suite on a backend or policy and report."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparse_dlm_attn import DataFileError, InvalidArgumentError, UnavailableError
+
+__all__ = ["conformance"]
+
+EXIT_CODES = {0: 0, 1: 1, 2: 130, 3: 2, 4: 2, 5: 1}
+"""Exit codes of pytest as those of this program: 1 a law failed or nothing ran, 2 bad input."""
+
+PROFILES = ("quick", "ci", "nightly")
+
+
+def conformance(
+    backend: Annotated[
+        list[str],
+        typer.Option("--backend", help="Backend under test: a registered name or module:attr; repeatable.",
+                     metavar="NAME"),
+    ],
+    policy: Annotated[
+        list[str] | None,
+        typer.Option("--policy", help="Policy under test; repeatable.", metavar="NAME[:key=value,...]",
+                     show_default="all registered"),
+    ] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(help="Test only this dtype; repeatable.", metavar="DTYPE", show_default="all declared"),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Passed to the backend as device=...")] = None,
+    clause: Annotated[
+        list[str] | None,
+        typer.Option(help="Run only laws of this clause (MERGE-1) or group (MERGE); repeatable.",
+                     metavar="ID", show_default="all"),
+    ] = None,
+    profile: Annotated[str, typer.Option(help=f"How thoroughly: {', '.join(PROFILES)}.")] = "quick",
+    known_failures: Annotated[
+        Path | None, typer.Option(help="Ledger of known failures (TOML).", metavar="FILE")
+    ] = None,
+    report: Annotated[
+        list[Path] | None,
+        typer.Option(help="Write the report: JSON, or a Markdown matrix for .md; repeatable.", metavar="FILE"),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Draw other problems.", show_default="the same problems every time")
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="Time limit of one problem.")] = 60.0,
+    workers: Annotated[int, typer.Option(help="Processes; more than 1 needs pytest-xdist.")] = 1,
+) -> None:
+    """Prove that a backend or policy keeps the specification, or show where it does not."""
+    check_environment(workers)
+    if profile not in PROFILES:
+        raise InvalidArgumentError("--profile", f"must be one of {', '.join(PROFILES)}", repr(profile))
+    if seconds < 0:
+        raise InvalidArgumentError("--seconds", "must be 0 (no limit) or more", seconds)
+    for path in report or []:
+        if not path.absolute().parent.is_dir():
+            raise DataFileError(f"--report: the folder of {str(path)!r} does not exist.")
+    options: list[tuple[str, object]] = [("--sda-profile", profile), ("--sda-seconds", seconds)]
+    for name, values in (("backend", backend), ("policy", policy), ("dtype", dtype), ("clause", clause)):
+        options += [(f"--sda-{name}", value) for value in values or []]
+    options += [("--sda-report", path.absolute()) for path in report or []]
+    if device is not None:
+        options.append(("--sda-device", device))
+    if known_failures is not None:
+        options.append(("--sda-known-failures", known_failures.absolute()))
+    if seed is not None:
+        options.append(("--hypothesis-seed", seed))
+    options.append(("--sda-database", Path(".hypothesis/sda-nightly").absolute()))
+    code = run_pytest([f"{name}={value}" for name, value in options], workers)
+    if code:
+        raise typer.Exit(code)
+
+
+def check_environment(workers: int) -> None:
+    """Raise unless what the suite needs is installed."""
+    if workers < 1:
+        raise InvalidArgumentError("--workers", "must be at least 1", workers)
+    wanted = ["hypothesis", "pytest"] + (["xdist"] if workers > 1 else [])
+    missing = [name for name in wanted if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UnavailableError(
+            "the conformance suite", [f"{name} is not installed" for name in missing],
+            "Install it with: pip install 'sparse_dlm_attn[conformance]'"
+            + (" pytest-xdist" if "xdist" in missing else ""),
+        )
+
+
+def run_pytest(options: list[str], workers: int) -> int:
+    """Run the laws in a process of their own and return our exit code.
+
+    A backend that takes its process down cannot take the command down. Neither settings nor plug-ins
+    of pytest in the current folder have a say; the folder is on the path, so ``module:attr`` finds a
+    module there.
+    """
+    with tempfile.TemporaryDirectory() as empty:
+        settings = Path(empty, "pytest.ini")
+        settings.write_text("[pytest]\n", encoding="utf-8")
+        command = [
+            sys.executable, "-X", "faulthandler", "-m", "pytest", "-c", str(settings), "--rootdir", empty,
+            "-p", "no:cacheprovider", "-p", "sparse_dlm_attn_conformance.plugin",
+            "-p", "_hypothesis_pytestplugin", "--import-mode=importlib", "--tb=short", "-q",
+            "--pyargs", "sparse_dlm_attn_conformance", *options,
+        ]
+        if workers > 1:
+            command += ["-p", "xdist", "-n", str(workers)]
+        environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        environment.pop("PYTEST_ADDOPTS", None)
+        finished = subprocess.run(command, env=environment, check=False)
+    if finished.returncode in EXIT_CODES:
+        return EXIT_CODES[finished.returncode]
+    print(
+        f"error: the code under test ended the process (status {finished.returncode}); the stack above "
+        "shows where. Enter it in a ledger with crash = true to go on without it.", file=sys.stderr,
+    )
+    return 1

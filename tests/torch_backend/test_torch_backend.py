@@ -1,0 +1,77 @@
+"""The PyTorch backend beyond the conformance suite: what it refuses, and what it never copies."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="the PyTorch backend needs PyTorch")
+
+from sparse_dlm_attn import (  # noqa: E402
+    Context,
+    InvalidArgumentError,
+    PassInfo,
+    PrefixAttention,
+    Selection,
+    UnavailableError,
+    UnsupportedError,
+    get_backend,
+)
+
+
+def problem(tokens: int = 64, page_size: int = 16) -> tuple[list[torch.Tensor], Context]:
+    torch.manual_seed(0)
+    rows = [torch.randn(1, heads, 8, 32) for heads in (4, 2, 2)]
+    return rows, Context.from_dense(torch.randn(1, 2, tokens, 32), torch.randn(1, 2, tokens, 32), page_size)
+
+
+@pytest.mark.clause("ERROR-1", "ERROR-2")
+def test_a_device_it_does_not_serve_is_refused_not_replaced() -> None:
+    with pytest.raises(InvalidArgumentError, match="device must be 'cpu'; got 'cuda'"):
+        get_backend("torch", device="cuda")
+
+
+@pytest.mark.clause("REGISTRY-1")
+def test_an_old_pytorch_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.4.1")
+    with pytest.raises(UnavailableError, match=r"PyTorch 2\.4\.1 is older than 2\.5\. Upgrade it"):
+        get_backend("torch")
+
+
+@pytest.mark.clause("CAPS-1")
+def test_tensors_on_another_device_are_refused_before_anything_runs() -> None:
+    rows, context = problem()
+    elsewhere = [row.to("meta") for row in rows]
+    moved = Context(*(getattr(context, name).to("meta") for name in
+                      ("k_pages", "v_pages", "page_table", "page_lengths")))
+    with pytest.raises(UnsupportedError, match="device meta is not one of cpu"):
+        PrefixAttention("dense", "torch")(*elsewhere, moved)
+    with pytest.raises(InvalidArgumentError, match=r"context\.k_pages must be a Tensor on device cpu"):
+        PrefixAttention("dense", "torch")(*rows, moved)
+    with pytest.raises(InvalidArgumentError, match="k must be a Tensor"):
+        PrefixAttention("dense", "torch")(rows[0], rows[1].numpy(), rows[2], context)
+
+
+@pytest.mark.clause("ATTEND-3")
+def test_a_value_that_is_not_finite_reaches_only_the_rows_that_read_it() -> None:
+    (q, _, _), context = problem()
+    context.v_pages[1] = torch.nan
+    mask = torch.zeros(1, 4, 1, 4, dtype=torch.bool)
+    mask[:, :, :, 0] = True
+    mask[:, 1, :, 1] = True  # query head 1 alone reads the poisoned page; head 0 shares its KV head
+    everyone = torch.ones(1, 8, dtype=torch.bool)
+    state = get_backend("torch").attend_pages(q, context, Selection(mask, 8), everyone)
+    assert state.out[:, 1].isnan().all()
+    assert state.out[:, [0, 2, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "policy", ["losa:budget=32", "quest:budget=32", "mage:budget=32,dense_layers=0", "sparsed"]
+)
+def test_a_block_of_passes_runs_and_reads_less_than_everything(policy: str) -> None:
+    rows, context = problem(tokens=512)
+    attention, memory = PrefixAttention(policy, "torch"), None
+    for index in range(3):
+        out, memory = attention(*rows, context, memory, PassInfo(index, total_passes=3))
+        rows[0] = rows[0] + 0.1 * torch.randn_like(rows[0])
+        assert out.isfinite().all()
+    assert float(memory.traffic.density[0]) < 1.0
