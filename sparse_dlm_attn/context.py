@@ -9,11 +9,11 @@ import numpy as np
 
 from sparse_dlm_attn.arrays import Array, dtype_name, is_host, namespace, shape_of, to_numpy
 from sparse_dlm_attn.errors import InvalidArgumentError, InvalidTypeError
-from sparse_dlm_attn.values import PageBounds, check_array
+from sparse_dlm_attn.values import PageBounds, check_array, check_int, check_same_place
 
 __all__ = ["GENERATED", "PROMPT", "SUFFIX", "Context"]
 
-PROMPT, GENERATED, SUFFIX = 0, 1, 2
+SEGMENTS = PROMPT, GENERATED, SUFFIX = 0, 1, 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +60,11 @@ class Context:
         if self.page_segments is not None:
             check_array("page_segments", self.page_segments, shape_of(self.page_table), ("int8",))
         if self.bounds is not None:
+            if not isinstance(self.bounds, PageBounds):
+                raise InvalidTypeError(
+                    "bounds", "must be PageBounds or None", type(self.bounds).__name__,
+                    "Make them with a backend's page_bounds(context).",
+                )
             shape = (self.batch, self.kv_heads, self.pages, self.head_dim)
             check_array("bounds.lower", self.bounds.lower, shape, (dtype_name(self.k_pages),))
         if 0 in (self.kv_heads, self.page_size, self.head_dim):
@@ -67,6 +72,25 @@ class Context:
                 "k_pages", "must have at least one KV head, token and channel a page",
                 f"shape {shape_of(self.k_pages)}",
             )
+        object.__setattr__(self, "version", check_int("version", self.version))
+        self._check_placement()
+
+    def _check_placement(self) -> None:
+        """Raise unless all arrays share library and device, and channels lie side by side."""
+        arrays = {"v_pages": self.v_pages, "page_table": self.page_table, "page_lengths": self.page_lengths}
+        if self.page_segments is not None:
+            arrays["page_segments"] = self.page_segments
+        if self.bounds is not None:
+            arrays["bounds.lower"] = self.bounds.lower
+        for name, array in arrays.items():
+            check_same_place(name, array, "k_pages", self.k_pages)
+        for name, array in (("k_pages", self.k_pages), ("v_pages", self.v_pages)):
+            strides = _strides(array)
+            if strides is not None and self.head_dim > 1 and strides[-1] != 1:
+                raise InvalidArgumentError(
+                    name, "must be contiguous in its last axis (channels)",
+                    f"a stride of {strides[-1]} elements", "Copy it into contiguous memory.",
+                )
 
     @property
     def batch(self) -> int:
@@ -117,7 +141,9 @@ class Context:
         return 2 * self.head_dim * size
 
     def in_segment(self, segment: int) -> Array:
-        """Bool ``(batch, pages)``: existing pages of one segment."""
+        """Bool ``(batch, pages)``: existing pages of one segment, 0 prompt, 1 generated, 2 suffix."""
+        if check_int("segment", segment) not in SEGMENTS:
+            raise InvalidArgumentError("segment", "must be 0 prompt, 1 generated or 2 suffix", segment)
         if self.page_segments is None:
             xp = namespace(self.page_lengths)
             return self.exists if segment == PROMPT else xp.zeros_like(self.exists)
@@ -171,8 +197,14 @@ class Context:
         check_array("k", k, ("batch", "kv_heads", "tokens", "head_dim"))
         check_array("v", v, shape_of(k), (dtype_name(k),))
         batch, kv_heads, tokens, _ = shape_of(k)
-        if isinstance(page_size, bool) or not isinstance(page_size, int) or page_size < 1:
-            raise InvalidArgumentError("page_size", "must be an int of at least 1 token", repr(page_size))
+        check_same_place("v", v, "k", k)
+        if isinstance(page_size, bool | np.bool_) or not isinstance(page_size, int | np.integer):
+            raise InvalidTypeError("page_size", "must be an int of at least 1 token", repr(page_size))
+        page_size = int(page_size)
+        if not 1 <= page_size < 2**31:
+            raise InvalidArgumentError(
+                "page_size", "must be at least 1 token and less than 2**31", page_size
+            )
         if tokens % page_size:
             raise InvalidArgumentError(
                 "k", f"must have a multiple of page_size={page_size} tokens, since a view cannot pad",
@@ -197,7 +229,8 @@ class Context:
         Raises
         ------
         InvalidArgumentError
-            If a length lies outside 0..page_size or an existing page points outside ``k_pages``.
+            If a length lies outside 0..page_size, an existing page points outside ``k_pages``, or a
+            page belongs to no segment that there is.
         """
         lengths, table = to_numpy(self.page_lengths), to_numpy(self.page_table)
         bad = (lengths < 0) | (lengths > self.page_size)
@@ -214,6 +247,15 @@ class Context:
                 "page_table", f"must point into 0..num_pages-1 = 0..{self.k_pages.shape[0] - 1} "
                 "where page_lengths > 0", f"{table[where]} at {where}",
             )
+        if self.page_segments is not None:
+            segments = to_numpy(self.page_segments)
+            bad = (lengths > 0) & ~np.isin(segments, SEGMENTS)
+            if bad.any():
+                where = tuple(int(i) for i in np.argwhere(bad)[0])
+                raise InvalidArgumentError(
+                    "page_segments", "must be 0 prompt, 1 generated or 2 suffix where page_lengths > 0",
+                    f"{segments[where]} at {where}",
+                )
 
 
 def _page_lengths(
@@ -222,7 +264,12 @@ def _page_lengths(
     """Split sequence lengths into page lengths, all pages full but the last one."""
     if lengths is None:
         return xp.full((batch, pages), page_size, dtype=xp.int32, device=device)
-    lengths = xp.asarray(lengths, device=device)
+    try:
+        lengths = xp.asarray(lengths, device=device)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # what libraries raise
+        raise InvalidTypeError(
+            "lengths", "must be an array or a list of ints, one a sequence", repr(lengths)
+        ) from error
     check_array("lengths", lengths, (batch,), ("int32", "int64"))
     if is_host(lengths):
         host = to_numpy(lengths)
@@ -239,6 +286,10 @@ def _paged_view(name: str, dense: Array, page_size: int) -> Array:
     batch, kv_heads, tokens, head_dim = shape_of(dense)
     pages = tokens // page_size
     strides = _strides(dense)
+    if 0 in (batch, kv_heads, tokens):  # nothing to view, so no layout to ask for
+        return namespace(dense).zeros(
+            (0, kv_heads, page_size, head_dim), dtype=dense.dtype, device=dense.device
+        )
     if batch == 1 or strides is None:
         if batch != 1:
             raise InvalidTypeError(
@@ -251,7 +302,7 @@ def _paged_view(name: str, dense: Array, page_size: int) -> Array:
         )
     sequence, head, token, channel = strides
     page = page_size * token
-    if tokens == 0 or sequence != kv_heads * pages * page or head != pages * page:
+    if sequence != kv_heads * pages * page or head != pages * page:
         raise InvalidArgumentError(
             name, "must be contiguous in its batch, head and token axes to be viewed as pages",
             f"strides {strides}", "Call it on the contiguous cache, not on a slice of it.",

@@ -107,8 +107,8 @@ def merge(*states: AttentionState) -> AttentionState:
     out = xp.zeros_like(xp.astype(states[0].out, dtype))
     for index, state in enumerate(states):
         share = (weights[index, ...] / xp.where(empty, 1.0, total))[..., None]
-        # where, not a product with 0: a state without weight may hold NaN (clause MERGE-4).
-        out = out + xp.where(share == 0, 0.0, share * xp.astype(state.out, dtype))
+        # A state without weight may hold NaN or inf, and 0 x NaN is NaN (clause MERGE-4).
+        out = out + share * xp.where(share == 0, 0.0, xp.astype(state.out, dtype))
     return AttentionState(
         xp.astype(out, states[0].out.dtype), xp.astype(merged_lse, xp.float32)
     )

@@ -216,5 +216,5 @@ def check_fraction(name: str, value: object) -> None:
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise unless ``value`` is one of ``choices``."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise InvalidArgumentError(name, f"must be one of {', '.join(choices)}", repr(value))

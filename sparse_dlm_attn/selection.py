@@ -7,8 +7,8 @@ from typing import Any
 
 from sparse_dlm_attn.arrays import Array, namespace, shape_of, to_numpy
 from sparse_dlm_attn.context import Context
-from sparse_dlm_attn.errors import InvalidArgumentError
-from sparse_dlm_attn.values import check_array
+from sparse_dlm_attn.errors import InvalidArgumentError, InvalidTypeError
+from sparse_dlm_attn.values import check_array, check_int, check_same_place
 
 __all__ = ["Selection"]
 
@@ -31,8 +31,7 @@ class Selection:
 
     def __post_init__(self) -> None:
         check_array("mask", self.mask, ("batch", "heads", "spans", "pages"), ("bool", "bool_"))
-        if isinstance(self.span, bool) or not isinstance(self.span, int) or self.span < 1:
-            raise InvalidArgumentError("span", "must be an int of at least 1 row", repr(self.span))
+        object.__setattr__(self, "span", check_int("span", self.span, 1))
 
     @property
     def heads(self) -> int:
@@ -47,17 +46,26 @@ class Selection:
     @classmethod
     def all_pages(cls, context: Context, tokens: int) -> Selection:
         """Select every existing page for all ``tokens`` rows."""
-        return cls(context.exists[:, None, None, :], max(tokens, 1))
+        _check_context(context)
+        return cls(context.exists[:, None, None, :], max(check_int("tokens", tokens, 0), 1))
 
     @classmethod
     def no_pages(cls, context: Context, tokens: int) -> Selection:
         """Select nothing."""
+        _check_context(context)
         xp = namespace(context.page_lengths)
-        return cls(xp.zeros_like(context.exists)[:, None, None, :], max(tokens, 1))
+        nothing = xp.zeros_like(context.exists)[:, None, None, :]
+        return cls(nothing, max(check_int("tokens", tokens, 0), 1))
 
     def check_fits(self, q_shape: tuple[int, ...], context: Context) -> None:
         """Raise unless this selection fits queries of ``q_shape`` and ``context``."""
+        _check_context(context)
+        if not isinstance(q_shape, tuple) or len(q_shape) != 4:
+            raise InvalidTypeError(
+                "q_shape", "must be the shape (batch, q_heads, tokens, head_dim) of q", repr(q_shape)
+            )
         batch, q_heads, tokens, _ = q_shape
+        check_same_place("selection.mask", self.mask, "context", context.page_lengths)
         spans = -(-tokens // self.span)
         if self.heads not in (1, context.kv_heads, q_heads):
             raise InvalidArgumentError(
@@ -78,14 +86,28 @@ class Selection:
         Query head ``h`` uses entry ``h // (q_heads / heads)`` (clause GQA-1), which covers all three
         forms: one entry, one a KV head, one a query head.
         """
+        if check_int("q_heads", q_heads, 1) % max(self.heads, 1) or self.heads == 0:
+            raise InvalidArgumentError(
+                "q_heads", f"must be a multiple of the selection's {self.heads} heads", q_heads
+            )
         xp = namespace(self.mask)
         return xp.repeat(self.mask, q_heads // self.heads, axis=1)
 
     def for_rows(self, q_heads: int, tokens: int) -> Array:
         """Return the mask per query head and row, bool ``(batch, q_heads, tokens, pages)``."""
+        span = self._rows_a_span(tokens)
         xp = namespace(self.mask)
-        rows = xp.repeat(self.for_query_heads(q_heads), self.span, axis=2)
+        rows = xp.repeat(self.for_query_heads(q_heads), span, axis=2)
         return rows[:, :, :tokens, :]
+
+    def _rows_a_span(self, tokens: int) -> int:
+        """Return ``span``, cut to the block: a span may be longer, and memory must not follow it."""
+        spans = int(self.mask.shape[2])
+        if spans != -(-check_int("tokens", tokens, 0) // self.span):
+            raise InvalidArgumentError(
+                "tokens", f"must fill the selection's {spans} spans of {self.span} rows", tokens
+            )
+        return min(self.span, max(tokens, 1))
 
     def loaded(self, active: Array, q_heads: int, kv_heads: int) -> Array:
         """Return the pages that a kernel loads, bool ``(batch, kv_heads, pages)``.
@@ -100,14 +122,18 @@ class Selection:
         q_heads, kv_heads : int
             Head counts of the problem.
         """
+        check_array("active", active, (int(self.mask.shape[0]), "tokens"), ("bool", "bool_"))
+        check_same_place("active", active, "selection.mask", self.mask)
+        if check_int("q_heads", q_heads, 1) % check_int("kv_heads", kv_heads, 1):
+            raise InvalidArgumentError("q_heads", f"must be a multiple of kv_heads={kv_heads}", q_heads)
         xp = namespace(self.mask)
         batch, tokens = shape_of(active)
-        spans = int(self.mask.shape[2])
+        span, spans = self._rows_a_span(tokens), int(self.mask.shape[2])
         padded = xp.concat(
-            [active, xp.zeros((batch, spans * self.span - tokens), dtype=xp.bool, device=active.device)],
+            [active, xp.zeros((batch, spans * span - tokens), dtype=xp.bool, device=active.device)],
             axis=1,
         )
-        used = xp.any(xp.reshape(padded, (batch, spans, self.span)), axis=-1)
+        used = xp.any(xp.reshape(padded, (batch, spans, span)), axis=-1)
         of_heads = xp.any(self.for_query_heads(q_heads) & used[:, None, :, None], axis=2)
         return xp.any(xp.reshape(of_heads, (batch, kv_heads, q_heads // kv_heads, self.pages)), axis=2)
 
@@ -117,18 +143,20 @@ class Selection:
         Parameters
         ----------
         capacity : int, optional
-            Length of the lists; default: ``pages``, which needs no look at the values. A list longer
-            than ``capacity`` is cut, so pass a bound that holds.
+            Most entries of a list; default: ``pages``, which needs no look at the values. A list
+            longer than ``capacity`` is cut, so pass a bound that holds.
 
         Returns
         -------
         indices : array
-            int32 ``(batch, heads, spans, capacity)``: logical pages, ascending, unique, padded with -1.
+            int32 ``(batch, heads, spans, min(capacity, pages))``: logical pages, ascending, unique, padded with -1.
         counts : array
             int32 ``(batch, heads, spans)``.
         """
-        xp = namespace(self.mask)
         pages = self.pages
+        if capacity is not None:
+            capacity = check_int("capacity", capacity, 0)
+        xp = namespace(self.mask)
         index = xp.arange(pages, dtype=xp.int32, device=self.mask.device)
         # Unselected pages sort behind all selected ones, so no data-dependent shape arises.
         keys = xp.sort(xp.where(self.mask, index, pages), axis=-1)
@@ -153,10 +181,18 @@ class Selection:
         Raises
         ------
         InvalidArgumentError
-            If a listed page other than the last of its list is partly filled: CSR cannot say so.
+            If a listed page other than the last of its list is partly filled: CSR cannot say so; or if
+            ``context`` has other sequences or pages than this selection.
         """
         import numpy as np
 
+        _check_context(context)
+        if (int(self.mask.shape[0]), self.pages) != (context.batch, context.pages):
+            raise InvalidArgumentError(
+                "context", f"must have the selection's {int(self.mask.shape[0])} sequences of {self.pages} "
+                "pages", f"{context.batch} sequences of {context.pages} pages",
+            )
+        check_same_place("context", context.page_lengths, "selection.mask", self.mask)
         mask = to_numpy(self.mask & context.exists[:, None, None, :])
         table, lengths = to_numpy(context.page_table), to_numpy(context.page_lengths)
         indptr, indices, last = [0], [], []
@@ -188,3 +224,11 @@ class Selection:
                          for c in range(columns)]
                 lines.append(f"  head {h} span {s} |{''.join(' .:#'[int(cell * 3)] for cell in cells)}|")
         return "\n".join(lines)
+
+
+def _check_context(context: object) -> None:
+    if not isinstance(context, Context):
+        raise InvalidTypeError(
+            "context", "must be a Context", type(context).__name__,
+            "Build one with Context.from_dense(k, v, page_size).",
+        )

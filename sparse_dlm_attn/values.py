@@ -7,13 +7,34 @@ Shapes are logical; strides are free, except that the last axis is contiguous.
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
-from sparse_dlm_attn.arrays import Array, dtype_name, is_array, is_host, namespace, shape_of, to_numpy
+import numpy as np
+
+from sparse_dlm_attn.arrays import (
+    Array,
+    device_of,
+    dtype_name,
+    is_array,
+    is_host,
+    namespace,
+    shape_of,
+    to_numpy,
+)
 from sparse_dlm_attn.errors import InvalidArgumentError, InvalidTypeError
 
-__all__ = ["AttentionState", "PageBounds", "PassInfo", "check_array", "softmax_scale"]
+__all__ = [
+    "AttentionState",
+    "PageBounds",
+    "PassInfo",
+    "check_array",
+    "check_int",
+    "check_same_place",
+    "softmax_scale",
+]
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
@@ -58,13 +79,46 @@ def check_array(
         )
 
 
+def check_int(name: str, value: object, minimum: int | None = None) -> int:
+    """Return ``value`` as an int; NumPy's integers count as such, bools do not.
+
+    Raises
+    ------
+    InvalidTypeError
+        If it is not an integer.
+    InvalidArgumentError
+        If it is less than ``minimum``.
+    """
+    if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
+        raise InvalidTypeError(name, "must be an int", repr(value))
+    if minimum is not None and value < minimum:
+        raise InvalidArgumentError(name, f"must be at least {minimum}", value)
+    return operator.index(value)
+
+
+def check_same_place(name: str, value: Array, like_name: str, like: Array) -> None:
+    """Raise unless two arrays are of one library and lie on one device."""
+    if device_of(value) != device_of(like) or namespace(value) is not namespace(like):
+        raise InvalidArgumentError(
+            name, f"must be a {type(like).__name__} on device {device_of(like)}, as {like_name} is",
+            f"a {type(value).__name__} on {device_of(value)}",
+        )
+
+
 def softmax_scale(head_dim: int, scale: float | None) -> float:
     """Return ``scale``, or the default ``1 / sqrt(head_dim)``: the only place it is defined."""
     if scale is None:
         return 1.0 / math.sqrt(head_dim)
-    if not isinstance(scale, int | float) or not math.isfinite(scale) or scale <= 0:
-        raise InvalidArgumentError("scale", "must be a finite positive number or None", repr(scale))
-    return float(scale)
+    rule = "must be a finite positive number or None"
+    if isinstance(scale, bool | np.bool_) or not isinstance(scale, Real):
+        raise InvalidTypeError("scale", rule, repr(scale))
+    try:
+        number = float(scale)
+    except OverflowError:  # an int beyond every float
+        number = math.inf
+    if not math.isfinite(number) or number <= 0:
+        raise InvalidArgumentError("scale", rule, number)
+    return number
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,10 +140,12 @@ class AttentionState:
     def __post_init__(self) -> None:
         check_array("out", self.out, ("batch", "q_heads", "tokens", "head_dim"))
         check_array("lse", self.lse, shape_of(self.out)[:3], ("float32",))
+        check_same_place("lse", self.lse, "out", self.out)
 
     @classmethod
     def empty_like(cls, q: Array) -> AttentionState:
         """Return the state of the empty key set for queries shaped like ``q``."""
+        check_array("q", q, ("batch", "q_heads", "tokens", "head_dim"))
         xp = namespace(q)
         lse = xp.full(shape_of(q)[:3], -math.inf, dtype=xp.float32, device=q.device)
         return cls(xp.zeros_like(q), lse)
@@ -111,7 +167,8 @@ class PageBounds:
 
     def __post_init__(self) -> None:
         check_array("lower", self.lower, ("batch", "kv_heads", "pages", "head_dim"))
-        check_array("upper", self.upper, shape_of(self.lower))
+        check_array("upper", self.upper, shape_of(self.lower), (dtype_name(self.lower),))
+        check_same_place("upper", self.upper, "lower", self.lower)
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,18 +200,27 @@ class PassInfo:
     total_passes: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "index", _host_uniform(self.index))
-        object.__setattr__(self, "is_save", _host_uniform(self.is_save))
+        object.__setattr__(self, "index", _host_uniform("index", self.index))
+        object.__setattr__(self, "is_save", _host_uniform("is_save", self.is_save))
         if isinstance(self.index, int):
-            if self.index < 0:
-                raise InvalidArgumentError("index", "must be a pass number from 0", self.index)
+            if isinstance(self.index, bool) or not 0 <= self.index < 2**31:
+                raise InvalidArgumentError("index", "must be a pass number from 0 to 2**31 - 1", self.index)
         else:
             check_array("index", self.index, ("batch",), ("int8", "int16", "int32", "int64"))
+            if is_host(self.index) and (to_numpy(self.index) < 0).any():
+                raise InvalidArgumentError(
+                    "index", "must hold pass numbers from 0", to_numpy(self.index).tolist()
+                )
         if not isinstance(self.is_save, bool):
             check_array("is_save", self.is_save, ("batch",), ("bool", "bool_"))
         for name in ("decoded", "newly_decoded"):
             if getattr(self, name) is not None:
                 check_array(name, getattr(self, name), ("batch", "tokens"), ("bool", "bool_"))
+        for name in ("layer", "num_layers", "total_passes"):
+            if name != "total_passes" or self.total_passes is not None:
+                object.__setattr__(self, name, check_int(name, getattr(self, name)))
+        if self.num_layers < 1:
+            raise InvalidArgumentError("num_layers", "must be at least 1", self.num_layers)
         if not 0 <= self.layer < self.num_layers:
             raise InvalidArgumentError(
                 "layer", f"must be in 0..num_layers-1 = 0..{self.num_layers - 1}", self.layer
@@ -172,16 +238,20 @@ class PassInfo:
         return xp.astype(xp.asarray(value, device=like.device), dtype)
 
 
-def _host_uniform(value: Any) -> Any:
+def _host_uniform(name: str, value: Any) -> Any:
     """Turn a host array (or sequence) whose entries agree into one Python scalar."""
+    rule = f"must be {'a bool' if name == 'is_save' else 'an int'} or an array (batch,) of them"
+    if isinstance(value, np.generic):
+        value = value.item()
     if isinstance(value, bool | int):
         return value
     if isinstance(value, list | tuple):
-        import numpy as np
-
-        value = np.asarray(value)
+        try:
+            value = np.asarray(value)
+        except ValueError as error:  # a ragged list
+            raise InvalidTypeError(name, rule, repr(value)) from error
     if not is_array(value):
-        raise InvalidTypeError("index/is_save", "must be a scalar or an array (batch,)", repr(value))
+        raise InvalidTypeError(name, rule, repr(value))
     if is_host(value) and value.ndim == 1 and value.shape[0] > 0:
         host = to_numpy(value)
         if (host == host[0]).all():

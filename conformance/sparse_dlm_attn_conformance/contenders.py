@@ -11,12 +11,12 @@ __all__ = ["VARIANTS", "Contender", "contenders"]
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "dense": ("dense",),
-    "sliding-window": ("sliding-window:window=5",),
+    "sliding-window": ("sliding-window:window=3",),
     "streaming-llm": ("streaming-llm:sinks=2,window=4",),
-    "quest": ("quest:budget=6,min_pages=1,pages=own,union_over=query_head", "quest:budget=4,newest=true"),
-    "losa": ("losa:budget=6,active=2", "losa:budget=4,mass=0.5,drift=refresh,pages=own"),
-    "flashblock": ("flashblock:limit=1",),
-    "mage": ("mage:budget=5,dense_layers=0",),
+    "quest": ("quest:budget=3,min_pages=1,pages=own,union_over=query_head", "quest:budget=4,newest=true"),
+    "losa": ("losa:budget=3,active=2", "losa:budget=4,mass=0.5,drift=refresh,pages=own"),
+    "flashblock": ("flashblock:limit=2",),
+    "mage": ("mage:budget=4,dense_layers=0",),
     "sparsed": ("sparsed:ratio=0.4,warmup=1,span=2",),
 }
 """Defaults are made for contexts of thousands of tokens: on a generated problem, which has a few dozen,

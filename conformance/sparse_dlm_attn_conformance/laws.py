@@ -239,9 +239,9 @@ class LawRun:
                 reasons = self.subject.backend.why_not(
                     value.problem(self.subject.dtype, self.subject.device_kind)
                 )
-                if not reasons:
+                if not reasons or not isinstance(reasons, list | tuple):  # a law of CAPS-1 checks the type
                     continue
-                self.record.refused["; ".join(reasons)] += 1
+                self.record.refused["; ".join(map(str, reasons))] += 1
                 if not self.record.examples and sum(self.record.refused.values()) >= REFUSALS:
                     raise NothingDeclared
                 reject()

@@ -110,15 +110,16 @@ def test_memory_is_a_value(subject: Subject, policy: Contender, episode: Episode
     arrays = case.arrays(subject.dtype)
     done = play(subject, chosen, episode)
     memory = done[0].memory
-    before = host(memory.state.out), host(memory.state.lse)
     attention, context = PrefixAttention(chosen, subject.backend), subject.load(arrays).context
     context = replace(context, page_table=memory.page_table, page_lengths=memory.page_lengths)
     now = subject.load(arrays.but(q=episode.queries(subject.dtype)[1]))
     _, again = attention(now.q, now.k, now.v, context, memory, episode.info(subject, 1), scale=case.scale)
-    got = Pass(done[1].out, host(again.active), rows_of(arrays, again), again)
-    expect_same_decisions(got, done[1], "when a pass is repeated from its memory", "POLICY-1")
-    for name, value, kept in zip(("out", "lse"), (memory.state.out, memory.state.lse), before, strict=True):
-        expect_same_bits(host(value), kept, f"{name} in the memory of pass 0, after later passes", "PURE-1")
+    expect_same_decisions(Pass.of(arrays, done[1].out, again), done[1], "when a pass is repeated from its memory",
+                          "POLICY-1")
+    for number, earlier in enumerate(done):
+        state = earlier.memory.state
+        for name, value, kept in zip(("out", "lse"), (state.out, state.lse), earlier.kept, strict=True):
+            expect_same_bits(host(value), kept, f"{name} in the memory of pass {number}, later", "PURE-1")
 
 
 @pytest.mark.clause("POLICY-2")
@@ -340,7 +341,7 @@ def test_dropped_memory_restarts_the_block(subject: Subject, policy: Contender, 
 
     def run(now: Loaded, info: PassInfo) -> Pass:
         out, memory = attention(now.q, now.k, now.v, on.context, None, info, scale=case.scale)
-        return Pass(host(out), host(memory.active), rows_of(arrays, memory), memory)
+        return Pass.of(arrays, out, memory)
 
     place = episode.info(subject, 1)
     restarted, begun = run(on, place), run(on, replace(place, index=0))

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
 import shlex
+import subprocess
 import sys
 import types
 from dataclasses import dataclass
@@ -100,6 +102,23 @@ def test_the_backend_on_the_page_holds_the_laws_of_the_suite(
     monkeypatch.chdir(tmp_path)
     groups = ("STATE", "CONTEXT", "GQA", "BOUNDS", "SCORES", "ATTEND", "BLOCK", "PURE")
     assert suite.check_backend("dense_mask:DenseMask", clauses=groups) == []
+
+
+def test_the_demo_in_the_readme_is_what_the_demo_prints() -> None:
+    shown = [block.text for block in blocks((ROOT / "README.md").read_text("utf-8")) if "exact" in block.text]
+    rows = [re.split(r"\s{2,}", line.strip()) for line in shown[0].splitlines()[2:]]
+    code = "import sys; from sparse_dlm_attn.cli import main; sys.exit(main(['decode', '--json']))"
+    printed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=250
+    )
+    results = json.loads(printed.stdout)["results"]
+    assert [row[:2] for row in rows] == [[result["policy"], result["answer"]] for result in results]
+    assert [row[2] == "yes" for row in rows] == [result["exact"] for result in results]
+    for row, result in zip(rows, results, strict=True):
+        for cell, part in zip(row[3:], ("everything", "after_first_pass"), strict=True):
+            # Another machine's BLAS may round a score differently and so load a few pages more or less.
+            share = 100 * result["reads"][part]["byte_share"]
+            assert abs(float(cell.removesuffix(" %")) - share) <= 1.0, row[0]
 
 
 def console_commands() -> list[tuple[str, str]]:
