@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 
 from sparse_dlm_attn import operators
 from sparse_dlm_attn.arrays import Array, device_kind, dtype_name, shape_of
+from sparse_dlm_attn.checks import check_attend_block, check_attend_pages, check_cached
 from sparse_dlm_attn.context import Context
+from sparse_dlm_attn.errors import InvalidArgumentError, InvalidTypeError
 from sparse_dlm_attn.selection import Selection
 from sparse_dlm_attn.values import AttentionState, PageBounds
 
@@ -68,6 +70,15 @@ class Capabilities:
 
     def why_not(self, problem: Problem) -> list[str]:
         """Return every reason against ``problem``; empty if it is supported."""
+        if not isinstance(problem, Problem):
+            raise InvalidTypeError(
+                "problem", "must be a Problem", type(problem).__name__, "Use Problem.of(q, context)."
+            )
+        if problem.kv_heads < 1 or problem.q_heads % problem.kv_heads:
+            raise InvalidArgumentError(
+                "problem.q_heads", "must be a multiple of kv_heads, itself at least 1",
+                f"q_heads {problem.q_heads}, kv_heads {problem.kv_heads}",
+            )
         checks: list[tuple[str, Any, tuple[Any, ...] | None]] = [
             ("dtype", problem.dtype, self.dtypes),
             ("device", problem.device, self.devices),
@@ -302,6 +313,10 @@ class Backend(ABC):
         context_state : AttentionState
             The context part, to be cached for the next pass.
         """
+        check_attend_pages(q, context, selection, active, scale)
+        check_attend_block(q, k, v, scale)
+        if cached is not None:  # all of it before the first kernel
+            check_cached(cached, q)
         state = self.attend_pages(q, context, selection, active, scale=scale)
         if cached is not None:
             state = self.reuse(active, state, cached)

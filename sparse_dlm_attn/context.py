@@ -86,7 +86,7 @@ class Context:
             check_same_place(name, array, "k_pages", self.k_pages)
         for name, array in (("k_pages", self.k_pages), ("v_pages", self.v_pages)):
             strides = _strides(array)
-            if strides is not None and self.head_dim > 1 and strides[-1] != 1:
+            if strides is not None and strides[-1] != 1 and self.head_dim > 1 and 0 not in shape_of(array):
                 raise InvalidArgumentError(
                     name, "must be contiguous in its last axis (channels)",
                     f"a stride of {strides[-1]} elements", "Copy it into contiguous memory.",

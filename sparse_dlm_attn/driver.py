@@ -16,7 +16,14 @@ from sparse_dlm_attn.policy import PassInputs, PrefixAttentionPolicy
 from sparse_dlm_attn.registry import get_backend, get_policy
 from sparse_dlm_attn.selection import Selection
 from sparse_dlm_attn.traffic import RecordingOperators, Traffic
-from sparse_dlm_attn.values import AttentionState, PageBounds, PassInfo, check_array, softmax_scale
+from sparse_dlm_attn.values import (
+    AttentionState,
+    PageBounds,
+    PassInfo,
+    check_array,
+    check_same_place,
+    softmax_scale,
+)
 
 __all__ = ["LayerMemory", "PrefixAttention", "check_block"]
 
@@ -96,6 +103,8 @@ class PrefixAttention:
     ) -> None:
         self.policy = get_policy(policy)
         self.backend = get_backend(backend)
+        if not isinstance(check_contents, bool | None):
+            raise InvalidTypeError("check_contents", "must be a bool or None", repr(check_contents))
         self.check_contents = check_contents
         kind = type(self.policy)
         self._fused = (
@@ -154,7 +163,12 @@ class PrefixAttention:
         inputs, operators = self._inputs(q, context, memory, info, scale)
         active = self.policy.active_set(inputs)
         check_array("active_set()", active, (q.shape[0], q.shape[2]), ("bool", "bool_"))
+        check_same_place("active_set()", active, "q", q)
         selection = self.policy.select_pages(inputs, active)
+        if not isinstance(selection, Selection):
+            raise InvalidTypeError(
+                f"{self.policy.name}.select_pages()", "must be a Selection", type(selection).__name__
+            )
         selection.check_fits(shape_of(q), context)
         if self._fused:
             out, state = self.backend.attend(
@@ -171,7 +185,8 @@ class PrefixAttention:
             context.token_bytes, operators.metadata_reads, operators.key_reads,
         )
         return out, LayerMemory(
-            self.policy, info.layer, context.version, context.page_table, context.page_lengths, state,
+            self.policy, info.layer, context.version, _kept(context.page_table),
+            _kept(context.page_lengths), state,
             remembered, operators.bounds, selection, active, traffic,
         )
 
@@ -263,13 +278,17 @@ def check_block(q: Array, k: Array, v: Array, context: Context) -> None:
         )
     if tokens == 0:
         raise InvalidArgumentError("q", "must have at least one row", f"shape {shape_of(q)}")
-    for name, array in (("k", k), ("v", v), ("context.k_pages", context.k_pages),
-                        ("context.page_table", context.page_table)):
-        if device_of(array) != device_of(q) or namespace(array) is not namespace(q):
-            raise InvalidArgumentError(
-                name, f"must be a {type(q).__name__} on device {device_of(q)}, as q is",
-                f"a {type(array).__name__} on {device_of(array)}",
-            )
+    for name, array in (("k", k), ("v", v), ("context.k_pages", context.k_pages)):
+        check_same_place(name, array, "q", q)
+
+
+def _type_name(array: Array) -> str:
+    return f"{type(array).__module__}.{type(array).__qualname__}"
+
+
+def _kept(array: Array) -> Array:
+    """Return what a later pass compares with: a copy on the host, where the owner may write into it."""
+    return namespace(array).asarray(array, copy=True) if is_host(array) else array
 
 
 def _check_info(info: PassInfo, q: Array) -> None:
@@ -312,6 +331,12 @@ def _check_memory(
     if shape_of(memory.state.out) != shape_of(q):
         raise StaleMemoryError(
             f"memory holds a state of shape {shape_of(memory.state.out)}, q has {shape_of(q)}. {advice}"
+        )
+    state = memory.state.out
+    if namespace(state) is not namespace(q) or device_of(state) != device_of(q) or state.dtype != q.dtype:
+        raise StaleMemoryError(
+            f"memory holds a {_type_name(state)} of {dtype_name(state)} on {device_of(state)}, q is a "
+            f"{_type_name(q)} of {dtype_name(q)} on {device_of(q)}. {advice}"
         )
     changed = _changed_context(context, memory, info)
     if changed:

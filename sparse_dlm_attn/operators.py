@@ -7,11 +7,20 @@ data-dependent shapes and never synchronise, so they may run inside a captured C
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import TYPE_CHECKING
 
 from sparse_dlm_attn.arrays import Array, compute_dtype, invert_permutation, namespace, shape_of
-from sparse_dlm_attn.errors import InvalidArgumentError
-from sparse_dlm_attn.values import AttentionState, check_array, softmax_scale
+from sparse_dlm_attn.checks import (
+    check_pooled_scores,
+    check_query_change,
+    check_reuse,
+    check_row_changes,
+    check_states,
+    check_top_pages,
+)
+from sparse_dlm_attn.errors import InvalidArgumentError, InvalidTypeError
+from sparse_dlm_attn.values import AttentionState, check_int, softmax_scale
 
 if TYPE_CHECKING:
     from sparse_dlm_attn.context import Context
@@ -37,6 +46,7 @@ def descending_ranks(values: Array) -> Array:
 
 def top_pages(scores: Array, count: int | Array, *, eligible: Array) -> Array:
     """See :meth:`sparse_dlm_attn.Backend.top_pages`."""
+    check_top_pages(scores, count, eligible)
     xp = namespace(scores)
     eligible = xp.broadcast_to(eligible, shape_of(scores))
     # Two stable sorts: by score first, then eligible before not eligible. A sentinel score
@@ -44,6 +54,8 @@ def top_pages(scores: Array, count: int | Array, *, eligible: Array) -> Array:
     order = xp.argsort(-xp.where(xp.isnan(scores), math.inf, scores), axis=-1, stable=True)
     barred = xp.astype(xp.take_along_axis(~eligible, order, axis=-1), xp.int32)
     order = xp.take_along_axis(order, xp.argsort(barred, axis=-1, stable=True), axis=-1)
+    if isinstance(count, int):  # any int is legal, but not in every integer dtype
+        count = min(max(count, 0), shape_of(scores)[-1])
     limit = xp.asarray(count, device=scores.device)
     limit = limit[..., None] if limit.ndim else limit
     return (invert_permutation(order) < limit) & eligible
@@ -51,8 +63,8 @@ def top_pages(scores: Array, count: int | Array, *, eligible: Array) -> Array:
 
 def query_change(q: Array, q_reference: Array) -> Array:
     """See :meth:`sparse_dlm_attn.Backend.query_change`."""
+    check_query_change(q, q_reference)
     xp = namespace(q, q_reference)
-    check_array("q_reference", q_reference, shape_of(q))
     dtype = compute_dtype(q)
     difference = xp.astype(q, dtype) - xp.astype(q_reference, dtype)
     total = xp.sum(difference * difference, axis=(1, 3))
@@ -65,37 +77,43 @@ def check_change_rule(count: int | None, mass: float | None) -> None:
         raise InvalidArgumentError(
             "count/mass", "must be given one at a time", f"count={count}, mass={mass}"
         )
-    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 0):
-        raise InvalidArgumentError("count", "must be an int of at least 0 rows", repr(count))
-    if mass is not None and not 0.0 <= mass <= 1.0:
-        raise InvalidArgumentError("mass", "must lie in 0..1", mass)
+    if count is not None:
+        check_int("count", count, 0)
+    if mass is not None:
+        given: object = mass  # whatever its annotation promises
+        if isinstance(given, bool) or not isinstance(given, Real):
+            raise InvalidTypeError("mass", "must be a number in 0..1", repr(given))
+        if not 0.0 <= mass <= 1.0:
+            raise InvalidArgumentError("mass", "must lie in 0..1", mass)
 
 
 def largest_changes(change: Array, *, count: int | None = None, mass: float | None = None) -> Array:
     """See :meth:`sparse_dlm_attn.Backend.largest_changes`."""
+    check_row_changes(change)
     check_change_rule(count, mass)
     xp = namespace(change)
     ranks = descending_ranks(change)
     if count is not None:
-        return ranks < count
+        return ranks < min(count, shape_of(change)[-1])
     order = invert_permutation(ranks)
     ordered = xp.astype(xp.take_along_axis(change, order, axis=-1), xp.float64)
     running = xp.cumulative_sum(ordered, axis=-1)
     total = running[..., -1:]
+    # Sums of the rows before each row, shifted rather than subtracted: inf - inf would be NaN.
+    before = xp.concat([xp.zeros_like(total), running[..., :-1]], axis=-1)
+    # 0 x inf is NaN too, but a mass of 0 is reached by nothing at all.
+    target = mass * total if mass else xp.where(xp.isnan(total), total, xp.zeros_like(total))
     # A row is needed while the rows before it fall short of the target; the comparison is written
     # so that NaN changes (total NaN) keep every row, which lets the NaN show in the output.
-    needed = ~(running - ordered >= mass * total)
+    needed = ~(before >= target)
     return xp.take_along_axis(needed, ranks, axis=-1)
 
 
 def merge(*states: AttentionState) -> AttentionState:
     """See :meth:`sparse_dlm_attn.Backend.merge`."""
-    if not states:
-        raise InvalidArgumentError("states", "must hold at least one AttentionState", "none")
+    check_states(*states)
     xp = namespace(states[0].out)
     dtype = compute_dtype(states[0].out)
-    for state in states[1:]:
-        check_array("states", state.out, shape_of(states[0].out))
     lse = xp.stack([xp.astype(state.lse, dtype) for state in states])
     peak = xp.max(lse, axis=0)
     # The empty set has lse -inf: subtracting a finite stand-in avoids -inf - -inf.
@@ -116,6 +134,7 @@ def merge(*states: AttentionState) -> AttentionState:
 
 def reuse(active: Array, fresh: AttentionState, cached: AttentionState) -> AttentionState:
     """See :meth:`sparse_dlm_attn.Backend.reuse`."""
+    check_reuse(active, fresh, cached)
     xp = namespace(fresh.out)
     rows = active[:, None, :]
     return AttentionState(
@@ -130,6 +149,9 @@ def gather_pages(pages: Array, context: Context) -> Array:
     """
     xp = namespace(pages)
     batch, count = shape_of(context.page_table)
+    if pages.shape[0] == 0:  # no physical page: entries of absent pages have nothing to point at
+        shape = (batch, pages.shape[1], count, *shape_of(pages)[2:])
+        return xp.zeros(shape, dtype=pages.dtype, device=pages.device)
     table = xp.where(context.exists, context.page_table, 0)
     taken = xp.take(pages, xp.reshape(table, (-1,)), axis=0)
     shape = (batch, count, *shape_of(pages)[1:])
@@ -146,18 +168,20 @@ def valid_tokens(context: Context) -> Array:
 
 def pooled_scores(q: Array, context: Context, *, span: int, scale: float | None = None) -> Array:
     """See :meth:`sparse_dlm_attn.Backend.pooled_scores`."""
+    check_pooled_scores(q, context, span, scale)
     xp = namespace(q)
     batch, q_heads, tokens, head_dim = shape_of(q)
     dtype = compute_dtype(q)
     factor = softmax_scale(head_dim, scale)
     group = q_heads // context.kv_heads
     keys = xp.astype(gather_pages(context.k_pages, context), dtype)
-    keys = xp.reshape(keys, (batch, context.kv_heads, 1, -1, head_dim))
-    valid = xp.reshape(valid_tokens(context), (batch, 1, 1, 1, -1))
+    slots = context.pages * context.page_size
+    keys = xp.reshape(keys, (batch, context.kv_heads, 1, slots, head_dim))
+    valid = xp.reshape(valid_tokens(context), (batch, 1, 1, 1, slots))
     pooled = []
     for start in range(0, tokens, span):  # one span at a time: memory is span x context
         rows = xp.astype(q[:, :, start : min(start + span, tokens), :], dtype)
-        rows = xp.reshape(rows, (batch, context.kv_heads, group, -1, head_dim))
+        rows = xp.reshape(rows, (batch, context.kv_heads, group, rows.shape[2], head_dim))
         logits = factor * xp.matmul(rows, xp.matrix_transpose(keys))
         logits = xp.where(valid, logits, -math.inf)
         peak = xp.max(logits, axis=-1, keepdims=True) if logits.shape[-1] else 0.0

@@ -202,7 +202,7 @@ def _build(kind: str, group: str, base: type, name: Any, options: dict[str, Any]
         raise
     except ImportError as error:
         raise UnavailableError(f"{kind} {name!r}", [str(error)], "Install what is missing.") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InvalidTypeError(
             f"{kind} {name!r}", "must be constructible with these options",
             f"{options or 'no options'}: {type(error).__name__}: {error}",

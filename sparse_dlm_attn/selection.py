@@ -149,7 +149,8 @@ class Selection:
         Returns
         -------
         indices : array
-            int32 ``(batch, heads, spans, min(capacity, pages))``: logical pages, ascending, unique, padded with -1.
+            int32 ``(batch, heads, spans, min(capacity, pages))``: logical pages, ascending, unique,
+            padded with -1.
         counts : array
             int32 ``(batch, heads, spans)``.
         """

@@ -110,10 +110,11 @@ def softmax_scale(head_dim: int, scale: float | None) -> float:
     if scale is None:
         return 1.0 / math.sqrt(head_dim)
     rule = "must be a finite positive number or None"
-    if isinstance(scale, bool | np.bool_) or not isinstance(scale, Real):
-        raise InvalidTypeError("scale", rule, repr(scale))
+    given: object = scale  # whatever its annotation promises
+    if isinstance(given, bool | np.bool_) or not isinstance(given, Real):
+        raise InvalidTypeError("scale", rule, repr(given))
     try:
-        number = float(scale)
+        number = float(given)
     except OverflowError:  # an int beyond every float
         number = math.inf
     if not math.isfinite(number) or number <= 0:
@@ -254,6 +255,6 @@ def _host_uniform(name: str, value: Any) -> Any:
         raise InvalidTypeError(name, rule, repr(value))
     if is_host(value) and value.ndim == 1 and value.shape[0] > 0:
         host = to_numpy(value)
-        if (host == host[0]).all():
+        if host.dtype.kind in "biu" and (host == host[0]).all():
             return bool(host[0]) if host.dtype == bool else int(host[0])
     return value

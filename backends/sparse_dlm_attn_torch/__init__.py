@@ -14,6 +14,7 @@ from sparse_dlm_attn import (
     Capabilities,
     Context,
     InvalidArgumentError,
+    InvalidTypeError,
     PageBounds,
     Selection,
     UnavailableError,
@@ -68,8 +69,17 @@ class TorchBackend(Backend):
 
     def asarray(self, values: Any, *, dtype: str | None = None) -> torch.Tensor:
         """Convert host values to tensors (a copy, so that the caller's array stays untouched)."""
+        if dtype is not None and str(dtype) not in (*DTYPES, "int8", "int32", "int64", "bool"):
+            raise InvalidTypeError(
+                "dtype", f"must be one of {', '.join(DTYPES)}, an integer dtype or bool", repr(dtype)
+            )
         kind = getattr(torch, dtype) if dtype is not None else None
-        return torch.tensor(values, dtype=kind, device=self.device)
+        try:
+            return torch.tensor(values, dtype=kind, device=self.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InvalidTypeError(
+                "values", f"must be numbers that fit dtype {dtype or 'of their own'}", repr(values)[:80]
+            ) from error
 
     def page_bounds(self, context: Context) -> PageBounds:
         return metadata.page_bounds(context)

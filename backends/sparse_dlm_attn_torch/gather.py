@@ -12,6 +12,7 @@ import torch
 
 from sparse_dlm_attn import AttentionState, Context, Selection
 from sparse_dlm_attn.arrays import compute_dtype
+from sparse_dlm_attn.checks import check_attend_block, check_attend_pages, check_library
 from sparse_dlm_attn.values import softmax_scale
 
 __all__ = ["attend_block", "attend_pages"]
@@ -28,8 +29,9 @@ def attend_pages(
     scale: float | None = None,
 ) -> AttentionState:
     """Attend to selected pages (clause ATTEND-1)."""
+    check_attend_pages(q, context, selection, active, scale)
+    check_library("q", q, torch.Tensor, "torch")
     batch, q_heads, _, head_dim = q.shape
-    selection.check_fits(tuple(q.shape), context)
     dtype = compute_dtype(q)
     factor = softmax_scale(head_dim, scale)
     group = q_heads // context.kv_heads
@@ -80,11 +82,10 @@ def _attend(
     """Return ``(out, lse)`` of scaled ``queries``; each row has at least one key or reads none."""
     logits = queries @ keys.T
     if reads is None:
-        lse = logits.logsumexp(dim=-1)
-        return torch.softmax(logits, dim=-1) @ values, lse
+        return _softmax(logits, values)
     logits = logits.masked_fill(~reads, -math.inf)
     lse = logits.logsumexp(dim=-1)
-    nothing = ~reads.any(dim=-1, keepdim=True)
+    nothing = lse.isneginf()[:, None]
     weights = torch.softmax(logits.masked_fill(nothing, 0.0), dim=-1).masked_fill(nothing, 0.0)
     out = weights @ values
     # A value that is not finite must reach only the rows that read it: 0 x NaN is NaN.
@@ -93,7 +94,14 @@ def _attend(
         clean = weights @ values.masked_fill(unsafe[:, None], 0.0)
         touched = (reads & unsafe).any(dim=-1, keepdim=True)
         out = torch.where(touched, _row_by_row(weights, values, reads), clean)
-    return out, lse.masked_fill(nothing[:, 0], -math.inf)
+    return out.masked_fill(nothing, 0.0), lse
+
+
+def _softmax(logits: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``(out, lse)``; keys whose scores are all -inf weigh nothing, as an empty set (STATE-2)."""
+    lse = logits.logsumexp(dim=-1)
+    out = torch.softmax(logits, dim=-1) @ values
+    return out.masked_fill(lse.isneginf()[..., None], 0.0), lse
 
 
 def _row_by_row(weights: torch.Tensor, values: torch.Tensor, reads: torch.Tensor) -> torch.Tensor:
@@ -104,15 +112,18 @@ def attend_block(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None = None
 ) -> AttentionState:
     """Attend densely within the block (clause BLOCK-1)."""
+    check_attend_block(q, k, v, scale)
+    check_library("q", q, torch.Tensor, "torch")
     batch, q_heads, tokens, head_dim = q.shape
     kv_heads = k.shape[1]
     dtype = compute_dtype(q)
-    rows = q.to(dtype).reshape(batch, kv_heads, -1, head_dim) * softmax_scale(head_dim, scale)
+    rows = q.to(dtype).reshape(batch, kv_heads, q_heads // kv_heads * tokens, head_dim)
+    rows = rows * softmax_scale(head_dim, scale)
     keys, values = k.to(dtype).transpose(-1, -2), v.to(dtype)
     outs, lses = [], []
     for part in torch.split(rows, ROWS_AT_ONCE, dim=2):
-        logits = part @ keys
-        lses.append(logits.logsumexp(dim=-1))
-        outs.append(torch.softmax(logits, dim=-1) @ values)
+        part_out, part_lse = _softmax(part @ keys, values)
+        outs.append(part_out)
+        lses.append(part_lse)
     out = torch.cat(outs, dim=2).reshape(q.shape).to(q.dtype)
     return AttentionState(out, torch.cat(lses, dim=2).reshape(batch, q_heads, tokens).to(torch.float32))

@@ -8,6 +8,7 @@ import torch
 
 from sparse_dlm_attn import Context, PageBounds
 from sparse_dlm_attn.arrays import compute_dtype
+from sparse_dlm_attn.checks import check_context, check_library, check_page_scores
 from sparse_dlm_attn.operators import valid_tokens
 
 __all__ = ["page_bounds", "page_scores"]
@@ -15,6 +16,11 @@ __all__ = ["page_bounds", "page_scores"]
 
 def page_bounds(context: Context) -> PageBounds:
     """Return minimum and maximum of each page's valid keys (clause BOUNDS-1)."""
+    check_context(context)
+    check_library("context", context.k_pages, torch.Tensor, "torch")
+    shape = (context.batch, context.kv_heads, context.pages, context.head_dim)
+    if 0 in (context.batch, context.k_pages.shape[0]):  # no page exists
+        return PageBounds(context.k_pages.new_zeros(shape), context.k_pages.new_zeros(shape))
     table = torch.where(context.exists, context.page_table, 0).long()
     lower, upper = [], []
     for pages, valid, exists in zip(table, valid_tokens(context), context.exists, strict=True):
@@ -30,10 +36,12 @@ def page_bounds(context: Context) -> PageBounds:
 
 def page_scores(q: torch.Tensor, bounds: PageBounds) -> torch.Tensor:
     """Return ``relu(q) . upper + min(q, 0) . lower``, one pair of products a KV head (SCORES-1)."""
+    check_page_scores(q, bounds)
+    check_library("q", q, torch.Tensor, "torch")
     batch, q_heads, tokens, head_dim = q.shape
     kv_heads = bounds.lower.shape[1]
     dtype = compute_dtype(q)
-    rows = q.to(dtype).reshape(batch, kv_heads, -1, head_dim)
+    rows = q.to(dtype).reshape(batch, kv_heads, q_heads // kv_heads * tokens, head_dim)
     upper, lower = (b.to(dtype).transpose(-1, -2) for b in (bounds.upper, bounds.lower))
     scores: torch.Tensor = rows.clamp(min=0) @ upper + rows.clamp(max=0) @ lower
-    return scores.reshape(batch, q_heads, tokens, -1).to(torch.float32)
+    return scores.reshape(batch, q_heads, tokens, bounds.lower.shape[2]).to(torch.float32)

@@ -23,8 +23,14 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Case": "cases", "ChangeTable": "tables", "ConformanceFailure": "checks", "MergeTable": "tables",
-    "ScoreTable": "tables", "Subject": "subjects", "cases": "strategies", "check_backend": "programmatic",
+    "Case": "cases",
+    "ChangeTable": "tables",
+    "ConformanceFailure": "checks",
+    "MergeTable": "tables",
+    "ScoreTable": "tables",
+    "Subject": "subjects",
+    "cases": "strategies",
+    "check_backend": "programmatic",
     "reproduce": "programmatic",
 }
 

@@ -31,7 +31,9 @@ def round_to(values: HostArray, dtype: str) -> HostArray:
         if dtype != "bfloat16":
             return values.astype(TRANSPORT[dtype]).astype(np.float64)
         bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-        rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
+        rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(
+            0xFFFF0000
+        )
         result = np.where(np.isfinite(values), rounded.view(np.float32), values.astype(np.float32))
         return result.astype(np.float64).reshape(values.shape)
 
@@ -142,9 +144,7 @@ class Case:
 
     def problem(self, dtype: str, device: str = "cpu") -> Problem:
         """Return the facts that decide whether a backend computes this case."""
-        return Problem(
-            dtype, self.head_dim, self.page_size, self.q_heads, self.kv_heads, self.tokens, device
-        )
+        return Problem(dtype, self.head_dim, self.page_size, self.q_heads, self.kv_heads, self.tokens, device)
 
     def features(self) -> list[str]:
         """Name what this case covers, for `hypothesis.event` and the report."""
@@ -197,12 +197,21 @@ class Case:
         moved = rng.integers(0, 3, (self.batch, 1, self.tokens, 1)) > 0
         segments = None if self.segments is None else np.asarray(self.segments, dtype=np.int8)
         arrays = Arrays(
-            dtype=dtype, q=q, q_other=np.where(moved, other, q), k=draw(*block),
-            v=draw(*block, scores=False), k_pages=draw(*pages), v_pages=draw(*pages, scores=False),
+            dtype=dtype,
+            q=q,
+            q_other=np.where(moved, other, q),
+            k=draw(*block),
+            v=draw(*block, scores=False),
+            k_pages=draw(*pages),
+            v_pages=draw(*pages, scores=False),
             page_table=np.asarray(self.table, dtype=np.int32).reshape(self.batch, self.pages),
             page_lengths=np.asarray(self.lengths, dtype=np.int32).reshape(self.batch, self.pages),
-            page_segments=segments, mask=self.mask(), span=self.span, active=self.active_rows(),
-            scale=self.scale, layout=self.layout,
+            page_segments=segments,
+            mask=self.mask(),
+            span=self.span,
+            active=self.active_rows(),
+            scale=self.scale,
+            layout=self.layout,
         )
         return arrays.poisoned(~arrays.stored(), POISON[self.poison])
 
@@ -291,10 +300,12 @@ class Arrays:
         heads = np.arange(self.q.shape[1]) // (self.q.shape[1] // self.mask.shape[1])
         spans = np.arange(self.q.shape[2]) // self.span
         chosen = self.mask[:, heads][:, :, spans]
-        return chosen & self.active[:, None, :, None] & (self.page_lengths > 0)[:, None, None, :]
+        exists = (self.page_lengths > 0)[:, None, None, :]
+        return np.asarray(chosen & self.active[:, None, :, None] & exists, dtype=bool)
 
     def loaded(self) -> HostArray:
         """Return the pages that some row of a KV head reads, bool ``(batch, kv_heads, pages)``."""
         rows = self.rows()
         shape = (rows.shape[0], self.k_pages.shape[1], self.group, rows.shape[3])
-        return rows.any(axis=2).reshape(shape).any(axis=2)
+        per_head: HostArray = np.asarray(rows.any(axis=2)).reshape(shape)
+        return np.asarray(per_head.any(axis=2))

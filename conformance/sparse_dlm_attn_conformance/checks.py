@@ -52,7 +52,8 @@ def expect_array(
 ) -> Host:
     """Check library, device, shape and dtype of a result, and return it on the host."""
     expect(
-        subject.owns(value), clause,
+        subject.owns(value),
+        clause,
         f"{what} must be an array like those of the backend's asarray(), on {subject.device}; "
         f"got {type(value).__module__}.{type(value).__qualname__}",
     )
@@ -67,7 +68,8 @@ def expect_state(
 ) -> tuple[Host, Host]:
     """Check that ``value`` is an `AttentionState` of the right types; return ``(out, lse)``."""
     expect(
-        isinstance(value, AttentionState), clause,
+        isinstance(value, AttentionState),
+        clause,
         f"{what} must return an AttentionState; got {type(value).__qualname__}",
     )
     out = expect_array(subject, value.out, f"{what}.out", shape, subject.dtype, clause)
@@ -79,7 +81,8 @@ def expect_bounds(
 ) -> tuple[Host, Host]:
     """Check that ``value`` is a `PageBounds` of the right types; return ``(lower, upper)``."""
     expect(
-        isinstance(value, PageBounds), clause,
+        isinstance(value, PageBounds),
+        clause,
         f"{what} must return PageBounds; got {type(value).__qualname__}",
     )
     lower = expect_array(subject, value.lower, f"{what}.lower", shape, subject.dtype, clause)
@@ -89,7 +92,8 @@ def expect_bounds(
 def expect_same_bits(actual: Host, expected: Host, what: str, clause: str) -> None:
     """Check equality of every element; NaN equals NaN, and 0 equals -0."""
     expect(
-        actual.shape == expected.shape, clause,
+        actual.shape == expected.shape,
+        clause,
         f"{what} must have shape {expected.shape}; got {actual.shape}",
     )
     floating = np.issubdtype(actual.dtype, np.floating)
@@ -117,7 +121,8 @@ def expect_close(actual: Host, expected: Host, budget: Host | float, what: str, 
         if different.any():
             where = tuple(int(i) for i in np.argwhere(different)[0])
             raise ConformanceFailure(
-                clause, f"{what} must be {name} in the same places; at {where} got {got[where]:.9g}, "
+                clause,
+                f"{what} must be {name} in the same places; at {where} got {got[where]:.9g}, "
                 f"expected {want[where]:.9g}",
             )
     finite = np.isfinite(want)

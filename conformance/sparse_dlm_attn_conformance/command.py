@@ -25,13 +25,20 @@ PROFILES = ("quick", "ci", "nightly")
 def conformance(
     backend: Annotated[
         list[str],
-        typer.Option("--backend", help="Backend under test: a registered name or module:attr; repeatable.",
-                     metavar="NAME"),
+        typer.Option(
+            "--backend",
+            help="Backend under test: a registered name or module:attr; repeatable.",
+            metavar="NAME",
+        ),
     ],
     policy: Annotated[
         list[str] | None,
-        typer.Option("--policy", help="Policy under test; repeatable.", metavar="NAME[:key=value,...]",
-                     show_default="all registered"),
+        typer.Option(
+            "--policy",
+            help="Policy under test; repeatable.",
+            metavar="NAME[:key=value,...]",
+            show_default="all registered",
+        ),
     ] = None,
     dtype: Annotated[
         list[str] | None,
@@ -40,8 +47,11 @@ def conformance(
     device: Annotated[str | None, typer.Option(help="Passed to the backend as device=...")] = None,
     clause: Annotated[
         list[str] | None,
-        typer.Option(help="Run only laws of this clause (MERGE-1) or group (MERGE); repeatable.",
-                     metavar="ID", show_default="all"),
+        typer.Option(
+            help="Run only laws of this clause (MERGE-1) or group (MERGE); repeatable.",
+            metavar="ID",
+            show_default="all",
+        ),
     ] = None,
     profile: Annotated[str, typer.Option(help=f"How thoroughly: {', '.join(PROFILES)}.")] = "quick",
     known_failures: Annotated[
@@ -49,7 +59,9 @@ def conformance(
     ] = None,
     report: Annotated[
         list[Path] | None,
-        typer.Option(help="Write the report: JSON, or a Markdown matrix for .md; repeatable.", metavar="FILE"),
+        typer.Option(
+            help="Write the report: JSON, or a Markdown matrix for .md; repeatable.", metavar="FILE"
+        ),
     ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Draw other problems.", show_default="the same problems every time")
@@ -90,7 +102,8 @@ def check_environment(workers: int) -> None:
     missing = [name for name in wanted if importlib.util.find_spec(name) is None]
     if missing:
         raise UnavailableError(
-            "the conformance suite", [f"{name} is not installed" for name in missing],
+            "the conformance suite",
+            [f"{name} is not installed" for name in missing],
             "Install it with: pip install 'sparse_dlm_attn[conformance]'"
             + (" pytest-xdist" if "xdist" in missing else ""),
         )
@@ -107,10 +120,27 @@ def run_pytest(options: list[str], workers: int) -> int:
         settings = Path(empty, "pytest.ini")
         settings.write_text("[pytest]\n", encoding="utf-8")
         command = [
-            sys.executable, "-X", "faulthandler", "-m", "pytest", "-c", str(settings), "--rootdir", empty,
-            "-p", "no:cacheprovider", "-p", "sparse_dlm_attn_conformance.plugin",
-            "-p", "_hypothesis_pytestplugin", "--import-mode=importlib", "--tb=short", "-q",
-            "--pyargs", "sparse_dlm_attn_conformance", *options,
+            sys.executable,
+            "-X",
+            "faulthandler",
+            "-m",
+            "pytest",
+            "-c",
+            str(settings),
+            "--rootdir",
+            empty,
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "sparse_dlm_attn_conformance.plugin",
+            "-p",
+            "_hypothesis_pytestplugin",
+            "--import-mode=importlib",
+            "--tb=short",
+            "-q",
+            "--pyargs",
+            "sparse_dlm_attn_conformance",
+            *options,
         ]
         if workers > 1:
             command += ["-p", "xdist", "-n", str(workers)]
@@ -121,6 +151,7 @@ def run_pytest(options: list[str], workers: int) -> int:
         return EXIT_CODES[finished.returncode]
     print(
         f"error: the code under test ended the process (status {finished.returncode}); the stack above "
-        "shows where. Enter it in a ledger with crash = true to go on without it.", file=sys.stderr,
+        "shows where. Enter it in a ledger with crash = true to go on without it.",
+        file=sys.stderr,
     )
     return 1

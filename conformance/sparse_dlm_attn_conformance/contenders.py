@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from sparse_dlm_attn import PrefixAttentionPolicy, SparseAttentionError, policies, get_policy
+from sparse_dlm_attn import PrefixAttentionPolicy, SparseAttentionError, get_policy
+from sparse_dlm_attn.registry import policies
 
 __all__ = ["VARIANTS", "Contender", "contenders"]
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "dense": ("dense",),
     "sliding-window": ("sliding-window:window=3",),
-    "streaming-llm": ("streaming-llm:sinks=2,window=4",),
+    "streaming-llm": ("streaming-llm:sinks=3,window=2",),
     "quest": ("quest:budget=3,min_pages=1,pages=own,union_over=query_head", "quest:budget=4,newest=true"),
     "losa": ("losa:budget=3,active=2", "losa:budget=4,mass=0.5,drift=refresh,pages=own"),
     "flashblock": ("flashblock:limit=2",),

@@ -38,14 +38,21 @@ class Side:
         self.driver = PrefixAttention(policy, self.subject.backend)
         self.memory: LayerMemory | None = None
 
-    def run(self, arrays: Arrays, number: int, info: dict[str, Any], version: int) -> tuple[Host, LayerMemory]:
+    def run(
+        self, arrays: Arrays, number: int, info: dict[str, Any], version: int
+    ) -> tuple[Host, LayerMemory]:
         """Run one pass without keeping its memory."""
         on = self.subject.load(arrays)
         rows = {name: self.subject.ints(info[name]) for name in ("decoded", "newly_decoded")}
         rest = {name: value for name, value in info.items() if name not in rows}
         out, memory = self.driver(
-            on.q, on.k, on.v, replace(on.context, version=version), self.memory,
-            PassInfo(number, **rows, **rest), scale=arrays.scale,
+            on.q,
+            on.k,
+            on.v,
+            replace(on.context, version=version),
+            self.memory,
+            PassInfo(number, **rows, **rest),
+            scale=arrays.scale,
         )
         return host(out), memory
 
@@ -60,8 +67,9 @@ class Denoising(RuleBasedStateMachine):
         super().__init__()
         self.arrays: Arrays | None = None
 
-    @initialize(case=cases(regimes=EXACT, max_batch=2, heads=("one",), layouts=("plain",)),
-                spare=st.integers(0, 3))
+    @initialize(
+        case=cases(regimes=EXACT, max_batch=2, heads=("one",), layouts=("plain",)), spare=st.integers(0, 3)
+    )
     def begin(self, case: Case, spare: int) -> None:
         """Begin with a context that has room for ``spare`` more pages."""
         reasons = self.subject.backend.why_not(case.problem(self.subject.dtype, self.subject.device_kind))
@@ -73,8 +81,12 @@ class Denoising(RuleBasedStateMachine):
         self.sides = (Side(self.subject, self.policy), Side(reference, self.policy))
 
     @precondition(lambda self: self.arrays is not None)
-    @rule(moved=st.integers(0, 2**17 - 1), newly=st.integers(0, 2**17 - 1), seed=st.integers(0, 99),
-          saves=st.booleans())
+    @rule(
+        moved=st.integers(0, 2**17 - 1),
+        newly=st.integers(0, 2**17 - 1),
+        seed=st.integers(0, 99),
+        saves=st.booleans(),
+    )
     def denoise(self, moved: int, newly: int, seed: int, saves: bool) -> None:
         """Run the next pass; some queries have moved, some tokens were decoded."""
         arrays = self.here()
@@ -85,8 +97,12 @@ class Denoising(RuleBasedStateMachine):
         self.decoded = self.decoded | now
         info = {"is_save": saves, "decoded": self.decoded, "newly_decoded": np.ascontiguousarray(now)}
         (mine, kept), (theirs, model) = (self.limited(side, arrays, info) for side in self.sides)
-        expect_same_bits(host(kept.active), host(model.active), f"active rows of pass {self.number}", "POLICY-1")
-        expect_same_bits(rows_of(arrays, kept), rows_of(arrays, model), f"pages of pass {self.number}", "POLICY-1")
+        expect_same_bits(
+            host(kept.active), host(model.active), f"active rows of pass {self.number}", "POLICY-1"
+        )
+        expect_same_bits(
+            rows_of(arrays, kept), rows_of(arrays, model), f"pages of pass {self.number}", "POLICY-1"
+        )
         expect_close(mine, theirs, output_budget(arrays), f"out of pass {self.number}", "ACCURACY-2")
         expect_close(host(kept.traffic.density), host(model.traffic.density), 1e-6, "density", "DENSITY-1")
         self.sides[0].memory, self.sides[1].memory = kept, model
@@ -110,7 +126,9 @@ class Denoising(RuleBasedStateMachine):
         """Lose the memory in the middle of a block: the next pass restarts it."""
         self.drop()
 
-    @precondition(lambda self: self.arrays is not None and self.number > 0 and self.sides[0].memory is not None)
+    @precondition(
+        lambda self: self.arrays is not None and self.number > 0 and self.sides[0].memory is not None
+    )
     @rule(what=st.sampled_from(("version", "layer", "lengths")))
     def use_stale_memory(self, what: str) -> None:
         """Use memory where it no longer holds: refused on both sides, and nothing changes."""
@@ -169,11 +187,13 @@ def with_room(arrays: Arrays, spare: int, used: int) -> Arrays:
     table = used + np.arange(batch * spare, dtype=np.int32).reshape(batch, spare)
     segments = arrays.page_segments
     return arrays.but(
-        k_pages=np.concatenate([arrays.k_pages, unwritten]), v_pages=np.concatenate([arrays.v_pages, unwritten]),
+        k_pages=np.concatenate([arrays.k_pages, unwritten]),
+        v_pages=np.concatenate([arrays.v_pages, unwritten]),
         page_table=np.concatenate([arrays.page_table, table], axis=1),
         page_lengths=np.concatenate([arrays.page_lengths, np.zeros((batch, spare), np.int32)], axis=1),
-        page_segments=None if segments is None else np.concatenate(
-            [segments, np.ones((batch, spare), np.int8)], axis=1),
+        page_segments=None
+        if segments is None
+        else np.concatenate([segments, np.ones((batch, spare), np.int8)], axis=1),
         mask=np.zeros((*arrays.mask.shape[:3], pages + spare), dtype=bool),
     )
 
@@ -183,8 +203,11 @@ def appended(arrays: Arrays) -> Arrays:
     k_pages, v_pages, lengths = arrays.k_pages.copy(), arrays.v_pages.copy(), arrays.page_lengths.copy()
     owners = np.bincount(np.clip(arrays.page_table[lengths > 0], 0, None), minlength=len(k_pages))
     for b, row in enumerate(lengths):
-        free = [page for page in np.flatnonzero(row == 0)
-                if 0 <= arrays.page_table[b, page] < len(k_pages) and not owners[arrays.page_table[b, page]]]
+        free = [
+            page
+            for page in np.flatnonzero(row == 0)
+            if 0 <= arrays.page_table[b, page] < len(k_pages) and not owners[arrays.page_table[b, page]]
+        ]
         if not free:
             continue
         count, where = min(arrays.page_size, arrays.k.shape[2]), arrays.page_table[b, free[0]]

@@ -81,8 +81,16 @@ class Delegate(Backend):
         return self.call("reuse", active, fresh, cached)  # type: ignore[no-any-return]
 
     def attend(
-        self, q: Array, k: Array, v: Array, context: Context, selection: Selection, active: Array,
-        cached: AttentionState | None, *, scale: float | None = None,
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        context: Context,
+        selection: Selection,
+        active: Array,
+        cached: AttentionState | None,
+        *,
+        scale: float | None = None,
     ) -> tuple[Array, AttentionState]:
         return self.call(  # type: ignore[no-any-return]
             "attend", q, k, v, context, selection, active, cached, scale=scale
@@ -118,13 +126,11 @@ class Grid(Delegate):
     name: ClassVar[str] = "grid"
 
     def pooled_scores(self, q: Array, context: Context, *, span: int, scale: float | None = None) -> Array:
-        on_host = Context(*(
-            to_numpy(part) for part in
-            (context.k_pages, context.v_pages, context.page_table, context.page_lengths)
-        ))
-        scores = ReferenceBackend().pooled_scores(
-            np.asarray(to_numpy(q), dtype=np.float64), on_host, span=span, scale=scale
+        queries, k_pages, v_pages = (
+            to_numpy(part).astype(np.float64) for part in (q, context.k_pages, context.v_pages)
         )
+        on_host = Context(k_pages, v_pages, to_numpy(context.page_table), to_numpy(context.page_lengths))
+        scores = ReferenceBackend().pooled_scores(queries, on_host, span=span, scale=scale)
         return self.inner.asarray(np.round(scores * GRID) / np.float32(GRID), dtype="float32")
 
 

@@ -59,23 +59,29 @@ class Episode:
         """Number of passes."""
         return 1 + len(self.moves)
 
+    def moved(self, number: int) -> Host:
+        """Return the rows whose query moves before pass ``number``, bool ``(batch, tokens)``."""
+        return self._of_sequences(self.moves[number - 1] if number else 0)
+
+    def newly(self, number: int) -> Host:
+        """Return the rows decoded before pass ``number``, bool ``(batch, tokens)``."""
+        return self._of_sequences(self.decoded[number - 1] if number else 0)
+
+    def _of_sequences(self, bits: int) -> Host:
+        """Spread a bitmask of rows over the batch, so that sequences differ in which and in how many."""
+        row = np.asarray((bits >> np.arange(self.case.tokens)) & 1, dtype=bool)
+        others = row & (np.arange(len(row)) % 2 == 0)
+        return np.stack([np.roll(others if b % 2 else row, b) for b in range(self.case.batch)])
+
     def queries(self, dtype: str) -> list[Host]:
         """Return the queries of every pass, float64 on the value grid of the case."""
         current = self.case.arrays(dtype).q
         queries = [current]
-        for number, bits in enumerate(self.moves):
-            moved = (bits >> np.arange(self.case.tokens)) & 1
-            fresh = replace(self.case, seed=self.case.seed + 1000 * (number + 1)).arrays(dtype).q
-            current = np.where(moved[None, None, :, None] == 1, fresh, current)
+        for number in range(1, self.passes):
+            fresh = replace(self.case, seed=self.case.seed + 1000 * number).arrays(dtype).q
+            current = np.where(self.moved(number)[:, None, :, None], fresh, current)
             queries.append(current)
         return queries
-
-    def newly(self, number: int) -> Host:
-        """Return the rows decoded before pass ``number``, bool ``(batch, tokens)``."""
-        bits = self.decoded[number - 1] if number else 0
-        row = np.asarray((bits >> np.arange(self.case.tokens)) & 1, dtype=bool)
-        others = row & (np.arange(len(row)) % 2 == 0)
-        return np.stack([np.roll(others if b % 2 else row, b) for b in range(self.case.batch)])
 
     def info(self, subject: Subject, number: int, index: Any = None, rows: slice = slice(None)) -> PassInfo:
         """Return the place of pass ``number`` (with another index, or for some sequences only)."""
@@ -83,9 +89,13 @@ class Episode:
         for earlier in range(number + 1):
             known |= self.newly(earlier)
         return PassInfo(
-            number if index is None else index, is_save=self.saves and number == self.passes - 1,
-            decoded=subject.ints(known[rows]), newly_decoded=subject.ints(self.newly(number)[rows]),
-            layer=self.layer, num_layers=self.num_layers, total_passes=self.total_passes,
+            number if index is None else index,
+            is_save=self.saves and number == self.passes - 1,
+            decoded=subject.ints(known[rows]),
+            newly_decoded=subject.ints(self.newly(number)[rows]),
+            layer=self.layer,
+            num_layers=self.num_layers,
+            total_passes=self.total_passes,
         )
 
 
@@ -116,8 +126,13 @@ class Pass:
     @classmethod
     def of(cls, arrays: Arrays, out: Any, memory: LayerMemory) -> Pass:
         """Copy what the driver returned to the host."""
-        return cls(host(out), host(memory.active), rows_of(arrays, memory), memory,
-                   (host(memory.state.out), host(memory.state.lse)))
+        return cls(
+            host(out),
+            host(memory.active),
+            rows_of(arrays, memory),
+            memory,
+            (host(memory.state.out), host(memory.state.lse)),
+        )
 
 
 def rows_of(arrays: Arrays, memory: LayerMemory) -> Host:
@@ -157,7 +172,12 @@ def play(
     for number, q in enumerate(episode.queries(subject.dtype)):
         now = subject.load(base.but(q=q[rows]))
         out, memory = attention(
-            now.q, now.k, now.v, on.context, memory, episode.info(subject, number, rows=rows),
+            now.q,
+            now.k,
+            now.v,
+            on.context,
+            memory,
+            episode.info(subject, number, rows=rows),
             scale=episode.case.scale,
         )
         done.append(Pass.of(base, out, memory))
@@ -166,7 +186,7 @@ def play(
 
 @st.composite
 def episodes(
-    draw: Any, *, max_passes: int = 4, regimes: tuple[str, ...] = EXACT, max_batch: int = 2, **narrow: Any
+    draw: Any, /, *, max_passes: int = 4, regimes: tuple[str, ...] = EXACT, max_batch: int = 2, **narrow: Any
 ) -> Episode:
     """Draw an episode; values lie on a grid, so that every decision is exact."""
     case = draw(cases(regimes=regimes, max_batch=max_batch, max_pages=8, heads=("one",), **narrow))
@@ -175,9 +195,11 @@ def episodes(
     rows = st.one_of(st.just(0), one_row, st.integers(0, (1 << case.tokens) - 1))
     layers = draw(st.integers(1, 3), label="layers")
     return Episode(
-        case=case, moves=tuple(draw(rows, label="moved rows") for _ in range(later)),
-        decoded=tuple(draw(rows, label="decoded rows") for _ in range(later)),
-        saves=draw(st.booleans(), label="last pass saves"), num_layers=layers,
+        case=case,
+        moves=tuple(draw(rows, label="moved rows") for _ in range(later)),
+        decoded=tuple(draw(st.one_of(one_row, rows), label="decoded rows") for _ in range(later)),
+        saves=draw(st.booleans(), label="last pass saves"),
+        num_layers=layers,
         layer=draw(st.integers(0, layers - 1), label="layer"),
         total_passes=draw(st.sampled_from((None, 1, 4, 16)), label="total passes"),
     )

@@ -35,8 +35,14 @@ from sparse_dlm_attn_conformance.timing import TimeLimitExceeded, time_limit
 
 __all__ = ["OPTIONS", "RECORD", "LawOptions", "LawRun", "Record", "clauses_of", "law", "law_settings"]
 
-CALM = (HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large,
-        HealthCheck.large_base_example, HealthCheck.differing_executors, HealthCheck.nested_given)
+CALM = (
+    HealthCheck.too_slow,
+    HealthCheck.filter_too_much,
+    HealthCheck.data_too_large,
+    HealthCheck.large_base_example,
+    HealthCheck.differing_executors,
+    HealthCheck.nested_given,
+)
 SHRINK_SECONDS = 15.0
 REFUSALS = 40
 PACKAGE = Path(__file__).parent
@@ -125,7 +131,9 @@ def law_settings(share: float = 1.0) -> settings:
     phases = [Phase.explicit, Phase.reuse, Phase.generate]
     return settings(
         settings.default,
-        max_examples=max(1, round(examples * share)), deadline=None, suppress_health_check=CALM,
+        max_examples=max(1, round(examples * share)),
+        deadline=None,
+        suppress_health_check=CALM,
         phases=[*phases, Phase.shrink] if options.shrink else phases,
     )
 
@@ -157,7 +165,11 @@ class LawRun:
                     self.hypothesis_test(entries)()
                 else:
                     self.example({}, entries)
-            except (NothingDeclared, hypothesis_errors.Unsatisfiable, hypothesis_errors.UnsatisfiedAssumption):
+            except (
+                NothingDeclared,
+                hypothesis_errors.Unsatisfiable,
+                hypothesis_errors.UnsatisfiedAssumption,
+            ):
                 pass  # nothing could be run: `conclude` says why
             except hypothesis_errors.Flaky as error:
                 raise self.flaky(error) from None
@@ -253,7 +265,9 @@ class LawRun:
             found[name] = value
             if hasattr(value, "problem"):
                 found.update(vars(value))
-                found.update({n: getattr(value, n) for n in ("batch", "pages", "q_heads") if hasattr(value, n)})
+                found.update(
+                    {n: getattr(value, n) for n in ("batch", "pages", "q_heads") if hasattr(value, n)}
+                )
         return found
 
     def explained(self, clause: str, text: str, drawn: dict[str, Any]) -> ConformanceFailure:
@@ -272,7 +286,8 @@ class LawRun:
         found = next(iter(self.failures.values()), None)
         reason = str(found) if found is not None else f"{type(error).__name__}: {error}"
         return ConformanceFailure(
-            "PURE-3", f"the same problem failed and then passed, so results are not a function of their "
+            "PURE-3",
+            f"the same problem failed and then passed, so results are not a function of their "
             f"inputs. The failure was:\n{reason}",
         )
 
@@ -282,7 +297,8 @@ class LawRun:
             matched = self.matched[entry.reason]
             if matched and not self.record.known[entry.reason]:
                 raise ConformanceFailure(
-                    self.clauses[0], f"all {matched} problems of the known failure {entry.reason!r} "
+                    self.clauses[0],
+                    f"all {matched} problems of the known failure {entry.reason!r} "
                     f"({entry.link}) passed: remove its entry from the ledger",
                 )
         if self.record.examples == 0 and not self.record.known:

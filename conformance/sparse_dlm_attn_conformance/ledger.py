@@ -28,9 +28,35 @@ from sparse_dlm_attn import DataFileError, InvalidArgumentError
 __all__ = ["KnownFailure", "Ledger"]
 
 ALLOWED_NODES = (
-    ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.USub, ast.Compare, ast.Eq,
-    ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.In, ast.NotIn, ast.Is, ast.IsNot, ast.BinOp, ast.Add,
-    ast.Sub, ast.Mult, ast.Mod, ast.FloorDiv, ast.Name, ast.Load, ast.Constant, ast.Tuple, ast.List,
+    ast.Expression,
+    ast.BoolOp,
+    ast.And,
+    ast.Or,
+    ast.UnaryOp,
+    ast.Not,
+    ast.USub,
+    ast.Compare,
+    ast.Eq,
+    ast.NotEq,
+    ast.Lt,
+    ast.LtE,
+    ast.Gt,
+    ast.GtE,
+    ast.In,
+    ast.NotIn,
+    ast.Is,
+    ast.IsNot,
+    ast.BinOp,
+    ast.Add,
+    ast.Sub,
+    ast.Mult,
+    ast.Mod,
+    ast.FloorDiv,
+    ast.Name,
+    ast.Load,
+    ast.Constant,
+    ast.Tuple,
+    ast.List,
 )
 
 
@@ -65,7 +91,9 @@ class KnownFailure:
     def __post_init__(self) -> None:
         if not self.reason.strip() or not self.link.strip():
             raise InvalidArgumentError(
-                "known_failure", "must have a reason and a link", f"reason {self.reason!r}, link {self.link!r}"
+                "known_failure",
+                "must have a reason and a link",
+                f"reason {self.reason!r}, link {self.link!r}",
             )
         if not self.law and not self.clause:
             raise InvalidArgumentError("known_failure", "must name a law or a clause", "neither")
@@ -80,7 +108,8 @@ class KnownFailure:
         for node in ast.walk(tree):
             if not isinstance(node, ALLOWED_NODES):
                 raise InvalidArgumentError(
-                    "when", "may only compare and combine facts of a problem",
+                    "when",
+                    "may only compare and combine facts of a problem",
                     f"{type(node).__name__} in {self.when!r}",
                 )
         return compile(tree, "<known_failure>", "eval")
@@ -105,7 +134,8 @@ class KnownFailure:
             return False
         except Exception as error:
             raise InvalidArgumentError(
-                "when", "must be computable from the facts of a problem",
+                "when",
+                "must be computable from the facts of a problem",
                 f"{self.when!r}: {type(error).__name__}: {error}",
             ) from error
 

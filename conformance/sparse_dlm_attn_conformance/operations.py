@@ -17,8 +17,17 @@ from sparse_dlm_attn_conformance.tables import HostState
 __all__ = ["OPERATORS", "Call", "arrays_in", "prepare"]
 
 OPERATORS = (
-    "page_bounds", "page_scores", "pooled_scores", "top_pages", "query_change", "largest_changes",
-    "attend_pages", "attend_block", "merge", "reuse", "attend",
+    "page_bounds",
+    "page_scores",
+    "pooled_scores",
+    "top_pages",
+    "query_change",
+    "largest_changes",
+    "attend_pages",
+    "attend_block",
+    "merge",
+    "reuse",
+    "attend",
 )
 OVER_CONTEXT = ("page_bounds", "pooled_scores", "attend_pages", "attend")
 
@@ -37,8 +46,11 @@ def prepare(subject: Subject, arrays: Arrays, operator: str, on: Loaded | None =
     on = on or subject.load(arrays)
     ops, scale = subject.backend, arrays.scale
     extra = _extra(subject, arrays, operator)
-    changes = subject.floats(((arrays.q - arrays.q_other) ** 2).mean(axis=(1, 3)), "float32") \
-        if operator == "largest_changes" else None
+    changes = (
+        subject.floats(((arrays.q - arrays.q_other) ** 2).mean(axis=(1, 3)), "float32")
+        if operator == "largest_changes"
+        else None
+    )
     runs: dict[str, Callable[[], Any]] = {
         "page_bounds": lambda: ops.page_bounds(on.context),
         "page_scores": lambda: ops.page_scores(on.q, extra["bounds"]),
@@ -69,12 +81,17 @@ def _extra(subject: Subject, arrays: Arrays, operator: str) -> dict[str, Any]:
         rng = np.random.default_rng(arrays.mask.size)
         shape = (*arrays.q.shape[:3], arrays.page_lengths.shape[1])
         eligible = np.broadcast_to((arrays.page_lengths > 0)[:, None, None, :], shape)
-        return {"scores": subject.floats(rng.integers(-3, 4, shape).astype(float), "float32"),
-                "eligible": subject.ints(np.ascontiguousarray(eligible))}
+        return {
+            "scores": subject.floats(rng.integers(-3, 4, shape).astype(float), "float32"),
+            "eligible": subject.ints(np.ascontiguousarray(eligible)),
+        }
     if operator in ("merge", "reuse", "attend"):
         rng = np.random.default_rng(arrays.q.size)
         made = [
-            HostState(rng.integers(-8, 9, arrays.q.shape) / 8.0, rng.integers(-8, 9, arrays.q.shape[:3]) / 2.0)
+            HostState(
+                np.asarray(rng.integers(-8, 9, arrays.q.shape) / 8.0),
+                np.asarray(rng.integers(-8, 9, arrays.q.shape[:3]) / 2.0),
+            )
             for _ in range(2)
         ]
         return {"fresh": subject.state(made[0]), "cached": subject.state(made[1])}
@@ -88,6 +105,7 @@ def arrays_in(value: Any) -> dict[str, Array]:
     if isinstance(value, PageBounds):
         return {".lower": value.lower, ".upper": value.upper}
     if isinstance(value, tuple):
-        return {f"[{i}]{name}": array for i, part in enumerate(value)
-                for name, array in arrays_in(part).items()}
+        return {
+            f"[{i}]{name}": array for i, part in enumerate(value) for name, array in arrays_in(part).items()
+        }
     return {"": value} if is_array(value) else {}

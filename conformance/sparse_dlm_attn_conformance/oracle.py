@@ -51,7 +51,7 @@ def context_keys(arrays: Arrays, pages: Host | None = None) -> KeySet:
     valid = np.arange(size) < arrays.page_lengths[:, :, None]
     batch, q_heads, tokens, count = rows.shape
     allowed = (rows[..., None] & valid[:, None, None]).reshape(batch, q_heads, tokens, count * size)
-    read = allowed.any(axis=2)[..., None]
+    read = np.asarray(allowed.any(axis=2))[..., None]
 
     def gathered(stored: Host) -> Host:
         shape = (batch, stored.shape[1], count * size, stored.shape[3])
@@ -111,7 +111,7 @@ def page_mass(arrays: Arrays, span: int) -> Host:
         (arrays.page_lengths > 0)[:, None, None, :], (*arrays.q.shape[:3], arrays.page_lengths.shape[1])
     )
     keys = context_keys(arrays, everyone)
-    batch, q_heads, tokens, head_dim = arrays.q.shape
+    batch, q_heads, tokens, _ = arrays.q.shape
     spans = -(-tokens // span)
     if keys.keys.shape[2] == 0:
         return np.zeros((batch, q_heads, spans, arrays.page_lengths.shape[1]))

@@ -26,25 +26,66 @@ SESSION: pytest.StashKey[ConformanceSession] = pytest.StashKey()
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options of a conformance run."""
     group = parser.getgroup("sparse_dlm_attn conformance")
-    group.addoption("--sda-backend", action="append", default=[], metavar="NAME",
-                    help="backend under test: a registered name or module:attr; may be repeated")
-    group.addoption("--sda-policy", action="append", default=[], metavar="POLICY",
-                    help="policy under test, e.g. losa or module:attr; may be repeated (default: all registered)")
-    group.addoption("--sda-dtype", action="append", default=[], metavar="DTYPE",
-                    help="test only this dtype; may be repeated (default: all that the backend declares)")
-    group.addoption("--sda-device", default=None, metavar="DEVICE",
-                    help="passed to the backend as device=DEVICE")
-    group.addoption("--sda-clause", action="append", default=[], metavar="ID",
-                    help="run only laws of this clause (MERGE-1) or group (MERGE); may be repeated")
-    group.addoption("--sda-profile", choices=("quick", "ci", "nightly"), default=None,
-                    help="how many problems each law gets (default: quick)")
-    group.addoption("--sda-known-failures", default=None, metavar="FILE", help="ledger of known failures (TOML)")
-    group.addoption("--sda-report", action="append", default=[], metavar="FILE",
-                    help="write the report: JSON, or a Markdown matrix if the name ends in .md")
-    group.addoption("--sda-seconds", type=float, default=60.0, metavar="S",
-                    help="time limit of one problem in seconds, 0 for none (default: 60)")
-    group.addoption("--sda-database", default=".hypothesis/sda-nightly", metavar="DIR",
-                    help="where the nightly profile stores failing problems")
+    group.addoption(
+        "--sda-backend",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="backend under test: a registered name or module:attr; may be repeated",
+    )
+    group.addoption(
+        "--sda-policy",
+        action="append",
+        default=[],
+        metavar="POLICY",
+        help="policy under test, e.g. losa or module:attr; may be repeated (default: all registered)",
+    )
+    group.addoption(
+        "--sda-dtype",
+        action="append",
+        default=[],
+        metavar="DTYPE",
+        help="test only this dtype; may be repeated (default: all that the backend declares)",
+    )
+    group.addoption(
+        "--sda-device", default=None, metavar="DEVICE", help="passed to the backend as device=DEVICE"
+    )
+    group.addoption(
+        "--sda-clause",
+        action="append",
+        default=[],
+        metavar="ID",
+        help="run only laws of this clause (MERGE-1) or group (MERGE); may be repeated",
+    )
+    group.addoption(
+        "--sda-profile",
+        choices=("quick", "ci", "nightly"),
+        default=None,
+        help="how many problems each law gets (default: quick)",
+    )
+    group.addoption(
+        "--sda-known-failures", default=None, metavar="FILE", help="ledger of known failures (TOML)"
+    )
+    group.addoption(
+        "--sda-report",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="write the report: JSON, or a Markdown matrix if the name ends in .md",
+    )
+    group.addoption(
+        "--sda-seconds",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="time limit of one problem in seconds, 0 for none (default: 60)",
+    )
+    group.addoption(
+        "--sda-database",
+        default=".hypothesis/sda-nightly",
+        metavar="DIR",
+        help="where the nightly profile stores failing problems",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -74,11 +115,15 @@ def is_law(item: Any) -> bool:
 def pytest_report_header(config: pytest.Config) -> list[str]:
     """Say what is under test."""
     session = session_of(config)
-    return [] if session is None else [
-        *session.header(),
-        f"python {platform.python_version()}; SDA_* variables: "
-        f"{', '.join(f'{k}={v}' for k, v in sorted(os.environ.items()) if k.startswith('SDA_')) or 'none'}",
-    ]
+    variables = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("SDA_")]
+    return (
+        []
+        if session is None
+        else [
+            *session.header(),
+            f"python {platform.python_version()}; SDA_* variables: {', '.join(variables) or 'none'}",
+        ]
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -103,13 +148,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     session = session_of(config)
     if session is None:
         return
+    from sparse_dlm_attn_conformance.report import GATES as gates
+
     dropped = []
     for item in items:
         if not is_law(item):
             continue
         item.add_marker("conformance")
         item.add_marker(pytest.mark.filterwarnings("default"))
-        if not session.wants(clauses_of_item(item)):
+        if not (session.wants(clauses_of_item(item)) or item.name.startswith(gates)):
             dropped.append(item)
     if dropped:
         config.hook.pytest_deselected(items=dropped)
@@ -156,7 +203,7 @@ def pytest_runtest_makereport(
     error = call.excinfo.value if call.excinfo is not None else None
     if isinstance(error, ConformanceFailure):
         report.longrepr = str(error)
-    record = dict(item.user_properties).get("sda_record")
+    record: Any = dict(item.user_properties).get("sda_record")
     item.user_properties[:] = [entry for entry in item.user_properties if entry[0] != "sda_record"]
     result = session.result(item, clauses_of_item(item), report, record)
     report.user_properties = [*item.user_properties, ("sda", asdict(result))]

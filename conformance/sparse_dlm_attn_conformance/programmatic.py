@@ -100,9 +100,9 @@ def check_backend(
     register_profiles()
     spec = backend if isinstance(backend, str) else f"{type(backend).__module__}:{type(backend).__qualname__}"
     subjects = [Subject(spec, dtype, instance) for dtype in dtypes or instance.capabilities.dtypes]
-    token = OPTIONS.set(replace(
-        OPTIONS.get(), shrink=shrink, examples=settings.get_profile(f"sda-{profile}").max_examples
-    ))
+    token = OPTIONS.set(
+        replace(OPTIONS.get(), shrink=shrink, examples=settings.get_profile(f"sda-{profile}").max_examples)
+    )
     before = settings.get_current_profile_name()
     settings.load_profile(f"sda-{profile}")
     findings: list[Finding] = []

@@ -106,8 +106,11 @@ class Window:
         arrays = now.arrays
         mask = np.zeros(arrays.page_lengths.shape, dtype=bool)
         for b, lengths in enumerate(arrays.page_lengths):
-            suffix = np.zeros(len(lengths), dtype=bool) if arrays.page_segments is None \
+            suffix = (
+                np.zeros(len(lengths), dtype=bool)
+                if arrays.page_segments is None
                 else arrays.page_segments[b] == SUFFIX
+            )
             before = [page for page in range(len(lengths)) if not suffix[page] for _ in range(lengths[page])]
             behind = [page for page in range(len(lengths)) if suffix[page] for _ in range(lengths[page])]
             start = max(len(before) - self.window, 0)
@@ -155,14 +158,17 @@ class Ranked:
 
     def look_back(self, q: Host, active: Host) -> None:
         """Remember the queries that the next pass is compared with."""
-        refresh = getattr(self.policy, "drift", "") == "refresh" and self.reference is not None
-        self.reference = np.where(active[:, None, :, None], q, self.reference) if refresh else q
+        if self.reference is None or getattr(self.policy, "drift", "") != "refresh":
+            self.reference = q
+        else:
+            self.reference = np.where(active[:, None, :, None], q, self.reference)
 
     def united(self, arrays: Arrays, active: Host) -> Host:
         """Return what each row reads: its own best pages, or their union over rows and heads."""
         policy, bounds = self.policy, arrays.bounds()
-        lower, upper = (np.repeat(part, arrays.group, axis=1)[:, :, None]
-                        for part in (bounds.lower, bounds.upper))
+        lower, upper = (
+            np.repeat(part, arrays.group, axis=1)[:, :, None] for part in (bounds.lower, bounds.upper)
+        )
         q = arrays.q[:, :, :, None, :]
         scores = np.maximum(q * lower, q * upper).sum(axis=4)
         if policy.group_scores != "query_head":
@@ -170,7 +176,7 @@ class Ranked:
             grouped = scores.reshape(batch, heads // arrays.group, arrays.group, rows, pages)
             pooled = grouped.max(axis=2) if policy.group_scores == "max" else grouped.sum(axis=2)
             scores = np.repeat(pooled, arrays.group, axis=1)
-        count, forced = budget_pages(arrays, policy.budget, policy.page_count, policy.min_pages), False
+        count = budget_pages(arrays, policy.budget, policy.page_count, policy.min_pages)
         if policy.newest:
             forced = self.newest(arrays)[:, None, None, :]
             own = best(scores, count - 1, exists(arrays) & ~forced) | forced
@@ -179,14 +185,14 @@ class Ranked:
         own &= active[:, None, :, None]
         if policy.pages == "own":
             return own
-        union = own.any(axis=2, keepdims=True)
+        union: Host = np.asarray(own.any(axis=2, keepdims=True))
         if policy.union_over == "layer":
             return np.asarray(union.any(axis=1, keepdims=True))
         if policy.union_over == "kv_head":
             batch, heads, _, pages = union.shape
             groups = union.reshape(batch, heads // arrays.group, arrays.group, 1, pages).any(axis=2)
             return np.repeat(groups, arrays.group, axis=1)
-        return np.asarray(union)
+        return union
 
     @staticmethod
     def newest(arrays: Arrays) -> Host:
@@ -261,7 +267,9 @@ class Frozen:
             prompt = (arrays.page_segments == 0)[:, None, None, :] & exists(arrays)
             others = exists(arrays) & ~prompt
             alone = replace(arrays, page_lengths=np.where(others[:, 0, 0], arrays.page_lengths, 0))
-            chosen = self.share(self.masses(arrays, span), prompt) | self.share(self.masses(alone, span), others)
+            chosen = self.share(self.masses(arrays, span), prompt) | self.share(
+                self.masses(alone, span), others
+            )
         else:
             chosen = self.share(self.masses(arrays, span), exists(arrays))
         return np.repeat(chosen, span, axis=2)[:, :, :tokens]

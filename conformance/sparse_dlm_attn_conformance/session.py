@@ -20,7 +20,7 @@ from sparse_dlm_attn_conformance.subjects import DTYPES, Subject, load_backend
 
 __all__ = ["PROFILES", "ConformanceSession", "register_profiles", "subjects_of"]
 
-PROFILES = {"quick": 12, "ci": 60, "nightly": 2000}
+PROFILES = {"quick": 10, "ci": 60, "nightly": 2000}
 """Problems that a law gets, by profile."""
 
 
@@ -33,14 +33,24 @@ def register_profiles(database: str = ".hypothesis/sda-nightly") -> None:
     common: dict[str, Any] = {"deadline": None, "suppress_health_check": CALM, "print_blob": False}
     for name in ("quick", "ci"):
         settings.register_profile(
-            f"sda-{name}", settings.get_profile("default"), max_examples=PROFILES[name], database=None,
-            derandomize=True, stateful_step_count=12,
-            phases=(Phase.explicit, Phase.generate, Phase.shrink), **common,
+            f"sda-{name}",
+            settings.get_profile("default"),
+            max_examples=PROFILES[name],
+            database=None,
+            derandomize=True,
+            stateful_step_count=12,
+            phases=(Phase.explicit, Phase.generate, Phase.shrink),
+            **common,
         )
     settings.register_profile(
-        "sda-nightly", settings.get_profile("default"), max_examples=PROFILES["nightly"], derandomize=False,
-        database=DirectoryBasedExampleDatabase(database), stateful_step_count=40,
-        phases=(Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink), **common,
+        "sda-nightly",
+        settings.get_profile("default"),
+        max_examples=PROFILES["nightly"],
+        derandomize=False,
+        database=DirectoryBasedExampleDatabase(database),
+        stateful_step_count=40,
+        phases=(Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink),
+        **common,
     )
 
 
@@ -92,7 +102,9 @@ class ConformanceSession:
         groups = {clause.split("-")[0] for clause in CLAUSES}
         for clause in clauses:
             if clause not in CLAUSES and clause not in groups:
-                raise InvalidArgumentError("--sda-clause", "must be a clause or group of the specification", clause)
+                raise InvalidArgumentError(
+                    "--sda-clause", "must be a clause or group of the specification", clause
+                )
         for dtype in option("--sda-dtype"):
             if dtype not in DTYPES:
                 raise InvalidArgumentError("--sda-dtype", f"must be one of {', '.join(DTYPES)}", dtype)
@@ -101,11 +113,19 @@ class ConformanceSession:
         profile = load_profile(config)
         device = option("--sda-device")
         options = {} if device is None else {"device": device}
-        subjects = [subject for spec in dict.fromkeys(option("--sda-backend"))
-                    for subject in subjects_of(spec, tuple(option("--sda-dtype")), **options)]
+        subjects = [
+            subject
+            for spec in dict.fromkeys(option("--sda-backend"))
+            for subject in subjects_of(spec, tuple(option("--sda-dtype")), **options)
+        ]
         described = {subject.spec: describe(subject) for subject in subjects}
-        return cls(subjects, contenders(option("--sda-policy")), clauses, Report(profile, described),
-                   tuple(option("--sda-report")))
+        return cls(
+            subjects,
+            contenders(option("--sda-policy")),
+            clauses,
+            Report(profile, described),
+            tuple(option("--sda-report")),
+        )
 
     @property
     def policy_subjects(self) -> list[Subject]:
@@ -122,8 +142,10 @@ class ConformanceSession:
 
     def header(self) -> list[str]:
         """Return what is under test, for the header of the run."""
-        lines = [f"sparse_dlm_attn {sparse_dlm_attn.__version__}, specification {sparse_dlm_attn.SPEC_VERSION}, "
-                 f"profile {self.report.profile}"]
+        lines = [
+            f"sparse_dlm_attn {sparse_dlm_attn.__version__}, specification {sparse_dlm_attn.SPEC_VERSION}, "
+            f"profile {self.report.profile}"
+        ]
         for spec, facts in self.report.backends.items():
             lines.append(f"backend {spec}: " + "; ".join(f"{name} {value}" for name, value in facts.items()))
         lines.append(f"policies: {', '.join(map(str, self.contenders)) or 'none'}")
@@ -133,21 +155,31 @@ class ConformanceSession:
         self, item: pytest.Item, clauses: tuple[str, ...], report: pytest.TestReport, record: Record | None
     ) -> Result:
         """Describe what one law did."""
-        parameters: dict[str, Any] = getattr(item, "callspec").params if hasattr(item, "callspec") else {}
+        parameters: dict[str, Any] = item.callspec.params if hasattr(item, "callspec") else {}
         subject: Subject | None = parameters.get("subject")
         record = record or Record()
         outcome, reason = report.outcome, ""
         if outcome == "skipped":
-            reason = report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else ""
+            reason = (
+                report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else ""
+            )
         elif outcome == "failed":
             reason = str(report.longrepr).partition("\n")[0]
         elif record.known:
             outcome = "known failure"  # type: ignore[assignment]
         return Result(
-            law=item.name.partition("[")[0], clauses=clauses, backend=subject.spec if subject else "",
-            dtype=subject.dtype if subject else "any", policy=str(parameters.get("policy", "")),
-            outcome=outcome, reason=reason, examples=record.examples, seconds=round(report.duration, 3),
-            refused=dict(record.refused), known=dict(record.known), features=dict(record.features),
+            law=item.name.partition("[")[0],
+            clauses=clauses,
+            backend=subject.spec if subject else "",
+            dtype=subject.dtype if subject else "any",
+            policy=str(parameters.get("policy", "")),
+            outcome=outcome,
+            reason=reason,
+            examples=record.examples,
+            seconds=round(report.duration, 3),
+            refused=dict(record.refused),
+            known=dict(record.known),
+            features=dict(record.features),
         )
 
     def collect(self, data: dict[str, Any]) -> None:
@@ -156,7 +188,7 @@ class ConformanceSession:
 
     def finish(self) -> list[str]:
         """Write the reports; return what went wrong beside the laws."""
-        self.problems += [f"{name}: no law ran a problem" for name in self.report.idle_backends()]
+        self.problems += [f"{name}: no law ran" for name in self.report.idle_backends()]
         for path in self.paths:
             try:
                 write_report(self.report, path)
@@ -167,8 +199,11 @@ class ConformanceSession:
     def summary(self) -> list[str]:
         """Return the lines of the terminal summary."""
         lines = self.report.lines()
-        return lines + [problem for problem in self.problems if not problem.endswith("ran a problem")] + [
-            f"report: {path}" for path in self.paths]
+        return (
+            lines
+            + [problem for problem in self.problems if not problem.endswith("no law ran")]
+            + [f"report: {path}" for path in self.paths]
+        )
 
 
 def load_profile(config: pytest.Config) -> str:
@@ -191,5 +226,8 @@ def describe(subject: Subject) -> dict[str, Any]:
     if subject.instance is None:
         return {"did not load": subject.error}
     declared = vars(subject.instance.capabilities)
-    return {name: list(value) if isinstance(value, tuple) else value
-            for name, value in declared.items() if value not in (None, "")}
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in declared.items()
+        if value not in (None, "")
+    }

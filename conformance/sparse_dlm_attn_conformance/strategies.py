@@ -52,7 +52,9 @@ def _allowed(defaults: tuple[int, ...], name: str, largest: int) -> tuple[int, .
     if declared is None:
         return defaults
     common = tuple(size for size in defaults if size in declared)
-    return common or tuple(sorted(size for size in declared if size <= largest)) or tuple(sorted(declared)[:1])
+    return (
+        common or tuple(sorted(size for size in declared if size <= largest)) or tuple(sorted(declared)[:1])
+    )
 
 
 def _pick(draw: Any, options: tuple[T, ...], label: str) -> T:
@@ -92,14 +94,23 @@ def cases(
     table, num_pages = draw(_page_tables(lengths, wild))
     all_spans = (tokens, 1, 2, 3, 32) if spans is None else spans
     return Case(
-        kv_heads=kv_heads, group=group, head_dim=head_dim, page_size=page_size, tokens=tokens,
-        lengths=lengths, table=table, num_pages=num_pages,
+        kv_heads=kv_heads,
+        group=group,
+        head_dim=head_dim,
+        page_size=page_size,
+        tokens=tokens,
+        lengths=lengths,
+        table=table,
+        num_pages=num_pages,
         segments=draw(_segments(batch, pages), label="segments"),
-        heads=_pick(draw, heads, "selection heads"), span=_pick(draw, all_spans, "span"),
+        heads=_pick(draw, heads, "selection heads"),
+        span=_pick(draw, all_spans, "span"),
         masks=tuple(draw(st.lists(_bits(pages), min_size=1, max_size=5), label="masks")),
         active=tuple(draw(_bits(tokens), label="active") for _ in range(batch)),
-        scale=_pick(draw, scales, "scale"), regime=_pick(draw, regimes, "regime"),
-        poison=_pick(draw, poisons, "poison"), layout=_pick(draw, layouts, "layout"),
+        scale=_pick(draw, scales, "scale"),
+        regime=_pick(draw, regimes, "regime"),
+        poison=_pick(draw, poisons, "poison"),
+        layout=_pick(draw, layouts, "layout"),
         seed=draw(st.integers(0, 999), label="seed"),
     )
 
@@ -169,11 +180,22 @@ def score_tables(draw: Any, *, special: bool = True) -> ScoreTable:
     kept = draw(st.integers(1, 4), label="different rows")
     drawn = draw(st.lists(st.sampled_from(values), min_size=pages * kept, max_size=pages * kept))
     per_row = draw(st.booleans(), label="a count for each row")
-    counts = draw(st.lists(st.integers(-2, pages + 2), min_size=rows if per_row else 1,
-                           max_size=rows if per_row else 1), label="counts")
+    counts = draw(
+        st.lists(
+            st.integers(-2, pages + 2), min_size=rows if per_row else 1, max_size=rows if per_row else 1
+        ),
+        label="counts",
+    )
     eligible = draw(st.lists(_bits(pages), min_size=1, max_size=3), label="eligible")
-    return ScoreTable(tuple(lead), pages, tuple(drawn), tuple(counts), per_row, tuple(eligible),
-                      draw(st.booleans(), label="eligible broadcasts"))
+    return ScoreTable(
+        tuple(lead),
+        pages,
+        tuple(drawn),
+        tuple(counts),
+        per_row,
+        tuple(eligible),
+        draw(st.booleans(), label="eligible broadcasts"),
+    )
 
 
 @st.composite
@@ -196,8 +218,10 @@ def merge_tables(draw: Any, *, states: tuple[int, ...] = (2, 1, 3, 4), empty: bo
     head_dims = _allowed(HEAD_DIMS, "head_dims", 256)
     kinds = ("plain", "some rows empty", "empty") if empty else ("plain",)
     return MergeTable(
-        batch=draw(st.integers(1, 2), label="batch"), q_heads=draw(st.integers(1, 4), label="q_heads"),
-        tokens=_pick(draw, BLOCKS[:5], "tokens"), head_dim=_pick(draw, head_dims, "head_dim"),
+        batch=draw(st.integers(1, 2), label="batch"),
+        q_heads=draw(st.integers(1, 4), label="q_heads"),
+        tokens=_pick(draw, BLOCKS[:5], "tokens"),
+        head_dim=_pick(draw, head_dims, "head_dim"),
         levels=tuple(draw(st.sampled_from((0.0, 1.0, -3.0, 40.0, -90.0, 3000.0))) for _ in range(count)),
         kinds=tuple(_pick(draw, kinds, "kind") for _ in range(count)),
         seed=draw(st.integers(0, 999), label="seed"),

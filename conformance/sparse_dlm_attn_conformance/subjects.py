@@ -32,9 +32,15 @@ class Loaded:
     def arrays(self) -> dict[str, Array]:
         """Return every array by name."""
         named = {
-            "q": self.q, "q_other": self.q_other, "k": self.k, "v": self.v, "active": self.active,
-            "k_pages": self.context.k_pages, "v_pages": self.context.v_pages,
-            "page_table": self.context.page_table, "page_lengths": self.context.page_lengths,
+            "q": self.q,
+            "q_other": self.q_other,
+            "k": self.k,
+            "v": self.v,
+            "active": self.active,
+            "k_pages": self.context.k_pages,
+            "v_pages": self.context.v_pages,
+            "page_table": self.context.page_table,
+            "page_lengths": self.context.page_lengths,
             "selection.mask": self.selection.mask,
         }
         if self.context.page_segments is not None:
@@ -111,15 +117,20 @@ class Subject:
         """Convert a whole problem, in the memory layout that it asks for."""
         segments = arrays.page_segments
         context = Context(
-            self._laid_out(arrays.k_pages, arrays.layout), self._laid_out(arrays.v_pages, arrays.layout),
-            self.ints(arrays.page_table), self.ints(arrays.page_lengths),
+            self._laid_out(arrays.k_pages, arrays.layout),
+            self._laid_out(arrays.v_pages, arrays.layout),
+            self.ints(arrays.page_table),
+            self.ints(arrays.page_lengths),
             None if segments is None else self.ints(segments),
         )
-        rows = {name: self._laid_out(getattr(arrays, name), arrays.layout)
-                for name in ("q", "q_other", "k", "v")}
+        rows = {
+            name: self._laid_out(getattr(arrays, name), arrays.layout) for name in ("q", "q_other", "k", "v")
+        }
         return Loaded(
-            context=context, selection=Selection(self.ints(arrays.mask), arrays.span),
-            active=self.ints(arrays.active), **rows,
+            context=context,
+            selection=Selection(self.ints(arrays.mask), arrays.span),
+            active=self.ints(arrays.active),
+            **rows,
         )
 
     def _laid_out(self, values: Host, layout: str) -> Array:

@@ -13,7 +13,6 @@ from sparse_dlm_attn_conformance import accuracy
 from sparse_dlm_attn_conformance.cases import Arrays, Case, Host
 from sparse_dlm_attn_conformance.checks import (
     expect,
-    expect_array,
     expect_close,
     expect_same_bits,
     expect_same_state,
@@ -33,9 +32,7 @@ EXACT = ("dyadic", "ties", "zeros", "one_hot")
 def attend(subject: Subject, arrays: Arrays, loaded: Loaded | None = None) -> AttentionState:
     """Run `attend_pages` on the backend under test."""
     on = loaded or subject.load(arrays)
-    state = subject.backend.attend_pages(
-        on.q, on.context, on.selection, on.active, scale=arrays.scale
-    )
+    state = subject.backend.attend_pages(on.q, on.context, on.selection, on.active, scale=arrays.scale)
     expect_state(subject, state, "attend_pages", arrays.q.shape)
     return state
 
@@ -107,8 +104,12 @@ def test_the_default_scale_is_one_over_the_root_of_head_dim(subject: Subject, ca
     arrays = case.arrays(subject.dtype)
     on = subject.load(arrays)
     explicit = arrays.but(scale=1.0 / math.sqrt(case.head_dim))
-    expect_same_state(attend(subject, arrays, on), attend(subject, explicit, on),
-                      "attend_pages with the default scale, and with the same scale given", "STATE-3")
+    expect_same_state(
+        attend(subject, arrays, on),
+        attend(subject, explicit, on),
+        "attend_pages with the default scale, and with the same scale given",
+        "STATE-3",
+    )
     blocks = [subject.backend.attend_block(on.q, on.k, on.v, scale=scale) for scale in (None, explicit.scale)]
     expect_same_state(blocks[0], blocks[1], "attend_block with the default scale, and given", "STATE-3")
 
@@ -139,8 +140,12 @@ def test_inactive_rows_get_out_0_and_lse_minus_inf(subject: Subject, case: Case)
 def test_queries_of_inactive_rows_are_not_read(subject: Subject, case: Case) -> None:
     arrays = case.arrays(subject.dtype)
     poisoned = arrays.but(q=np.where(arrays.active[:, None, :, None], arrays.q, np.nan))
-    expect_same_state(attend(subject, poisoned), attend(subject, arrays),
-                      "attend_pages with NaN queries in inactive rows", "ATTEND-2")
+    expect_same_state(
+        attend(subject, poisoned),
+        attend(subject, arrays),
+        "attend_pages with NaN queries in inactive rows",
+        "ATTEND-2",
+    )
 
 
 @pytest.mark.clause("ATTEND-3")
@@ -148,8 +153,12 @@ def test_queries_of_inactive_rows_are_not_read(subject: Subject, case: Case) -> 
 def test_pages_that_nobody_selected_are_not_read(subject: Subject, case: Case) -> None:
     arrays = case.arrays(subject.dtype)
     poisoned = arrays.poisoned(~arrays.stored(arrays.loaded()), np.nan)
-    expect_same_state(attend(subject, poisoned), attend(subject, arrays),
-                      "attend_pages with NaN in pages that nobody selected", "ATTEND-3")
+    expect_same_state(
+        attend(subject, poisoned),
+        attend(subject, arrays),
+        "attend_pages with NaN in pages that nobody selected",
+        "ATTEND-3",
+    )
 
 
 @pytest.mark.clause("ATTEND-3", "SELECTION-1")
@@ -168,15 +177,16 @@ def test_a_page_changes_only_the_rows_that_selected_it(subject: Subject, case: C
     before, after = attend(subject, arrays), attend(subject, changed)
     for name in ("out", "lse"):
         old, new = host(getattr(before, name)), host(getattr(after, name))
-        expect_same_bits(new[~touched], old[~touched], f"{name} of rows that did not select page {page}",
-                         "ATTEND-3")
+        expect_same_bits(
+            new[~touched], old[~touched], f"{name} of rows that did not select page {page}", "ATTEND-3"
+        )
 
 
 def touched_rows(arrays: Arrays, where: Host) -> Host:
     """Return the rows, bool ``(batch, q_heads, tokens)``, that read one of the physical slots ``where``."""
     table = np.where(arrays.page_lengths > 0, arrays.page_table, 0)
     slots = np.arange(arrays.page_size) < arrays.page_lengths[:, :, None]
-    hit = (where[table] & slots[:, :, None, :]).any(axis=3).swapaxes(1, 2)
+    hit: Host = np.asarray((where[table] & slots[:, :, None, :]).any(axis=3)).swapaxes(1, 2)
     return np.asarray((arrays.rows() & np.repeat(hit, arrays.group, axis=1)[:, :, None, :]).any(axis=3))
 
 
@@ -192,11 +202,17 @@ def test_nan_in_a_key_shows_in_every_row_that_reads_it(subject: Subject, case: C
     for name in ("k_pages", "v_pages"):
         poisoned = arrays.but(**{name: np.where(where[..., None], np.nan, getattr(arrays, name))})
         state = attend(subject, poisoned)
-        expect(np.isnan(host(state.out)[touched]).all(), "MERGE-4",
-               f"NaN in {name} must show in the out of every row that reads it")
+        expect(
+            np.isnan(host(state.out)[touched]).all(),
+            "MERGE-4",
+            f"NaN in {name} must show in the out of every row that reads it",
+        )
         if name == "k_pages":
-            expect(np.isnan(host(state.lse)[touched]).all(), "MERGE-4",
-                   "a NaN key must show in the lse of every row that reads it")
+            expect(
+                np.isnan(host(state.lse)[touched]).all(),
+                "MERGE-4",
+                "a NaN key must show in the lse of every row that reads it",
+            )
 
 
 @pytest.mark.clause("ATTEND-5")
@@ -208,8 +224,9 @@ def test_a_superset_of_pages_never_lowers_the_lse(subject: Subject, case: Case) 
     few, many = host(attend(subject, arrays).lse), host(attend(subject, wider).lse)
     slack = accuracy.attention(wider, context_keys(wider)).lse_budget
     lowered = many < few - slack
-    expect(not lowered.any(), "ATTEND-5",
-           f"more pages must not lower the lse; {int(lowered.sum())} rows fell")
+    expect(
+        not lowered.any(), "ATTEND-5", f"more pages must not lower the lse; {int(lowered.sum())} rows fell"
+    )
 
 
 @pytest.mark.clause("GQA-1")
@@ -218,14 +235,25 @@ def test_permuting_the_kv_heads_permutes_the_groups(subject: Subject, case: Case
     arrays = case.arrays(subject.dtype).but(mask=case.mask()[:, :1])
     order = np.random.default_rng(case.seed).permutation(case.kv_heads)
     heads = (order[:, None] * case.group + np.arange(case.group)).ravel()
-    moved = arrays.but(q=arrays.q[:, heads], k_pages=arrays.k_pages[:, order],
-                       v_pages=arrays.v_pages[:, order])
+    moved = arrays.but(
+        q=arrays.q[:, heads], k_pages=arrays.k_pages[:, order], v_pages=arrays.v_pages[:, order]
+    )
     before, after = attend(subject, arrays), attend(subject, moved)
     expected = accuracy.attention(moved, context_keys(moved))
-    expect_close(host(after.out), host(before.out)[:, heads], 2 * expected.out_budget,
-                 "out after a permutation of the KV heads", "GQA-1")
-    expect_close(host(after.lse), host(before.lse)[:, heads], 2 * expected.lse_budget,
-                 "lse after a permutation of the KV heads", "GQA-1")
+    expect_close(
+        host(after.out),
+        host(before.out)[:, heads],
+        2 * expected.out_budget,
+        "out after a permutation of the KV heads",
+        "GQA-1",
+    )
+    expect_close(
+        host(after.lse),
+        host(before.lse)[:, heads],
+        2 * expected.lse_budget,
+        "lse after a permutation of the KV heads",
+        "GQA-1",
+    )
 
 
 @pytest.mark.clause("GQA-2", "SELECTION-1")
@@ -238,10 +266,20 @@ def test_each_query_head_reads_its_own_selection(subject: Subject, case: Case) -
         alone = arrays.but(mask=arrays.mask[:, head // share][:, None])
         expected = accuracy.attention(alone, context_keys(alone))
         state = attend(subject, alone)
-        expect_close(host(together.lse)[:, head], host(state.lse)[:, head],
-                     2 * expected.lse_budget[:, head], f"lse of query head {head} alone", "GQA-2")
-        expect_close(host(together.out)[:, head], host(state.out)[:, head],
-                     2 * expected.out_budget[:, head], f"out of query head {head} alone", "GQA-2")
+        expect_close(
+            host(together.lse)[:, head],
+            host(state.lse)[:, head],
+            2 * expected.lse_budget[:, head],
+            f"lse of query head {head} alone",
+            "GQA-2",
+        )
+        expect_close(
+            host(together.out)[:, head],
+            host(state.out)[:, head],
+            2 * expected.out_budget[:, head],
+            f"out of query head {head} alone",
+            "GQA-2",
+        )
 
 
 @pytest.mark.clause("SELECTION-1")
@@ -271,8 +309,10 @@ def test_attend_block_equals_one_softmax(subject: Subject, case: Case) -> None:
 def test_a_block_may_have_more_or_fewer_keys_than_rows(subject: Subject, case: Case) -> None:
     arrays = case.arrays(subject.dtype)
     keys = 1 + case.seed % 9
-    cut = arrays.but(k=np.resize(arrays.k, (case.batch, case.kv_heads, keys, case.head_dim)),
-                     v=np.resize(arrays.v, (case.batch, case.kv_heads, keys, case.head_dim)))
+    cut = arrays.but(
+        k=np.resize(arrays.k, (case.batch, case.kv_heads, keys, case.head_dim)),
+        v=np.resize(arrays.v, (case.batch, case.kv_heads, keys, case.head_dim)),
+    )
     on = subject.load(cut)
     state = subject.backend.attend_block(on.q, on.k, on.v, scale=case.scale)
     out, lse = expect_state(subject, state, "attend_block", arrays.q.shape)
@@ -286,10 +326,12 @@ def test_all_pages_equal_dense_attention_over_the_same_keys(subject: Subject, ca
     arrays = arrays.but(mask=np.ones_like(arrays.mask), active=np.ones_like(arrays.active))
     valid = np.arange(case.page_size) < arrays.page_lengths[0][:, None]
     table = np.where(arrays.page_lengths[0] > 0, arrays.page_table[0], 0)
-    dense = arrays.but(**{
-        name: getattr(arrays, f"{name}_pages")[table].swapaxes(1, 2)[valid].swapaxes(0, 1)[None]
-        for name in ("k", "v")
-    })
+    dense = arrays.but(
+        **{
+            name: getattr(arrays, f"{name}_pages")[table].swapaxes(1, 2)[valid].swapaxes(0, 1)[None]
+            for name in ("k", "v")
+        }
+    )
     if dense.k.shape[2] == 0:
         return
     on = subject.load(dense)
@@ -308,15 +350,29 @@ def test_sums_over_many_keys_do_not_stall(subject: Subject, case: Case) -> None:
     arrays = case.arrays(subject.dtype)
     stored = np.ones((1, case.kv_heads, case.page_size, case.head_dim))
     many = arrays.but(
-        q=np.zeros_like(arrays.q), k_pages=stored, v_pages=stored, layout="plain",
-        page_table=np.zeros((1, pages), np.int32), page_segments=None, mask=np.ones((1, 1, 1, pages), bool),
-        page_lengths=np.full((1, pages), case.page_size, np.int32), span=case.tokens,
+        q=np.zeros_like(arrays.q),
+        k_pages=stored,
+        v_pages=stored,
+        layout="plain",
+        page_table=np.zeros((1, pages), np.int32),
+        page_segments=None,
+        mask=np.ones((1, 1, 1, pages), bool),
+        page_lengths=np.full((1, pages), case.page_size, np.int32),
+        span=case.tokens,
         active=np.ones_like(arrays.active),
     )
     state = attend(subject, many)
-    expect_close(host(state.lse), np.log(pages * case.page_size), 1e-4, "lse of many keys", "ACCURACY-1")
-    expect_close(host(state.out), np.asarray(1.0), 2 * accuracy.EPS[subject.dtype] + 1e-5,
-                 "mean of many ones", "ACCURACY-1")
+    keys = pages * case.page_size
+    # All terms have one sign, so the errors of a plain float32 sum may add up: the classical bound n u.
+    summing = keys * accuracy.EPS["float32"]
+    expect_close(host(state.lse), np.log(keys), summing, "lse of many keys", "ACCURACY-1")
+    expect_close(
+        host(state.out),
+        np.asarray(1.0),
+        2 * accuracy.EPS[subject.dtype] + summing,
+        "mean of many ones",
+        "ACCURACY-1",
+    )
 
 
 @pytest.mark.clause("ACCURACY-1")
@@ -327,89 +383,3 @@ def test_scores_and_lse_keep_float32_accuracy(subject: Subject, case: Case) -> N
     expected = accuracy.attention(arrays, context_keys(arrays))
     lse = host(attend(subject, arrays).lse)
     expect_close(lse, expected.state.lse, expected.lse_budget, "lse", "ACCURACY-1")
-
-
-def cached_state(subject: Subject, arrays: Arrays, seed: int) -> tuple[HostState, AttentionState]:
-    """Return a context state of earlier passes, on the host and on the backend."""
-    rng = np.random.default_rng(seed + 1)
-    empty = rng.random(arrays.q.shape[:3]) < 0.2
-    out = np.where(empty[..., None], 0.0, rng.integers(-8, 9, arrays.q.shape) / 8.0)
-    lse = np.where(empty, -np.inf, rng.integers(-16, 17, arrays.q.shape[:3]) / 4.0)
-    made = HostState(out, lse)
-    return made, subject.state(made)
-
-
-@pytest.mark.clause("ATTEND-4", "MERGE-1")
-@law(case=cases())
-def test_attend_is_one_softmax_over_context_and_block(subject: Subject, case: Case) -> None:
-    arrays = case.arrays(subject.dtype)
-    on = subject.load(arrays)
-    out, state = fused(subject, arrays, on, None)
-    context, block = context_keys(arrays), block_keys(arrays)
-    expect_state_close(host(state.out), host(state.lse), accuracy.attention(arrays, context),
-                       "the context state of attend", "ATTEND-4")
-    expected = accuracy.attention(arrays, context.joined(block), rounded_parts=2)
-    expect_close(host(out), expected.state.out, expected.out_budget, "out of attend", "ATTEND-4")
-
-
-@pytest.mark.clause("ATTEND-4", "REUSE-1")
-@law(case=cases())
-def test_attend_composes_its_four_operators(subject: Subject, case: Case) -> None:
-    arrays = case.arrays(subject.dtype)
-    on = subject.load(arrays)
-    given, cached = cached_state(subject, arrays, case.seed)
-    out, state = fused(subject, arrays, on, cached)
-    rows = np.broadcast_to(arrays.active[:, None, :], arrays.q.shape[:3])
-    for name in ("out", "lse"):
-        got, want = host(getattr(state, name)), host(getattr(cached, name))
-        expect_same_bits(got[~rows], want[~rows], f"{name} of inactive rows, which keep what was cached",
-                         "ATTEND-4")
-    fresh = accuracy.attention(arrays, context_keys(arrays))
-    block = accuracy.attention(arrays, block_keys(arrays))
-    merged, budget = merged_expectation(arrays, rows, given, fresh, block)
-    expect_close(host(state.lse)[rows], fresh.state.lse[rows], fresh.lse_budget[rows], "lse of active rows",
-                 "ATTEND-4")
-    expect_close(host(out), merged, budget, "out of attend", "ATTEND-4")
-
-
-def fused(
-    subject: Subject, arrays: Arrays, on: Loaded, cached: AttentionState | None
-) -> tuple[object, AttentionState]:
-    result = subject.backend.attend(
-        on.q, on.k, on.v, on.context, on.selection, on.active, cached, scale=arrays.scale
-    )
-    expect(isinstance(result, tuple) and len(result) == 2, "ATTEND-4",
-           f"attend must return (out, context_state); got {type(result).__qualname__}")
-    out, state = result
-    expect_array(subject, out, "out of attend", arrays.q.shape, subject.dtype, "STATE-4")
-    expect_state(subject, state, "the context state of attend", arrays.q.shape)
-    return out, state
-
-
-def merged_expectation(
-    arrays: Arrays, rows: Host, given: HostState, fresh: accuracy.Expected, block: accuracy.Expected
-) -> tuple[Host, Host]:
-    """Return the float64 merge of reused context and block, and the budget that is left for it."""
-    out = np.where(rows[..., None], fresh.state.out, given.out)
-    lse = np.where(rows, fresh.state.lse, given.lse)
-    peak = np.maximum(lse, block.state.lse)
-    weights = [np.exp(part - peak) for part in (lse, block.state.lse)]
-    total = sum(weights)
-    merged = (weights[0][..., None] * out + weights[1][..., None] * block.state.out) / total[..., None]
-    largest = np.maximum(np.abs(out).max(axis=3), np.abs(block.state.out).max(axis=3))[..., None]
-    logs = np.where(rows, fresh.lse_budget, 0.0) + block.lse_budget
-    parts = np.where(rows[..., None], fresh.out_budget, 0.0) + block.out_budget
-    rounding = 2 * 3 * accuracy.EPS[arrays.dtype] * largest
-    return merged, parts + rounding + 2 * logs[..., None] * largest
-
-
-@pytest.mark.clause("ATTEND-4", "ATTEND-2", "STATE-2")
-@law(case=cases(), share=0.5)
-def test_without_context_attend_is_the_block_alone(subject: Subject, case: Case) -> None:
-    arrays = case.arrays(subject.dtype)
-    arrays = arrays.but(mask=np.zeros_like(arrays.mask))
-    on = subject.load(arrays)
-    out, state = fused(subject, arrays, on, None)
-    expected = accuracy.attention(arrays, block_keys(arrays), rounded_parts=1)
-    expect_close(host(out), expected.state.out, expected.out_budget, "out without context", "ATTEND-4")
-    expect(np.isneginf(host(state.lse)).all(), "STATE-2", "the context state must be empty")

@@ -49,12 +49,16 @@ def test_capabilities_are_well_formed(subject: Subject) -> None:
     expect(declared == subject.backend.capabilities, "CAPS-1", "capabilities must not change")
     for name in ("head_dims", "page_sizes", "groups"):
         sizes: Any = getattr(declared, name)
-        well = sizes is None or (isinstance(sizes, tuple) and sizes and all(
-            isinstance(size, int) and size >= 1 for size in sizes))
+        well = sizes is None or (
+            isinstance(sizes, tuple) and sizes and all(isinstance(size, int) and size >= 1 for size in sizes)
+        )
         expect(well, "CAPS-1", f"capabilities.{name} must be None or a tuple of sizes; got {sizes!r}")
     expect(bool(declared.devices), "CAPS-1", "capabilities.devices must name a device")
-    expect(subject.device_kind in declared.devices, "CAPS-1",
-           f"asarray() makes arrays on {subject.device_kind}, which capabilities.devices does not name")
+    expect(
+        subject.device_kind in declared.devices,
+        "CAPS-1",
+        f"asarray() makes arrays on {subject.device_kind}, which capabilities.devices does not name",
+    )
 
 
 @pytest.mark.clause("CAPS-1")
@@ -63,10 +67,15 @@ def test_why_not_gives_every_reason_without_running_a_kernel(subject: Subject, c
     watched = Watched(subject.backend)
     problem = case.problem(subject.dtype, subject.device_kind)
     expect(watched.why_not(problem) == [], "CAPS-1", "a declared problem must have no reason against it")
-    undeclared = Problem("int4", case.head_dim, case.page_size, case.q_heads, case.kv_heads, case.tokens, "abacus")
+    undeclared = Problem(
+        "int4", case.head_dim, case.page_size, case.q_heads, case.kv_heads, case.tokens, "abacus"
+    )
     reasons = watched.why_not(undeclared)
-    expect(isinstance(reasons, list) and all(isinstance(reason, str) for reason in reasons), "CAPS-1",
-           f"why_not must return a list of texts; got {reasons!r}")
+    expect(
+        isinstance(reasons, list) and all(isinstance(reason, str) for reason in reasons),
+        "CAPS-1",
+        f"why_not must return a list of texts; got {reasons!r}",
+    )
     expect(len(reasons) >= 2, "CAPS-1", f"why_not must give every reason (dtype and device); got {reasons!r}")
     expect(watched.calls == [], "CAPS-1", "why_not must run no kernel")
 
@@ -80,8 +89,11 @@ def test_an_unsupported_problem_raises_with_every_reason(subject: Subject, case:
     try:
         PrefixAttention("dense", watched)(on.q, on.k, on.v, on.context)
     except UnsupportedError as error:
-        expect(all(reason in str(error) for reason in reasons), "CAPS-1",
-               f"the error must give every reason; got {error}")
+        expect(
+            all(reason in str(error) for reason in reasons),
+            "CAPS-1",
+            f"the error must give every reason; got {error}",
+        )
     else:
         expect(False, "CAPS-1", "an unsupported problem must raise UnsupportedError")
     expect(watched.calls == [], "DRIVER-1", f"no operator may run before the refusal; got {watched.calls}")
@@ -96,10 +108,18 @@ def test_asarray_converts_exactly_and_by_dtype_name(subject: Subject) -> None:
     expect_same_bits(got.astype(np.float64), values, "asarray", "STATE-4")
     for kind in ("bool", "int8", "int32"):
         host = np.asarray([[0, 1], [1, 1]]).astype(kind)
-        got = expect_array(subject, subject.backend.asarray(host, dtype=kind), "asarray", (2, 2), kind, "STATE-4")
+        got = expect_array(
+            subject, subject.backend.asarray(host, dtype=kind), "asarray", (2, 2), kind, "STATE-4"
+        )
         expect_same_bits(got, host, f"asarray of {kind}", "STATE-4")
-    expect_array(subject, subject.backend.asarray([1.0, 2.0], dtype="float32"), "asarray of a list", (2,),
-                 "float32", "STATE-4")
+    expect_array(
+        subject,
+        subject.backend.asarray([1.0, 2.0], dtype="float32"),
+        "asarray of a list",
+        (2,),
+        "float32",
+        "STATE-4",
+    )
 
 
 @pytest.mark.clause("ERROR-2", "REGISTRY-1")

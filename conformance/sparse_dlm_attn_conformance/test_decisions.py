@@ -35,8 +35,9 @@ def bounds_of(subject: Subject, arrays: Arrays) -> tuple[Host, Host]:
 def test_page_bounds_are_the_exact_minimum_and_maximum(subject: Subject, case: Case) -> None:
     arrays = case.arrays(subject.dtype)
     expected = arrays.bounds()
-    for got, want, name in zip(bounds_of(subject, arrays), (expected.lower, expected.upper),
-                               ("lower", "upper"), strict=True):
+    for got, want, name in zip(
+        bounds_of(subject, arrays), (expected.lower, expected.upper), ("lower", "upper"), strict=True
+    ):
         expect_same_bits(got.astype(np.float64), want, f"page_bounds: {name}", "BOUNDS-1")
 
 
@@ -44,7 +45,9 @@ def test_page_bounds_are_the_exact_minimum_and_maximum(subject: Subject, case: C
 @law(case=cases(min_pages=1, regimes=EXACT), share=0.5)
 def test_a_nan_key_gives_nan_bounds_in_its_channel(subject: Subject, case: Case) -> None:
     arrays = case.arrays(subject.dtype)
-    stored = arrays.stored()[..., None] & (np.random.default_rng(case.seed).random(arrays.k_pages.shape) < 0.2)
+    stored = arrays.stored()[..., None] & (
+        np.random.default_rng(case.seed).random(arrays.k_pages.shape) < 0.2
+    )
     poisoned = arrays.but(k_pages=np.where(stored, np.nan, arrays.k_pages))
     expected = poisoned.bounds()
     lower, upper = bounds_of(subject, poisoned)
@@ -61,7 +64,9 @@ def scores_of(subject: Subject, arrays: Arrays) -> Host:
 def scores_on_host(arrays: Arrays) -> Host:
     """Return sum_c max(q_c lower_c, q_c upper_c) in float64, for each query head."""
     bounds = arrays.bounds()
-    lower, upper = (np.repeat(part, arrays.group, axis=1)[:, :, None] for part in (bounds.lower, bounds.upper))
+    lower, upper = (
+        np.repeat(part, arrays.group, axis=1)[:, :, None] for part in (bounds.lower, bounds.upper)
+    )
     q = arrays.q[:, :, :, None, :]
     return np.asarray(np.maximum(q * lower, q * upper).sum(axis=4))
 
@@ -70,8 +75,9 @@ def scores_on_host(arrays: Arrays) -> Host:
 @law(case=cases(regimes=EXACT))
 def test_page_scores_are_exact_on_the_dyadic_grid(subject: Subject, case: Case) -> None:
     arrays = case.arrays(subject.dtype)
-    expect_same_bits(scores_of(subject, arrays).astype(np.float64), scores_on_host(arrays), "page_scores",
-                     "SCORES-1")
+    expect_same_bits(
+        scores_of(subject, arrays).astype(np.float64), scores_on_host(arrays), "page_scores", "SCORES-1"
+    )
 
 
 @pytest.mark.clause("SCORES-1", "ACCURACY-1", "ACCURACY-2")
@@ -88,10 +94,16 @@ def test_page_scores_stay_within_the_budget(subject: Subject, case: Case) -> Non
 def test_a_page_scores_at_least_as_much_as_each_of_its_keys(subject: Subject, case: Case) -> None:
     arrays = case.arrays(subject.dtype)
     bounds = arrays.bounds()
-    own = subject.bounds(bounds) if case.seed % 2 else subject.backend.page_bounds(subject.load(arrays).context)
+    own = (
+        subject.bounds(bounds) if case.seed % 2 else subject.backend.page_bounds(subject.load(arrays).context)
+    )
     scores = expect_array(
-        subject, subject.backend.page_scores(subject.load(arrays).q, own), "page_scores",
-        (*arrays.q.shape[:3], case.pages), "float32", "SCORES-1",
+        subject,
+        subject.backend.page_scores(subject.load(arrays).q, own),
+        "page_scores",
+        (*arrays.q.shape[:3], case.pages),
+        "float32",
+        "SCORES-1",
     )
     everyone = np.broadcast_to((arrays.page_lengths > 0)[:, None, None, :], scores.shape)
     keys = context_keys(arrays, everyone)
@@ -117,8 +129,11 @@ def test_pooled_scores_of_a_span_sum_to_1_or_0(subject: Subject, case: Case) -> 
     arrays = case.arrays(subject.dtype)
     got = pooled(subject, arrays).astype(np.float64)
     exists = arrays.page_lengths > 0
-    expect((got[np.broadcast_to(~exists[:, None, None, :], got.shape)] == 0).all(), "POOLED-2",
-           "absent pages must get 0")
+    expect(
+        (got[np.broadcast_to(~exists[:, None, None, :], got.shape)] == 0).all(),
+        "POOLED-2",
+        "absent pages must get 0",
+    )
     sums = np.broadcast_to(exists.any(axis=1).astype(float)[:, None, None], got.shape[:3])
     expect_close(got.sum(axis=3), sums, 1e-4, "pooled_scores summed over pages", "POOLED-2")
 
@@ -134,7 +149,8 @@ def pooled(subject: Subject, arrays: Arrays) -> Host:
 def top(subject: Subject, table: ScoreTable) -> Host:
     count = table.count()
     mask = subject.backend.top_pages(
-        subject.floats(table.scores(), "float32"), count if isinstance(count, int) else subject.ints(count),
+        subject.floats(table.scores(), "float32"),
+        count if isinstance(count, int) else subject.ints(count),
         eligible=subject.ints(table.mask()),
     )
     return expect_array(subject, mask, "top_pages", (*table.lead, table.pages), "bool", "TOP-1")
@@ -161,15 +177,24 @@ def check_ranking(table: ScoreTable, mask: Host, best: str, ties: str) -> None:
         chosen, allowed = mask[row], eligible[row]
         wanted = min(max(int(counts[row]), 0), int(allowed.sum()))
         expect(not (chosen & ~allowed).any(), "TOP-3", f"row {row} holds pages that are not eligible")
-        expect(int(chosen.sum()) == wanted, "TOP-1",
-               f"row {row} must hold {wanted} pages; got {int(chosen.sum())}")
+        expect(
+            int(chosen.sum()) == wanted,
+            "TOP-1",
+            f"row {row} must hold {wanted} pages; got {int(chosen.sum())}",
+        )
         left = allowed & ~chosen
         for page in np.flatnonzero(left):
-            expect((scores[row][chosen] >= scores[row][page]).all(), best,
-                   f"row {row}: page {page} was left out, but scores better than a chosen one")
+            expect(
+                (scores[row][chosen] >= scores[row][page]).all(),
+                best,
+                f"row {row}: page {page} was left out, but scores better than a chosen one",
+            )
             equal = chosen & (scores[row] == scores[row][page])
-            expect(not equal[page:].any(), ties,
-                   f"row {row}: among equals the lowest page must win, but page {page} lost to a higher one")
+            expect(
+                not equal[page:].any(),
+                ties,
+                f"row {row}: among equals the lowest page must win, but page {page} lost to a higher one",
+            )
 
 
 @pytest.mark.clause("CHANGE-1", "ACCURACY-3")
@@ -216,8 +241,11 @@ def test_largest_changes_by_count(subject: Subject, table: ChangeTable) -> None:
     for sequence, row in enumerate(table.change()):
         expected = sorted(ranked(row)[: table.count])
         got = np.flatnonzero(chosen[sequence]).tolist()
-        expect(got == expected, "CHANGE-2",
-               f"sequence {sequence}: the {table.count} largest are rows {expected}; got {got}")
+        expect(
+            got == expected,
+            "CHANGE-2",
+            f"sequence {sequence}: the {table.count} largest are rows {expected}; got {got}",
+        )
 
 
 @pytest.mark.clause("CHANGE-3", "ACCURACY-3")
@@ -235,8 +263,12 @@ def test_largest_changes_by_mass_are_the_smallest_set_that_reaches_it(
             expected.add(index)
             reached += float(row[index])
         got = set(np.flatnonzero(chosen[sequence]).tolist())
-        expect(got == expected, "CHANGE-3",
-               f"sequence {sequence}: rows {sorted(expected)} reach {table.mass:g} of the total; got {sorted(got)}")
+        expect(
+            got == expected,
+            "CHANGE-3",
+            f"sequence {sequence}: rows {sorted(expected)} reach {table.mass:g} of the total; "
+            f"got {sorted(got)}",
+        )
 
 
 @pytest.mark.clause("CHANGE-3")
@@ -246,13 +278,19 @@ def test_the_mass_of_any_changes_is_reached_and_not_overshot(subject: Subject, t
     for sequence, row in enumerate(table.change().astype(np.float64)):
         total, kept = float(row.sum()), row[chosen[sequence]]
         slack = 1e-12 * total
-        expect(kept.sum() >= table.mass * total - slack, "CHANGE-3",
-               f"sequence {sequence}: the chosen rows must reach {table.mass:g} of the total")
+        expect(
+            kept.sum() >= table.mass * total - slack,
+            "CHANGE-3",
+            f"sequence {sequence}: the chosen rows must reach {table.mass:g} of the total",
+        )
         needless = kept.size and kept.sum() - kept.min() >= table.mass * total + slack and total > 0
         expect(not needless, "CHANGE-3", f"sequence {sequence}: fewer rows reach {table.mass:g} of the total")
         left = row[~chosen[sequence]]
-        expect(not (kept.size and left.size) or kept.min() >= left.max(), "CHANGE-3",
-               f"sequence {sequence}: a larger change was left out")
+        expect(
+            not (kept.size and left.size) or kept.min() >= left.max(),
+            "CHANGE-3",
+            f"sequence {sequence}: a larger change was left out",
+        )
 
 
 @pytest.mark.clause("CHANGE-3")
@@ -260,8 +298,11 @@ def test_the_mass_of_any_changes_is_reached_and_not_overshot(subject: Subject, t
 def test_mass_of_nothing_is_nobody_and_nan_is_everybody(subject: Subject, table: ChangeTable) -> None:
     expect(not largest(subject, table, mass=0.0).any(), "CHANGE-3", "mass 0 must give the empty set")
     still = ChangeTable(table.batch, (0.0,) * len(table.values), table.count, table.mass)
-    expect(not largest(subject, still, mass=max(table.mass, 0.5)).any(), "CHANGE-3",
-           "a total of 0 must give the empty set")
+    expect(
+        not largest(subject, still, mass=max(table.mass, 0.5)).any(),
+        "CHANGE-3",
+        "a total of 0 must give the empty set",
+    )
     rotten = ChangeTable(table.batch, (float("nan"), *table.values[1:]), table.count, table.mass)
     chosen = largest(subject, rotten, mass=max(table.mass, 0.5))
     expect(chosen[0].all(), "CHANGE-3", "NaN in a sequence must choose every row of it")

@@ -53,8 +53,8 @@ def told(
     text = str(failure).partition(": ")[2]
     return ConformanceFailure(
         failure.clause,
-        f"{text}\nlaw: test_denoising_goes_as_on_the_reference\nbackend: {subject.spec}, dtype {subject.dtype}"
-        f"\npolicy: {policy.spec}\nsteps:\n{steps}",
+        f"{text}\nlaw: test_denoising_goes_as_on_the_reference\nbackend: {subject.spec}, "
+        f"dtype {subject.dtype}\npolicy: {policy.spec}\nsteps:\n{steps}",
     )
 
 

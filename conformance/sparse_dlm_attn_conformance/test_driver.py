@@ -34,7 +34,9 @@ def arguments_of(on: Loaded) -> Arguments:
     return {"q": on.q, "k": on.k, "v": on.v, "context": on.context, "memory": None, "info": PassInfo(0)}
 
 
-def bad_inputs(subject: Subject, arrays: Arrays, on: Loaded) -> dict[str, tuple[str, Callable[[], Arguments]]]:
+def bad_inputs(
+    subject: Subject, arrays: Arrays, on: Loaded
+) -> dict[str, tuple[str, Callable[[], Arguments]]]:
     """Return, by name, the argument that is wrong and a way to make the call."""
     other = "float32" if subject.dtype == "float64" else "float64"
 
@@ -54,8 +56,10 @@ def bad_inputs(subject: Subject, arrays: Arrays, on: Loaded) -> dict[str, tuple[
         "q is no array": ("q", swapped(q="queries")),
         "q is a list": ("q", swapped(q=arrays.q.tolist())),
         "q has three axes": ("q", swapped(q=subject.floats(arrays.q[0]))),
-        "the block has no rows": ("q", swapped(
-            **{name: subject.floats(getattr(arrays, name)[:, :, :0]) for name in "qkv"})),
+        "the block has no rows": (
+            "q",
+            swapped(**{name: subject.floats(getattr(arrays, name)[:, :, :0]) for name in "qkv"}),
+        ),
         "q has another head_dim": ("k", swapped(q=subject.floats(narrow))),
         "k has another dtype": ("k", swapped(k=np.asarray(arrays.k, dtype=other))),
         "k has other heads": ("k", swapped(k=subject.floats(np.repeat(arrays.k, 2, axis=1)))),
@@ -66,20 +70,33 @@ def bad_inputs(subject: Subject, arrays: Arrays, on: Loaded) -> dict[str, tuple[
         "scale is negative": ("scale", swapped(scale=-1.0)),
         "info is no PassInfo": ("info", swapped(info=3)),
         "memory is foreign": ("memory", swapped(memory=object(), info=PassInfo(1))),
-        "newly_decoded has other rows": ("newly_decoded", lambda: {
-            **arguments_of(on), "info": PassInfo(0, newly_decoded=subject.ints(np.zeros(rows, bool)))}),
-        "pass indices of another batch": ("index", lambda: {
-            **arguments_of(on),
-            "info": PassInfo(subject.ints(np.arange(rows[0] + 1, dtype=np.int32)))}),
+        "newly_decoded has other rows": (
+            "newly_decoded",
+            lambda: {
+                **arguments_of(on),
+                "info": PassInfo(0, newly_decoded=subject.ints(np.zeros(rows, bool))),
+            },
+        ),
+        "pass indices of another batch": (
+            "index",
+            lambda: {
+                **arguments_of(on),
+                "info": PassInfo(subject.ints(np.arange(rows[0] + 1, dtype=np.int32))),
+            },
+        ),
         "pass index is negative": ("index", lambda: {**arguments_of(on), "info": PassInfo(-1)}),
         "layer outside": ("layer", lambda: {**arguments_of(on), "info": PassInfo(0, layer=2, num_layers=2)}),
         "page longer than page_size": ("page_lengths", context(page_lengths=too_long)),
         "page of negative length": ("page_lengths", context(page_lengths=negative)),
         "page outside the pool": ("page_table", context(page_table=outside, page_lengths=whole)),
-        "page_table of another dtype": ("page_table", context(
-            page_table=subject.backend.asarray(arrays.page_table.astype(np.int8), dtype="int8"))),
-        "v_pages of another shape": ("v_pages", context(
-            v_pages=subject.floats(np.repeat(arrays.v_pages, 2, axis=2)))),
+        "page_table of another dtype": (
+            "page_table",
+            context(page_table=subject.backend.asarray(arrays.page_table.astype(np.int8), dtype="int8")),
+        ),
+        "v_pages of another shape": (
+            "v_pages",
+            context(v_pages=subject.floats(np.repeat(arrays.v_pages, 2, axis=2))),
+        ),
         "selection of span 0": ("span", lambda: {"selection": Selection(on.selection.mask, 0)}),
     }
 
@@ -95,15 +112,22 @@ def test_bad_input_raises_a_typed_error_and_changes_nothing(subject: Subject, ca
         try:
             made = make()
             scale = made.pop("scale", None)
-            attention(made["q"], made["k"], made["v"], made["context"], made["memory"], made["info"], scale=scale)
+            attention(
+                made["q"], made["k"], made["v"], made["context"], made["memory"], made["info"], scale=scale
+            )
         except SparseAttentionError as error:
             text = str(error)
             expect(argument in text, "ERROR-1", f"{name}: the error must name {argument}; got {text}")
             if isinstance(error, InvalidArgumentError):
-                expect(error.argument and error.rule and str(error.got), "ERROR-1",
-                       f"{name}: the error must give argument, rule and value; got {text}")
+                expect(
+                    error.argument and error.rule and str(error.got),
+                    "ERROR-1",
+                    f"{name}: the error must give argument, rule and value; got {text}",
+                )
         except Exception as error:
-            expect(False, "ERROR-1", f"{name}: must raise an error of ours; got {type(error).__name__}: {error}")
+            expect(
+                False, "ERROR-1", f"{name}: must raise an error of ours; got {type(error).__name__}: {error}"
+            )
         else:
             expect(False, "ERROR-1", f"{name}: must be refused")
         expect(watched.calls == [], "DRIVER-1", f"{name}: operators ran before the refusal: {watched.calls}")
@@ -121,17 +145,31 @@ def test_memory_of_something_else_is_refused(subject: Subject, case: Case) -> No
     kept = host(memory.state.out), host(memory.state.lse)
     shorter = np.where(arrays.page_lengths > 0, arrays.page_lengths - 1, 1).astype(np.int32)
     table = np.where(arrays.page_lengths > 0, arrays.page_table, 0).astype(np.int32)
-    longer = subject.load(arrays.but(**{
-        name: np.repeat(getattr(arrays, name), 2, axis=2) for name in ("q", "q_other", "k", "v")
-    }))
+    longer = subject.load(
+        arrays.but(
+            **{name: np.repeat(getattr(arrays, name), 2, axis=2) for name in ("q", "q_other", "k", "v")}
+        )
+    )
     changed: dict[str, tuple[PrefixAttention, Loaded, Context, PassInfo]] = {
-        "another policy": (PrefixAttention("sliding-window", watched), on, on.context, PassInfo(1, num_layers=2)),
+        "another policy": (
+            PrefixAttention("sliding-window", watched),
+            on,
+            on.context,
+            PassInfo(1, num_layers=2),
+        ),
         "another layer": (attention, on, on.context, PassInfo(1, layer=1, num_layers=2)),
-        "another version": (attention, on, replace(on.context, version=on.context.version + 1),
-                            PassInfo(1, num_layers=2)),
-        "other page lengths": (attention, on, replace(
-            on.context, page_lengths=subject.ints(shorter), page_table=subject.ints(table)),
-            PassInfo(1, num_layers=2)),
+        "another version": (
+            attention,
+            on,
+            replace(on.context, version=on.context.version + 1),
+            PassInfo(1, num_layers=2),
+        ),
+        "other page lengths": (
+            attention,
+            on,
+            replace(on.context, page_lengths=subject.ints(shorter), page_table=subject.ints(table)),
+            PassInfo(1, num_layers=2),
+        ),
         "another block shape": (attention, longer, on.context, PassInfo(1, num_layers=2)),
     }
     watched.calls.clear()
@@ -154,7 +192,11 @@ def test_an_unknown_policy_is_refused_with_the_nearest_name(subject: Subject) ->
         try:
             get_policy(name)
         except UnknownNameError as error:
-            expect(nearest in str(error), "ERROR-2", f"the refusal of {name!r} must name {nearest!r}; got {error}")
+            expect(
+                nearest in str(error),
+                "ERROR-2",
+                f"the refusal of {name!r} must name {nearest!r}; got {error}",
+            )
         else:
             expect(False, "ERROR-2", f"{name!r} must be refused")
 

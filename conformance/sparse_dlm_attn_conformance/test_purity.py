@@ -44,8 +44,11 @@ def test_results_share_no_memory_with_arguments(subject: Subject, operator: str,
     call = prepare(subject, arrays, operator)
     for name, result in arrays_in(call.run()).items():
         for argument, array in call.arguments.items():
-            expect(not shares_memory(result, array), "PURE-2",
-                   f"{operator}{name} must not share memory with its argument {argument}")
+            expect(
+                not shares_memory(result, array),
+                "PURE-2",
+                f"{operator}{name} must not share memory with its argument {argument}",
+            )
 
 
 @pytest.mark.clause("PURE-2")
@@ -55,8 +58,11 @@ def test_merging_one_state_does_not_hand_it_back(subject: Subject, case: Case) -
     state = AttentionState(extra["fresh.out"], extra["fresh.lse"])
     merged = subject.backend.merge(state)
     for name in ("out", "lse"):
-        expect(not shares_memory(getattr(merged, name), getattr(state, name)), "PURE-2",
-               f"merge of one state must not share its {name}")
+        expect(
+            not shares_memory(getattr(merged, name), getattr(state, name)),
+            "PURE-2",
+            f"merge of one state must not share its {name}",
+        )
 
 
 @pytest.mark.clause("PURE-3")
@@ -83,7 +89,7 @@ def test_a_cache_written_in_place_is_read_anew(subject: Subject, case: Case) -> 
     arrays = case.arrays(subject.dtype)
     on = subject.load(arrays)
     later = arrays.but(
-        k_pages=np.where(arrays.stored()[..., None], 1.0 - arrays.k_pages, arrays.k_pages),
+        k_pages=np.where(arrays.stored()[..., None], -arrays.k_pages, arrays.k_pages),
         v_pages=np.where(arrays.stored()[..., None], -arrays.v_pages[:, :, :, ::-1], arrays.v_pages),
     )
     attend_and_bound(subject, arrays, on)
@@ -103,18 +109,30 @@ def test_a_cache_written_in_place_is_read_anew(subject: Subject, case: Case) -> 
 def attend_and_bound(subject: Subject, arrays: Arrays, on: Loaded) -> None:
     """Check attention and bounds against the oracle."""
     state = subject.backend.attend_pages(on.q, on.context, on.selection, on.active, scale=arrays.scale)
-    expect_state_close(host(state.out), host(state.lse), accuracy.attention(arrays, context_keys(arrays)),
-                       "attend_pages over a cache written in place", "PURE-3")
+    expect_state_close(
+        host(state.out),
+        host(state.lse),
+        accuracy.attention(arrays, context_keys(arrays)),
+        "attend_pages over a cache written in place",
+        "PURE-3",
+    )
     lower = host(subject.backend.page_bounds(on.context).lower)
-    expect_same_bits(lower.astype(np.float64), arrays.bounds().lower, "bounds of a cache written in place",
-                     "PURE-3")
+    expect_same_bits(
+        lower.astype(np.float64), arrays.bounds().lower, "bounds of a cache written in place", "PURE-3"
+    )
 
 
 def other_problem(arrays: Arrays) -> Arrays:
     """Return a problem of the same shapes in which everything else differs."""
     return arrays.but(
-        q=-arrays.q[:, :, ::-1], q_other=arrays.q, k=arrays.v, v=arrays.k, k_pages=-arrays.k_pages,
-        v_pages=arrays.k_pages, mask=~arrays.mask, active=~arrays.active,
+        q=-arrays.q[:, :, ::-1],
+        q_other=arrays.q,
+        k=arrays.v,
+        v=arrays.k,
+        k_pages=-arrays.k_pages,
+        v_pages=arrays.k_pages,
+        mask=~arrays.mask,
+        active=~arrays.active,
     )
 
 
@@ -125,8 +143,10 @@ def need(subject: Subject, capability: str) -> None:
 
 
 @pytest.mark.clause("PURE-4")
-@pytest.mark.parametrize("operator", ("page_bounds", "page_scores", "pooled_scores", "query_change",
-                                      "attend_pages", "attend_block", "attend"))
+@pytest.mark.parametrize(
+    "operator",
+    ("page_bounds", "page_scores", "pooled_scores", "query_change", "attend_pages", "attend_block", "attend"),
+)
 @law(case=cases(regimes=ROUGH), share=0.5)
 def test_a_sequence_does_not_depend_on_its_batch(subject: Subject, operator: str, case: Case) -> None:
     need(subject, "batch_invariant")
@@ -135,8 +155,9 @@ def test_a_sequence_does_not_depend_on_its_batch(subject: Subject, operator: str
     for b in range(case.batch):
         alone = prepared_results(subject, single(arrays, b), operator)
         for name, value in alone.items():
-            expect_same_bits(host(value)[0], host(together[name])[b], f"{operator}{name} of sequence {b} alone",
-                             "PURE-4")
+            expect_same_bits(
+                host(value)[0], host(together[name])[b], f"{operator}{name} of sequence {b} alone", "PURE-4"
+            )
 
 
 def prepared_results(subject: Subject, arrays: Arrays, operator: str) -> dict[str, Any]:
@@ -144,9 +165,11 @@ def prepared_results(subject: Subject, arrays: Arrays, operator: str) -> dict[st
     if operator != "attend":
         return arrays_in(prepare(subject, arrays, operator).run())
     on = subject.load(arrays)
-    return arrays_in(subject.backend.attend(
-        on.q, on.k, on.v, on.context, on.selection, on.active, None, scale=arrays.scale
-    ))
+    return arrays_in(
+        subject.backend.attend(
+            on.q, on.k, on.v, on.context, on.selection, on.active, None, scale=arrays.scale
+        )
+    )
 
 
 def single(arrays: Arrays, b: int) -> Arrays:
@@ -154,8 +177,13 @@ def single(arrays: Arrays, b: int) -> Arrays:
     one = slice(b, b + 1)
     segments = arrays.page_segments
     return arrays.but(
-        q=arrays.q[one], q_other=arrays.q_other[one], k=arrays.k[one], v=arrays.v[one],
-        page_table=arrays.page_table[one], page_lengths=arrays.page_lengths[one],
+        q=arrays.q[one],
+        q_other=arrays.q_other[one],
+        k=arrays.k[one],
+        v=arrays.v[one],
+        page_table=arrays.page_table[one],
+        page_lengths=arrays.page_lengths[one],
         page_segments=None if segments is None else segments[one],
-        mask=arrays.mask[one], active=arrays.active[one],
+        mask=arrays.mask[one],
+        active=arrays.active[one],
     )

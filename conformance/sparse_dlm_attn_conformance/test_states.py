@@ -63,8 +63,9 @@ def test_merge_is_the_logsumexp_weighted_mean(subject: Subject, table: MergeTabl
 @law(table=merge_tables(states=(3, 4, 8), empty=False), share=0.5)
 def test_every_state_counts(subject: Subject, table: MergeTable) -> None:
     """A part that is dropped or counted twice moves the lse by more than any rounding."""
-    states = [HostState(state.out + i, np.zeros_like(state.lse))
-              for i, state in enumerate(table.states("float32"))]
+    states = [
+        HostState(state.out + i, np.zeros_like(state.lse)) for i, state in enumerate(table.states("float32"))
+    ]
     states = [HostState(round_to(state.out, subject.dtype), state.lse) for state in states]
     expect_merged(subject, states, merge(subject, states), "MERGE-1")
 
@@ -114,8 +115,9 @@ def test_the_empty_state_is_the_identity(subject: Subject, table: MergeTable) ->
 @pytest.mark.clause("MERGE-3", "STATE-2")
 @law(table=merge_tables(), share=0.3)
 def test_merging_empty_states_gives_the_empty_state(subject: Subject, table: MergeTable) -> None:
-    states = [HostState(np.zeros_like(s.out), np.full_like(s.lse, -np.inf))
-              for s in table.states(subject.dtype)]
+    states = [
+        HostState(np.zeros_like(s.out), np.full_like(s.lse, -np.inf)) for s in table.states(subject.dtype)
+    ]
     out, lse = merge(subject, states)
     expect((out == 0).all(), "MERGE-3", "the merge of empty states must have out 0 exactly, and no NaN")
     expect(np.isneginf(lse).all(), "MERGE-3", "the merge of empty states must have lse -inf")
@@ -140,10 +142,10 @@ def test_the_out_of_a_state_without_weight_may_hold_anything(subject: Subject, t
 def test_nan_that_has_weight_shows(subject: Subject, table: MergeTable) -> None:
     states = [HostState(s.out, s.lse - s.lse) for s in table.states(subject.dtype)]
     chosen = table.seed % len(states)
-    where = np.random.default_rng(table.seed).random(states[0].out.shape) < 0.3
+    where: Host = np.asarray(np.random.default_rng(table.seed).random(states[0].out.shape) < 0.3)
     for name in ("out", "lse"):
         poisoned = list(states)
-        rows = where.any(axis=3)
+        rows = np.asarray(where.any(axis=3))
         if name == "out":
             poisoned[chosen] = HostState(np.where(where, np.nan, states[chosen].out), states[chosen].lse)
         else:
@@ -153,8 +155,11 @@ def test_nan_that_has_weight_shows(subject: Subject, table: MergeTable) -> None:
             expect_same_bits(np.isnan(out), where, "the places of NaN after a merge", "MERGE-4")
             expect(not np.isnan(lse).any(), "MERGE-4", "NaN in out must not reach the lse")
         else:
-            expect(np.isnan(out[rows]).all() and np.isnan(lse[rows]).all(), "MERGE-4",
-                   "a NaN lse must show in out and lse of its row")
+            expect(
+                np.isnan(out[rows]).all() and np.isnan(lse[rows]).all(),
+                "MERGE-4",
+                "a NaN lse must show in out and lse of its row",
+            )
             expect(not np.isnan(out[~rows]).any(), "MERGE-4", "a NaN lse must stay in its row")
 
 
@@ -187,10 +192,15 @@ def test_reuse_copies_the_bits_of_each_row(subject: Subject, table: MergeTable) 
         state = subject.backend.reuse(subject.ints(active), subject.state(fresh), subject.state(cached))
         out, lse = expect_state(subject, state, "reuse", fresh.out.shape)
         chosen = active[:, None, :]
-        expect_same_bits(out.astype(np.float64), np.where(chosen[..., None], fresh.out, cached.out),
-                         "out of reuse", "REUSE-1")
-        expect_same_bits(lse.astype(np.float64), np.where(chosen, fresh.lse, cached.lse), "lse of reuse",
-                         "REUSE-1")
+        expect_same_bits(
+            out.astype(np.float64),
+            np.where(chosen[..., None], fresh.out, cached.out),
+            "out of reuse",
+            "REUSE-1",
+        )
+        expect_same_bits(
+            lse.astype(np.float64), np.where(chosen, fresh.lse, cached.lse), "lse of reuse", "REUSE-1"
+        )
 
 
 @pytest.mark.clause("REUSE-1")

@@ -330,7 +330,10 @@ def _draw_filler(haystack: bytes, size: int, rng: random.Random) -> bytes:
     starts = _ends_of(haystack)  # the filler begins with the blank before a sentence
     possible = int(np.searchsorted(starts, len(haystack) - size, side="right"))
     if possible == 0:
-        raise RetrievalError(f"haystack: needs at least {size} bytes for this length; got {len(haystack)}")
+        raise RetrievalError(
+            f"length: must leave at most {len(haystack)} bytes of filler, which is all the text there is; "
+            f"got {size}"
+        )
     start = int(starts[rng.randrange(possible)])
     return haystack[start : start + size]
 

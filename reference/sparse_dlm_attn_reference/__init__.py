@@ -42,12 +42,20 @@ class ReferenceBackend(Backend):
 
     def asarray(self, values: Any, *, dtype: str | None = None) -> FloatArray:
         """Convert host values to NumPy."""
-        if dtype is not None and dtype not in (*DTYPES, "int8", "int32", "int64", "bool"):
+        if dtype is not None and str(dtype) not in (*DTYPES, "int8", "int32", "int64", "bool"):
             raise InvalidTypeError(
                 "dtype", f"must be one of {', '.join(DTYPES)}, an integer dtype or bool", repr(dtype),
                 "NumPy has no bfloat16.",
             )
-        return np.asarray(values, dtype=dtype)
+        try:
+            array = np.asarray(values, dtype=dtype)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise InvalidTypeError(
+                "values", f"must be numbers that fit dtype {dtype or 'of their own'}", repr(values)[:80]
+            ) from error
+        if array.dtype.kind not in "biuf":
+            raise InvalidTypeError("values", "must be bools or real numbers", f"dtype {array.dtype}")
+        return array
 
     def page_bounds(self, context: Context) -> PageBounds:
         return decisions.page_bounds(context)

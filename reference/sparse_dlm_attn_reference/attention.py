@@ -6,7 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from sparse_dlm_attn import AttentionState, Context, InvalidArgumentError, Selection
+from sparse_dlm_attn import AttentionState, Context, Selection
+from sparse_dlm_attn.checks import (
+    check_attend_block,
+    check_attend_pages,
+    check_library,
+    check_reuse,
+    check_states,
+)
 from sparse_dlm_attn.values import softmax_scale
 
 __all__ = ["attend_block", "attend_pages", "attend_pages_by_merging", "merge", "page_tokens", "reuse"]
@@ -43,9 +50,11 @@ def softmax_attention(
             rows = slice(start, start + ROWS_AT_ONCE)
             logits = scale * (q[rows].astype(np.float64) @ k.T)
             peak = logits.max(axis=1, keepdims=True)
-            weights = np.exp(logits - peak)
-            total = weights.sum(axis=1, keepdims=True)
-            out[rows] = (weights @ v) / total
+            # Keys whose scores are all -inf weigh nothing, as if the set were empty (STATE-2).
+            nothing = np.isneginf(peak)
+            weights = np.exp(logits - np.where(nothing, 0.0, peak))
+            total = np.where(nothing, 1.0, weights.sum(axis=1, keepdims=True))
+            out[rows] = np.where(nothing, 0.0, (weights @ v) / total)
             lse[rows] = (peak + np.log(total))[:, 0]
     return out, lse
 
@@ -59,8 +68,15 @@ def attend_pages(
     scale: float | None = None,
 ) -> AttentionState:
     """Attend to selected pages: one softmax a row over all its keys (clause ATTEND-1)."""
+    check_attend_pages(q, context, selection, active, scale)
+    check_library("q", q, np.ndarray, "reference")
+    return _attend_pages(q, context, selection, active, scale)
+
+
+def _attend_pages(
+    q: FloatArray, context: Context, selection: Selection, active: FloatArray, scale: float | None
+) -> AttentionState:
     batch, q_heads, tokens, head_dim = q.shape
-    selection.check_fits(q.shape, context)
     factor = softmax_scale(head_dim, scale)
     out = np.zeros(q.shape)
     lse = np.full(q.shape[:3], -np.inf)
@@ -76,7 +92,7 @@ def attend_pages(
             k = page_tokens(context.k_pages, context, b, kv_head, listed)
             v = page_tokens(context.v_pages, context, b, kv_head, listed)
             out[b, h, rows], lse[b, h, rows] = softmax_attention(q[b, h, rows], k, v, factor)
-    return AttentionState(out.astype(q.dtype), lse.astype(np.float32))
+    return _state(out, lse, q.dtype)
 
 
 def attend_pages_by_merging(
@@ -91,19 +107,22 @@ def attend_pages_by_merging(
 
     It must agree with the softmax over all keys at once, for any partition into pages.
     """
+    check_attend_pages(q, context, selection, active, scale)
     pages = np.arange(context.pages)
     states = [AttentionState.empty_like(q.astype(np.float64))]
     for page in pages:
         only = Selection(selection.mask & (pages == page), selection.span)
-        states.append(attend_pages(q.astype(np.float64), context, only, active, scale=scale))
+        states.append(_attend_pages(q.astype(np.float64), context, only, active, scale))
     merged = merge(*states)
-    return AttentionState(merged.out.astype(q.dtype), merged.lse)
+    return _state(merged.out, merged.lse, q.dtype)
 
 
 def attend_block(
     q: FloatArray, k: FloatArray, v: FloatArray, *, scale: float | None = None
 ) -> AttentionState:
     """Attend densely within the block (clause BLOCK-1)."""
+    check_attend_block(q, k, v, scale)
+    check_library("q", q, np.ndarray, "reference")
     batch, q_heads, _, head_dim = q.shape
     factor = softmax_scale(head_dim, scale)
     out = np.zeros(q.shape)
@@ -112,13 +131,13 @@ def attend_block(
         kv_head = h // (q_heads // k.shape[1])
         keys, values = k[b, kv_head].astype(np.float64), v[b, kv_head].astype(np.float64)
         out[b, h], lse[b, h] = softmax_attention(q[b, h], keys, values, factor)
-    return AttentionState(out.astype(q.dtype), lse.astype(np.float32))
+    return _state(out, lse, q.dtype)
 
 
 def merge(*states: AttentionState) -> AttentionState:
     """Merge states of disjoint key sets (clauses MERGE-1 to MERGE-4)."""
-    if not states:
-        raise InvalidArgumentError("states", "must hold at least one AttentionState", "none")
+    check_states(*states)
+    check_library("states", states[0].out, np.ndarray, "reference")
     lse = np.stack([state.lse.astype(np.float64) for state in states])
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         peak = lse.max(axis=0)
@@ -127,13 +146,22 @@ def merge(*states: AttentionState) -> AttentionState:
         merged_lse = np.where(total == 0, -np.inf, shift + np.log(total))
         out = np.zeros(states[0].out.shape)
         for state, state_lse in zip(states, lse, strict=True):
-            weight = np.where(np.isneginf(state_lse), 0.0, np.exp(state_lse - merged_lse))[..., None]
+            share = np.exp(state_lse - shift) / np.where(total == 0, 1.0, total)
+            weight = np.where(np.isneginf(state_lse), 0.0, share)[..., None]
             out += np.where(weight == 0, 0.0, weight * state.out.astype(np.float64))
-    return AttentionState(out.astype(states[0].out.dtype), merged_lse.astype(np.float32))
+    return _state(out, merged_lse, states[0].out.dtype)
+
+
+def _state(out: FloatArray, lse: FloatArray, dtype: Any) -> AttentionState:
+    """Round to the dtypes of clause STATE-4; what is too large for them becomes inf, silently."""
+    with np.errstate(over="ignore"):
+        return AttentionState(out.astype(dtype), lse.astype(np.float32))
 
 
 def reuse(active: FloatArray, fresh: AttentionState, cached: AttentionState) -> AttentionState:
     """Take active rows from ``fresh`` and the others from ``cached`` (clause REUSE-1)."""
+    check_reuse(active, fresh, cached)
+    check_library("fresh", fresh.out, np.ndarray, "reference")
     out, lse = cached.out.copy(), cached.lse.copy()
     for b, row in np.argwhere(active):
         out[b, :, row], lse[b, :, row] = fresh.out[b, :, row], fresh.lse[b, :, row]

@@ -7,8 +7,17 @@ from typing import Any
 import numpy as np
 
 from sparse_dlm_attn import Context, PageBounds
+from sparse_dlm_attn.checks import (
+    check_context,
+    check_library,
+    check_page_scores,
+    check_pooled_scores,
+    check_query_change,
+    check_row_changes,
+    check_top_pages,
+)
 from sparse_dlm_attn.operators import check_change_rule
-from sparse_dlm_attn.values import check_array, softmax_scale
+from sparse_dlm_attn.values import softmax_scale
 from sparse_dlm_attn_reference.attention import page_tokens
 
 __all__ = [
@@ -25,6 +34,8 @@ FloatArray = np.ndarray[Any, Any]
 
 def page_bounds(context: Context) -> PageBounds:
     """Return minimum and maximum of each page's valid keys (clause BOUNDS-1)."""
+    check_context(context)
+    check_library("context", context.k_pages, np.ndarray, "reference")
     shape = (context.batch, context.kv_heads, context.pages, context.head_dim)
     lower = np.zeros(shape, context.k_pages.dtype)
     upper = np.zeros(shape, context.k_pages.dtype)
@@ -36,6 +47,8 @@ def page_bounds(context: Context) -> PageBounds:
 
 def page_scores(q: FloatArray, bounds: PageBounds) -> FloatArray:
     """Return the sum over channels of max(q lower, q upper) (clause SCORES-1)."""
+    check_page_scores(q, bounds)
+    check_library("q", q, np.ndarray, "reference")
     batch, q_heads, tokens, _ = q.shape
     group = q_heads // bounds.lower.shape[1]
     scores = np.zeros((batch, q_heads, tokens, bounds.lower.shape[2]))
@@ -52,6 +65,8 @@ def pooled_scores(
     q: FloatArray, context: Context, *, span: int, scale: float | None = None
 ) -> FloatArray:
     """Return the mean softmax mass a page receives from a span's rows (clause POOLED-1)."""
+    check_pooled_scores(q, context, span, scale)
+    check_library("q", q, np.ndarray, "reference")
     batch, q_heads, tokens, head_dim = q.shape
     factor = softmax_scale(head_dim, scale)
     scores = np.zeros((batch, q_heads, -(-tokens // span), context.pages))
@@ -63,10 +78,12 @@ def pooled_scores(
         k = page_tokens(context.k_pages, context, b, h // (q_heads // context.kv_heads), listed)
         first_tokens = np.cumsum(lengths[listed]) - lengths[listed]
         for start in range(0, tokens, span):
-            logits = factor * (q[b, h, start : start + span].astype(np.float64) @ k.T)
             with np.errstate(invalid="ignore", over="ignore"):
-                mass = np.exp(logits - logits.max(axis=1, keepdims=True))
-                mass /= mass.sum(axis=1, keepdims=True)
+                logits = factor * (q[b, h, start : start + span].astype(np.float64) @ k.T)
+                peak = logits.max(axis=1, keepdims=True)
+                nothing = np.isneginf(peak)  # every score -inf: no mass, as in an empty context
+                mass = np.exp(logits - np.where(nothing, 0.0, peak))
+                mass /= np.where(nothing, 1.0, mass.sum(axis=1, keepdims=True))
             paged = np.add.reduceat(mass, first_tokens, axis=1)
             scores[b, h, start // span, listed] = paged.mean(axis=0)
     return scores.astype(np.float32)
@@ -74,6 +91,8 @@ def pooled_scores(
 
 def top_pages(scores: FloatArray, count: int | FloatArray, eligible: FloatArray) -> FloatArray:
     """Return the ``count`` best eligible pages, the lowest index first among equals (clause TOP-1)."""
+    check_top_pages(scores, count, eligible)
+    check_library("scores", scores, np.ndarray, "reference")
     eligible = np.broadcast_to(eligible, scores.shape)
     counts = np.broadcast_to(np.asarray(count), scores.shape[:-1])
     mask = np.zeros(scores.shape, bool)
@@ -87,9 +106,10 @@ def top_pages(scores: FloatArray, count: int | FloatArray, eligible: FloatArray)
 
 def query_change(q: FloatArray, q_reference: FloatArray) -> FloatArray:
     """Return the mean squared difference of each row over heads and channels (clause CHANGE-1)."""
-    check_array("q_reference", q_reference, q.shape)
-    difference = q.astype(np.float64) - q_reference.astype(np.float64)
+    check_query_change(q, q_reference)
+    check_library("q", q, np.ndarray, "reference")
     with np.errstate(over="ignore", invalid="ignore"):
+        difference = q.astype(np.float64) - q_reference.astype(np.float64)
         change: FloatArray = (difference**2).mean(axis=(1, 3))
         return change.astype(np.float32)
 
@@ -98,6 +118,8 @@ def largest_changes(
     change: FloatArray, *, count: int | None = None, mass: float | None = None
 ) -> FloatArray:
     """Return the rows that changed most, by number or by share of the total (CHANGE-2, CHANGE-3)."""
+    check_row_changes(change)
+    check_library("change", change, np.ndarray, "reference")
     check_change_rule(count, mass)
     chosen = np.zeros(change.shape, bool)
     for b, row in enumerate(change.astype(np.float64)):
@@ -106,8 +128,9 @@ def largest_changes(
             chosen[b, order[:count]] = True
             continue
         total, reached = sum(row[order]), 0.0
+        target = mass * total if mass or np.isnan(total) else 0.0
         for index in order:
-            if reached >= (mass or 0.0) * total:  # False for NaN: then every row is taken
+            if reached >= target:  # False for NaN: then every row is taken
                 break
             chosen[b, index] = True
             reached += row[index]

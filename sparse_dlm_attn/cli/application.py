@@ -199,7 +199,16 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return BAD_INPUT
     command = typer.main.get_command(application())
     try:
-        command(args=None if arguments is None else list(arguments), prog_name=PROGRAM)
+        code = _run(command, None if arguments is None else list(arguments))
+        _flush_results()
+    except OSError as error:  # --version and --help print before any command is invoked
+        return _report(error)
+    return code
+
+
+def _run(command: Any, arguments: list[str] | None) -> int:
+    try:
+        command(args=arguments, prog_name=PROGRAM)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else BAD_INPUT
     return 0

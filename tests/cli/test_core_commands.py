@@ -147,9 +147,10 @@ def test_an_interrupt_ends_with_130(run: Run, plugins: Plugins) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, the disk that is always full")
-def test_a_full_disk_behind_standard_output_is_reported(run: Run) -> None:
+@pytest.mark.parametrize("arguments", [("policies", "--json"), ("--version",), ("--help",)])
+def test_a_full_disk_behind_standard_output_is_reported(run: Run, arguments: tuple[str, ...]) -> None:
     with open("/dev/full", "w") as full:
-        result = run("policies", "--json", code=2, stdout=full)
+        result = run(*arguments, code=2, stdout=full)
     assert "No space left" in result.stderr
 
 

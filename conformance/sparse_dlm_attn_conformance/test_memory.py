@@ -1,0 +1,123 @@
+"""Laws of what passes from pass to pass, and of what a pass reads, for anyone's policy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from sparse_dlm_attn import PassInfo, PrefixAttention
+from sparse_dlm_attn_conformance.cases import Host
+from sparse_dlm_attn_conformance.checks import expect_close, expect_same_bits
+from sparse_dlm_attn_conformance.contenders import Contender
+from sparse_dlm_attn_conformance.episodes import Episode, Pass, episodes, play
+from sparse_dlm_attn_conformance.laws import law
+from sparse_dlm_attn_conformance.subjects import Loaded, Subject, host
+from sparse_dlm_attn_conformance.test_policies import SHARE, expect_same_decisions, loaded
+
+
+@pytest.mark.clause("POLICY-1", "PURE-1")
+@law(episode=episodes(), share=SHARE)
+def test_memory_is_a_value(subject: Subject, policy: Contender, episode: Episode) -> None:
+    """Going on twice from one memory gives the same pass twice, and leaves the memory as it was."""
+    chosen, case = loaded(policy), episode.case
+    arrays = case.arrays(subject.dtype)
+    done = play(subject, chosen, episode)
+    memory = done[0].memory
+    attention, context = PrefixAttention(chosen, subject.backend), subject.load(arrays).context
+    context = replace(context, page_table=memory.page_table, page_lengths=memory.page_lengths)
+    now = subject.load(arrays.but(q=episode.queries(subject.dtype)[1]))
+    _, again = attention(now.q, now.k, now.v, context, memory, episode.info(subject, 1), scale=case.scale)
+    expect_same_decisions(
+        Pass.of(arrays, done[1].out, again), done[1], "when a pass is repeated from its memory", "POLICY-1"
+    )
+    for number, earlier in enumerate(done):
+        state = earlier.memory.state
+        for name, value, kept in zip(("out", "lse"), (state.out, state.lse), earlier.kept, strict=True):
+            expect_same_bits(host(value), kept, f"{name} in the memory of pass {number}, later", "PURE-1")
+
+
+@pytest.mark.clause("DRIVER-2")
+@law(episode=episodes(), share=SHARE)
+def test_values_that_were_not_selected_are_not_read(
+    subject: Subject, policy: Contender, episode: Episode
+) -> None:
+    chosen, case = loaded(policy), episode.case
+    arrays, queries = case.arrays(subject.dtype), episode.queries(subject.dtype)
+    attention, memory = PrefixAttention(chosen, subject.backend), None
+    on = subject.load(arrays)
+    context = on.context.with_bounds(subject.bounds(arrays.bounds()))
+    for number, q in enumerate(queries):
+        now, info = subject.load(arrays.but(q=q)), episode.info(subject, number)
+        given = memory
+        out, memory = attention(now.q, now.k, now.v, context, given, info, scale=case.scale)
+        rotten = arrays.poisoned(~arrays.stored(host(memory.traffic.loaded)), np.nan)
+        pages = subject.load(rotten if memory.traffic.key_reads == 0 else rotten.but(k_pages=arrays.k_pages))
+        poisoned = replace(context, k_pages=pages.context.k_pages, v_pages=pages.context.v_pages)
+        again, _ = attention(now.q, now.k, now.v, poisoned, given, info, scale=case.scale)
+        expect_same_bits(
+            host(again), host(out), f"out of pass {number} with NaN in pages not selected", "DRIVER-2"
+        )
+
+
+@pytest.mark.clause("MEMORY-1")
+@law(episode=episodes(), share=SHARE)
+def test_memory_of_a_block_does_not_reach_the_next(
+    subject: Subject, policy: Contender, episode: Episode
+) -> None:
+    chosen = loaded(policy)
+    if chosen.memory_scope != "block":
+        pytest.skip("the policy's memory spans the sequence")
+    earlier = replace(episode, case=replace(episode.case, seed=episode.case.seed + 5))
+    left_over = play(subject, chosen, earlier)[-1].memory
+    clean, tainted = play(subject, chosen, episode), play(subject, chosen, episode, memory=left_over)
+    for number, (want, got) in enumerate(zip(clean, tainted, strict=True)):
+        expect_same_decisions(got, want, f"in pass {number} after another block", "MEMORY-1")
+        expect_same_bits(got.out, want.out, f"out of pass {number} after another block", "MEMORY-1")
+
+
+@pytest.mark.clause("MEMORY-3")
+@law(episode=episodes(), share=SHARE)
+def test_dropped_memory_restarts_the_block(subject: Subject, policy: Contender, episode: Episode) -> None:
+    chosen, case = loaded(policy), episode.case
+    arrays = case.arrays(subject.dtype)
+    on, attention = subject.load(arrays), PrefixAttention(chosen, subject.backend)
+
+    def run(now: Loaded, info: PassInfo) -> Pass:
+        out, memory = attention(now.q, now.k, now.v, on.context, None, info, scale=case.scale)
+        return Pass.of(arrays, out, memory)
+
+    place = episode.info(subject, 1)
+    restarted, begun = run(on, place), run(on, replace(place, index=0))
+    expect_same_decisions(restarted, begun, "in the middle of a block without memory", "MEMORY-3")
+    expect_same_bits(restarted.out, begun.out, "out in the middle of a block without memory", "MEMORY-3")
+
+
+@pytest.mark.clause("DENSITY-1", "DENSITY-2")
+@law(episode=episodes(), share=SHARE)
+def test_density_and_bytes_are_those_of_the_pages_read(
+    subject: Subject, policy: Contender, episode: Episode
+) -> None:
+    case = episode.case
+    arrays = case.arrays(subject.dtype)
+    size = {"float64": 8, "float32": 4}.get(subject.dtype, 2)
+    for number, done in enumerate(play(subject, loaded(policy), episode)):
+        traffic = done.memory.traffic
+        batch, heads, _, pages = done.pages.shape
+        of_heads: Host = np.asarray(done.pages.any(axis=2))
+        union = np.asarray(of_heads.reshape(batch, heads // case.group, case.group, pages).any(axis=2))
+        expect_same_bits(host(traffic.loaded), union, f"pages loaded in pass {number}", "DENSITY-1")
+        read = (union * arrays.page_lengths[:, None, :]).sum(axis=(1, 2))
+        total = arrays.page_lengths.sum(axis=1) * case.kv_heads
+        density = np.where(total > 0, read / np.maximum(total, 1), 0.0)
+        expect_close(host(traffic.density), density, 1e-6, f"density of pass {number}", "DENSITY-1")
+        metadata = (arrays.page_lengths > 0).sum(axis=1) * case.kv_heads * 2 * case.head_dim * size
+        expected = (
+            read * 2 * case.head_dim * size
+            + metadata * traffic.metadata_reads
+            + total * case.head_dim * size * traffic.key_reads
+        )
+        expect_close(
+            host(traffic.bytes_read), expected, 1e-6 * expected, f"bytes read in pass {number}", "DENSITY-2"
+        )

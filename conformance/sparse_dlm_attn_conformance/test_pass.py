@@ -1,0 +1,119 @@
+"""Laws of a whole fused pass: attend is its four operators in one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from sparse_dlm_attn import AttentionState
+from sparse_dlm_attn_conformance import accuracy
+from sparse_dlm_attn_conformance.cases import Arrays, Case, Host
+from sparse_dlm_attn_conformance.checks import (
+    expect,
+    expect_array,
+    expect_close,
+    expect_same_bits,
+    expect_state,
+    expect_state_close,
+)
+from sparse_dlm_attn_conformance.laws import law
+from sparse_dlm_attn_conformance.oracle import block_keys, context_keys
+from sparse_dlm_attn_conformance.strategies import cases
+from sparse_dlm_attn_conformance.subjects import Loaded, Subject, host
+from sparse_dlm_attn_conformance.tables import HostState
+
+
+def cached_state(subject: Subject, arrays: Arrays, seed: int) -> tuple[HostState, AttentionState]:
+    """Return a context state of earlier passes, on the host and on the backend."""
+    rng = np.random.default_rng(seed + 1)
+    empty = rng.random(arrays.q.shape[:3]) < 0.2
+    out = np.where(empty[..., None], 0.0, rng.integers(-8, 9, arrays.q.shape) / 8.0)
+    lse = np.where(empty, -np.inf, rng.integers(-16, 17, arrays.q.shape[:3]) / 4.0)
+    made = HostState(out, lse)
+    return made, subject.state(made)
+
+
+@pytest.mark.clause("ATTEND-4", "MERGE-1")
+@law(case=cases())
+def test_attend_is_one_softmax_over_context_and_block(subject: Subject, case: Case) -> None:
+    arrays = case.arrays(subject.dtype)
+    on = subject.load(arrays)
+    out, state = fused(subject, arrays, on, None)
+    context, block = context_keys(arrays), block_keys(arrays)
+    expect_state_close(
+        host(state.out),
+        host(state.lse),
+        accuracy.attention(arrays, context),
+        "the context state of attend",
+        "ATTEND-4",
+    )
+    expected = accuracy.attention(arrays, context.joined(block), rounded_parts=2)
+    expect_close(host(out), expected.state.out, expected.out_budget, "out of attend", "ATTEND-4")
+
+
+@pytest.mark.clause("ATTEND-4", "REUSE-1")
+@law(case=cases())
+def test_attend_composes_its_four_operators(subject: Subject, case: Case) -> None:
+    arrays = case.arrays(subject.dtype)
+    on = subject.load(arrays)
+    given, cached = cached_state(subject, arrays, case.seed)
+    out, state = fused(subject, arrays, on, cached)
+    rows = np.broadcast_to(arrays.active[:, None, :], arrays.q.shape[:3])
+    for name in ("out", "lse"):
+        got, want = host(getattr(state, name)), host(getattr(cached, name))
+        expect_same_bits(
+            got[~rows], want[~rows], f"{name} of inactive rows, which keep what was cached", "ATTEND-4"
+        )
+    fresh = accuracy.attention(arrays, context_keys(arrays))
+    block = accuracy.attention(arrays, block_keys(arrays))
+    merged, budget = merged_expectation(arrays, rows, given, fresh, block)
+    expect_close(
+        host(state.lse)[rows], fresh.state.lse[rows], fresh.lse_budget[rows], "lse of active rows", "ATTEND-4"
+    )
+    expect_close(host(out), merged, budget, "out of attend", "ATTEND-4")
+
+
+def fused(
+    subject: Subject, arrays: Arrays, on: Loaded, cached: AttentionState | None
+) -> tuple[object, AttentionState]:
+    result = subject.backend.attend(
+        on.q, on.k, on.v, on.context, on.selection, on.active, cached, scale=arrays.scale
+    )
+    expect(
+        isinstance(result, tuple) and len(result) == 2,
+        "ATTEND-4",
+        f"attend must return (out, context_state); got {type(result).__qualname__}",
+    )
+    out, state = result
+    expect_array(subject, out, "out of attend", arrays.q.shape, subject.dtype, "STATE-4")
+    expect_state(subject, state, "the context state of attend", arrays.q.shape)
+    return out, state
+
+
+def merged_expectation(
+    arrays: Arrays, rows: Host, given: HostState, fresh: accuracy.Expected, block: accuracy.Expected
+) -> tuple[Host, Host]:
+    """Return the float64 merge of reused context and block, and the budget that is left for it."""
+    out = np.where(rows[..., None], fresh.state.out, given.out)
+    lse = np.where(rows, fresh.state.lse, given.lse)
+    peak = np.maximum(lse, block.state.lse)
+    weights = [np.exp(part - peak) for part in (lse, block.state.lse)]
+    total = sum(weights)
+    merged = (weights[0][..., None] * out + weights[1][..., None] * block.state.out) / total[..., None]
+    largest = np.maximum(np.abs(out).max(axis=3), np.abs(block.state.out).max(axis=3))[..., None]
+    logs = np.where(rows, fresh.lse_budget, 0.0) + block.lse_budget
+    parts = np.where(rows[..., None], fresh.out_budget, 0.0) + block.out_budget
+    rounding = 2 * 3 * accuracy.EPS[arrays.dtype] * largest
+    return merged, parts + rounding + 2 * logs[..., None] * largest
+
+
+@pytest.mark.clause("ATTEND-4", "ATTEND-2", "STATE-2")
+@law(case=cases(), share=0.5)
+def test_without_context_attend_is_the_block_alone(subject: Subject, case: Case) -> None:
+    arrays = case.arrays(subject.dtype)
+    arrays = arrays.but(mask=np.zeros_like(arrays.mask))
+    on = subject.load(arrays)
+    out, state = fused(subject, arrays, on, None)
+    expected = accuracy.attention(arrays, block_keys(arrays), rounded_parts=1)
+    expect_close(host(out), expected.state.out, expected.out_budget, "out without context", "ATTEND-4")
+    expect(np.isneginf(host(state.lse)).all(), "STATE-2", "the context state must be empty")

@@ -1,0 +1,206 @@
+"""What each operator asks of its arguments: shapes, dtypes, libraries and devices (clause ERROR-1).
+
+A backend calls these before it computes. They look at no array's contents, so they neither
+synchronise with a device nor launch anything. Rules that the driver shares are stated here once.
+"""
+
+from __future__ import annotations
+
+from sparse_dlm_attn.arrays import Array, dtype_name, shape_of
+from sparse_dlm_attn.context import Context
+from sparse_dlm_attn.errors import InvalidArgumentError, InvalidTypeError
+from sparse_dlm_attn.selection import Selection
+from sparse_dlm_attn.values import (
+    FLOATS,
+    AttentionState,
+    PageBounds,
+    check_array,
+    check_int,
+    check_same_place,
+    softmax_scale,
+)
+
+__all__ = [
+    "check_attend_block",
+    "check_attend_pages",
+    "check_cached",
+    "check_context",
+    "check_library",
+    "check_page_count",
+    "check_page_scores",
+    "check_pooled_scores",
+    "check_query_change",
+    "check_reuse",
+    "check_row_changes",
+    "check_states",
+    "check_top_pages",
+]
+
+RANKED = (*FLOATS, "int8", "int16", "int32", "int64")
+COUNTS = ("int8", "int16", "int32", "int64")
+BOOLS = ("bool", "bool_")
+
+
+def check_library(name: str, value: Array, kind: type, backend: str) -> None:
+    """Raise unless ``value``, an array, is of the library that a backend computes with."""
+    if not isinstance(value, kind):
+        raise InvalidTypeError(
+            name, f"must be a {kind.__module__}.{kind.__qualname__}, as backend {backend!r} computes with",
+            f"a {type(value).__module__}.{type(value).__qualname__}",
+            "Convert it with the backend's asarray().",
+        )
+
+
+def check_context(context: object) -> None:
+    """Raise unless ``context`` is a `Context`."""
+    if not isinstance(context, Context):
+        raise InvalidTypeError(
+            "context", "must be a Context", type(context).__name__,
+            "Build one with Context.from_dense(k, v, page_size).",
+        )
+
+
+def check_queries(q: Array, context: Context) -> None:
+    """Raise unless ``q`` fits the context in batch, heads, channels, dtype and place."""
+    check_context(context)
+    check_array("q", q, ("batch", "q_heads", "tokens", "head_dim"))
+    batch, q_heads, _, head_dim = shape_of(q)
+    if head_dim != context.head_dim or dtype_name(q) != dtype_name(context.k_pages):
+        raise InvalidArgumentError(
+            "context.k_pages", f"must have head_dim {head_dim} and dtype {dtype_name(q)}, as q has",
+            f"head_dim {context.head_dim}, dtype {dtype_name(context.k_pages)}",
+        )
+    if context.batch != batch:
+        raise InvalidArgumentError("context", f"must hold {batch} sequences, as q does", context.batch)
+    check_query_heads(q_heads, context.kv_heads)
+    check_same_place("context", context.k_pages, "q", q)
+
+
+def check_query_heads(q_heads: int, kv_heads: int) -> None:
+    """Raise unless the query heads make whole groups."""
+    if kv_heads == 0 or q_heads == 0 or q_heads % kv_heads:
+        raise InvalidArgumentError(
+            "q", f"must have a multiple of kv_heads={kv_heads} query heads", f"{q_heads} heads"
+        )
+
+
+def check_active(active: Array, q: Array) -> None:
+    """Raise unless ``active`` is bool ``(batch, tokens)`` beside ``q``."""
+    check_array("active", active, (shape_of(q)[0], shape_of(q)[2]), BOOLS)
+    check_same_place("active", active, "q", q)
+
+
+def check_attend_pages(
+    q: Array, context: Context, selection: Selection, active: Array, scale: float | None
+) -> None:
+    """Check the arguments of `attend_pages`."""
+    check_queries(q, context)
+    if not isinstance(selection, Selection):
+        raise InvalidTypeError("selection", "must be a Selection", type(selection).__name__)
+    selection.check_fits(shape_of(q), context)
+    check_active(active, q)
+    softmax_scale(shape_of(q)[3], scale)
+
+
+def check_attend_block(q: Array, k: Array, v: Array, scale: float | None) -> None:
+    """Check the arguments of `attend_block`."""
+    check_array("q", q, ("batch", "q_heads", "tokens", "head_dim"))
+    batch, q_heads, _, head_dim = shape_of(q)
+    check_array("k", k, (batch, "kv_heads", "keys", head_dim), (dtype_name(q),))
+    check_array("v", v, shape_of(k), (dtype_name(q),))
+    check_query_heads(q_heads, shape_of(k)[1])
+    check_same_place("k", k, "q", q)
+    check_same_place("v", v, "q", q)
+    softmax_scale(head_dim, scale)
+
+
+def check_page_scores(q: Array, bounds: PageBounds) -> None:
+    """Check the arguments of `page_scores`."""
+    check_array("q", q, ("batch", "q_heads", "tokens", "head_dim"))
+    if not isinstance(bounds, PageBounds):
+        raise InvalidTypeError(
+            "bounds", "must be PageBounds", type(bounds).__name__, "Make them with page_bounds(context)."
+        )
+    batch, q_heads, _, head_dim = shape_of(q)
+    check_array("bounds.lower", bounds.lower, (batch, "kv_heads", "pages", head_dim), (dtype_name(q),))
+    check_query_heads(q_heads, shape_of(bounds.lower)[1])
+    check_same_place("bounds.lower", bounds.lower, "q", q)
+
+
+def check_pooled_scores(q: Array, context: Context, span: int, scale: float | None) -> None:
+    """Check the arguments of `pooled_scores`."""
+    check_queries(q, context)
+    check_int("span", span, 1)
+    softmax_scale(shape_of(q)[3], scale)
+
+
+def check_top_pages(scores: Array, count: int | Array, eligible: Array) -> None:
+    """Check the arguments of `top_pages`."""
+    axes = len(getattr(scores, "shape", ())) or 1
+    check_array("scores", scores, (*("...",) * (axes - 1), "pages"), RANKED)
+    shape = shape_of(scores)
+    check_array("eligible", eligible, ("...",) * len(getattr(eligible, "shape", ())), BOOLS)
+    _check_broadcasts("eligible", shape_of(eligible), shape)
+    check_same_place("eligible", eligible, "scores", scores)
+    check_page_count(count, shape)
+
+
+def check_page_count(count: int | Array, shape: tuple[int, ...]) -> None:
+    """Raise unless ``count`` is an int, or integers that broadcast to all but the last of ``shape``."""
+    if getattr(count, "ndim", 0) == 0 and not hasattr(count, "device"):
+        check_int("count", count)
+        return
+    check_array("count", count, ("...",) * len(getattr(count, "shape", ())), COUNTS)
+    _check_broadcasts("count", shape_of(count), shape[:-1])
+
+
+def _check_broadcasts(name: str, shape: tuple[int, ...], target: tuple[int, ...]) -> None:
+    tail = target[len(target) - len(shape) :]
+    if len(shape) > len(target) or any(
+        size not in (1, wanted) for size, wanted in zip(shape, tail, strict=True)
+    ):
+        raise InvalidArgumentError(name, f"must broadcast to shape {target}", f"shape {shape}")
+
+
+def check_query_change(q: Array, q_reference: Array) -> None:
+    """Check the arguments of `query_change`."""
+    check_array("q", q, ("batch", "q_heads", "tokens", "head_dim"))
+    check_array("q_reference", q_reference, shape_of(q), (dtype_name(q),))
+    check_same_place("q_reference", q_reference, "q", q)
+
+
+def check_row_changes(change: Array) -> None:
+    """Check the array of `largest_changes`."""
+    check_array("change", change, ("batch", "tokens"), RANKED)
+
+
+def check_states(*states: AttentionState) -> None:
+    """Check the arguments of `merge`: one or more states of one shape, dtype and place."""
+    if not states:
+        raise InvalidArgumentError("states", "must hold at least one AttentionState", "none")
+    for state in states:
+        check_state("states", state, states[0])
+
+
+def check_state(name: str, state: AttentionState, like: AttentionState) -> None:
+    """Raise unless ``state`` is an `AttentionState` of the form of ``like``."""
+    for value in (like, state):
+        if not isinstance(value, AttentionState):
+            raise InvalidTypeError(name, "must be an AttentionState", type(value).__name__)
+    check_array(name, state.out, shape_of(like.out), (dtype_name(like.out),))
+    check_same_place(name, state.out, "the first state", like.out)
+
+
+def check_cached(cached: AttentionState, q: Array) -> None:
+    """Raise unless ``cached`` is a state of queries like ``q``."""
+    if not isinstance(cached, AttentionState):
+        raise InvalidTypeError("cached", "must be an AttentionState or None", type(cached).__name__)
+    check_array("cached", cached.out, shape_of(q), (dtype_name(q),))
+    check_same_place("cached", cached.out, "q", q)
+
+
+def check_reuse(active: Array, fresh: AttentionState, cached: AttentionState) -> None:
+    """Check the arguments of `reuse`."""
+    check_state("fresh", fresh, fresh)
+    check_state("cached", cached, fresh)
+    check_active(active, fresh.out)

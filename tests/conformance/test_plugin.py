@@ -1,0 +1,276 @@
+"""The suite as others run it: from any directory, on modules that are broken in every way."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BROKEN = '''
+import sys, time
+import numpy as np
+from sparse_dlm_attn import AttentionState, Backend, Capabilities
+from sparse_dlm_attn_reference import ReferenceBackend
+
+class NoOperators(Backend):
+    name = "no-operators"
+    capabilities = Capabilities()
+
+class NotABackend:
+    pass
+
+class RaisesWhenMade(ReferenceBackend):
+    def __init__(self):
+        raise RuntimeError("no such device")
+
+class LeavesWhenMade(ReferenceBackend):
+    def __init__(self):
+        sys.exit(7)
+
+class BadCapabilities(ReferenceBackend):
+    capabilities = "everything"
+
+class DeclaresNothing(ReferenceBackend):
+    def why_not(self, problem):
+        return ["not today"]
+
+class Unknown(ReferenceBackend):
+    capabilities = Capabilities(dtypes=("float8",))
+
+class ReturnsNone(ReferenceBackend):
+    def merge(self, *states):
+        return None
+
+class ReturnsLists(ReferenceBackend):
+    def merge(self, *states):
+        return [state.out.tolist() for state in states]
+
+class ReturnsViews(ReferenceBackend):
+    def reuse(self, active, fresh, cached):
+        return AttentionState(cached.out, cached.lse) if not active.any() else super().reuse(active, fresh, cached)
+
+class Raises(ReferenceBackend):
+    def merge(self, *states):
+        raise ZeroDivisionError("the kernel did not compile")
+
+class Leaves(ReferenceBackend):
+    def merge(self, *states):
+        sys.exit(3)
+
+class Prints(ReferenceBackend):
+    def merge(self, *states):
+        print("merging" * 1000)
+        sys.stderr.write("really")
+        return super().merge(*states)
+
+class Hangs(ReferenceBackend):
+    def merge(self, *states):
+        while True:
+            time.sleep(0.01)
+
+class Dies(ReferenceBackend):
+    def merge(self, *states):
+        import os
+        os.abort()
+
+class Fine(ReferenceBackend):
+    name = "fine"
+'''
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "broken.py").write_text(BROKEN, encoding="utf-8")
+    (tmp_path / "raises.py").write_text("raise OSError('no driver')", encoding="utf-8")
+    (tmp_path / "leaves.py").write_text("raise SystemExit('bye')", encoding="utf-8")
+    # settings of the folder must not matter to the command
+    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --no-such-option\n", encoding="utf-8")
+    return tmp_path
+
+
+def run(folder: Path, *arguments: str, seconds: float = 120) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "sparse_dlm_attn", "conformance", *arguments], cwd=folder, text=True,
+        capture_output=True, timeout=seconds, check=False, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("broken:NoOperators", "abstract"),
+        ("broken:NotABackend", "must give a Backend"),
+        ("broken:RaisesWhenMade", "no such device"),
+        ("broken:LeavesWhenMade", "SystemExit"),
+        ("broken:BadCapabilities", "AttributeError"),
+        ("broken:Unknown", "float8"),
+        ("broken:Missing", "Missing"),
+        ("raises:Backend", "no driver"),
+        ("leaves:Backend", "bye"),
+        ("nowhere:Backend", "nowhere"),
+        ("nosuchname", "unknown backend"),
+    ],
+)
+def test_a_backend_that_does_not_load_gives_a_report(folder: Path, target: str, said: str) -> None:
+    done = run(folder, "--backend", target, "--clause", "MERGE", "--report", "out.json")
+    assert done.returncode == 1
+    assert said in done.stdout and "nothing is proven" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+    report = json.loads((folder / "out.json").read_text(encoding="utf-8"))
+    assert report["nothing_ran_on"] == [target] and report["counts"]["failed"] == 1
+    assert said in report["backends"][target]["did not load"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("ReturnsNone", "must return an AttentionState; got NoneType"),
+        ("ReturnsLists", "must return an AttentionState; got list"),
+        ("ReturnsViews", "must not share memory"),
+        ("Raises", "ZeroDivisionError: the kernel did not compile"),
+        ("Leaves", "SystemExit: 3"),
+        ("Hangs", "ran longer than 1 s"),
+    ],
+)
+def test_a_backend_that_misbehaves_gives_a_report(folder: Path, kind: str, said: str) -> None:
+    clauses = ("--clause", "PURE-2") if kind == "ReturnsViews" else ("--clause", "MERGE-3")
+    done = run(
+        folder, "--backend", f"broken:{kind}", "--policy", "dense", *clauses, "--dtype", "float32",
+        "--seconds", "1" if kind == "Hangs" else "60", "--report", "out.json", "--report", "out.md",
+    )
+    assert done.returncode == 1
+    assert said in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+    report = json.loads((folder / "out.json").read_text(encoding="utf-8"))
+    assert report["counts"]["failed"] >= 1
+    assert "FAIL" in (folder / "out.md").read_text(encoding="utf-8")
+
+
+def test_a_failure_prints_all_one_needs_and_a_snippet_that_fails_again(folder: Path) -> None:
+    done = run(folder, "--backend", "broken:Raises", "--clause", "MERGE-3", "--dtype", "float32")
+    text = done.stdout
+    for part in ("MERGE-3:", "law: test_", "backend: broken:Raises, dtype float32", "problem:", "table = MergeTable("):
+        assert part in text
+    snippet = text[text.index("reproduce with:") :].splitlines()[1:]
+    lines = [line[2:] for line in snippet[: next(i for i, line in enumerate(snippet) if line.endswith("))")) + 1]]
+    again = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], cwd=folder, text=True, capture_output=True, check=False
+    )
+    assert "ZeroDivisionError: the kernel did not compile" in again.stderr
+
+
+def test_a_wrong_result_names_worst_index_error_and_budget(folder: Path) -> None:
+    (folder / "off.py").write_text(
+        "from sparse_dlm_attn import AttentionState\nfrom sparse_dlm_attn_reference import ReferenceBackend\n"
+        "class Off(ReferenceBackend):\n    def merge(self, *s):\n        m = super().merge(*s)\n"
+        "        return AttentionState(m.out, m.lse + 1)\n", encoding="utf-8",
+    )
+    done = run(folder, "--backend", "off:Off", "--clause", "MERGE-1", "--dtype", "float32", "--policy", "dense")
+    assert done.returncode == 1
+    line = next(line for line in done.stdout.splitlines() if line.startswith("MERGE-1: lse of merge"))
+    for part in ("worst at (", "got ", "expected ", "error 1", "budget "):
+        assert part in line
+
+
+def test_printing_is_no_failure_and_does_not_spoil_the_report(folder: Path) -> None:
+    done = run(folder, "--backend", "broken:Prints", "--clause", "MERGE-3", "--dtype", "float32",
+               "--report", "out.json")  # fmt: skip
+    assert done.returncode == 0 and "merging" not in done.stdout
+    assert json.loads((folder / "out.json").read_text(encoding="utf-8"))["counts"]["passed"] >= 2
+
+
+def test_a_backend_that_ends_the_process_is_reported(folder: Path) -> None:
+    done = run(folder, "--backend", "broken:Dies", "--clause", "MERGE-3", "--dtype", "float32")
+    assert done.returncode == 1
+    assert "ended the process" in done.stderr
+
+
+def test_a_run_in_which_nothing_ran_fails(folder: Path) -> None:
+    done = run(folder, "--backend", "broken:DeclaresNothing", "--clause", "ATTEND", "--policy", "dense",
+               "--dtype", "float32", "--report", "out.json")  # fmt: skip
+    assert done.returncode == 1
+    report = json.loads((folder / "out.json").read_text(encoding="utf-8"))
+    skipped = [result for result in report["results"] if result["outcome"] == "skipped"]
+    assert skipped and all("not today" in result["reason"] for result in skipped if result["refused"])
+
+
+def test_several_backends_run_side_by_side(folder: Path) -> None:
+    done = run(folder, "--backend", "reference", "--backend", "broken:Fine", "--clause", "TOP",
+               "--dtype", "float32", "--report", "out.json")  # fmt: skip
+    assert done.returncode == 0
+    matrix = json.loads((folder / "out.json").read_text(encoding="utf-8"))["matrix"]
+    assert matrix["TOP-1"] == {"reference float32": "passed", "broken:Fine float32": "passed"}
+
+
+def test_a_ledger_turns_failures_into_known_ones(folder: Path) -> None:
+    (folder / "known.toml").write_text(
+        "[[known_failure]]\nclause = 'MERGE-3'\nreason = 'does not compile'\nlink = 'https://example.org/1'\n",
+        encoding="utf-8",
+    )
+    done = run(folder, "--backend", "broken:Raises", "--clause", "MERGE-3", "--dtype", "float32",
+               "--known-failures", "known.toml")  # fmt: skip
+    assert done.returncode == 0
+    assert "known failure: does not compile" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--backend", "reference", "--clause", "NOPE-1"), "clause or group"),
+        (("--backend", "reference", "--dtype", "int4"), "must be one of float64"),
+        (("--backend", "reference", "--profile", "endless"), "must be one of quick"),
+        (("--backend", "reference", "--known-failures", "missing.toml"), "cannot be read"),
+        (("--backend", "reference", "--report", "no/such/folder/out.json"), "does not exist"),
+        (("--backend", "reference", "--workers", "0"), "at least 1"),
+        ((), "--backend"),
+    ],
+)
+def test_bad_options_are_refused_with_exit_code_2(folder: Path, arguments: tuple[str, ...], said: str) -> None:
+    done = run(folder, *arguments)
+    assert done.returncode == 2
+    assert said in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_report_that_cannot_be_written_fails_the_run() -> None:
+    done = run(Path.cwd(), "--backend", "reference", "--clause", "TOP-2", "--report", "/dev/full/x.json")
+    assert done.returncode == 2
+
+
+def test_pytest_runs_the_suite_from_any_directory(folder: Path) -> None:
+    (folder / "pytest.ini").unlink()
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--pyargs", "sparse_dlm_attn_conformance", "--sda-backend", "broken:Fine",
+         "--sda-clause", "TOP-2", "-p", "no:cacheprovider"],
+        cwd=folder, text=True, capture_output=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    for part in ("backend broken:Fine", "specification", "profile quick", "passed"):
+        assert part in done.stdout
+
+
+def test_pytest_without_a_backend_says_what_is_missing(folder: Path) -> None:
+    (folder / "pytest.ini").unlink()
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--pyargs", "sparse_dlm_attn_conformance", "-q", "-p", "no:cacheprovider"],
+        cwd=folder, text=True, capture_output=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "needs --sda-backend NAME" in done.stdout + done.stderr
+
+
+def test_the_plugin_leaves_other_test_runs_alone(folder: Path) -> None:
+    (folder / "pytest.ini").unlink()
+    (folder / "test_mine.py").write_text(
+        "import sys\ndef test_light():\n    assert 'sparse_dlm_attn_conformance.laws' not in sys.modules\n",
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "test_mine.py", "-p", "no:cacheprovider"], cwd=folder, text=True,
+        capture_output=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert "conformance" not in done.stdout
