@@ -91,24 +91,31 @@ def attention(arrays: Arrays, keys: KeySet, *, rounded_parts: int = 0) -> Expect
     oracle = softmax(arrays.q, keys, scale)
     simulated = simulate(arrays.q, keys, scale, dtype)
     condition, magnitude = _condition(arrays.q, keys, scale), _magnitude(keys)
+    scores = _largest_score(arrays.q, keys, scale)
     count = keys.allowed.sum(axis=3)
     with np.errstate(invalid="ignore"):
         out_error = np.abs(simulated.out - oracle.out).max(axis=3, initial=0.0)
         lse_error = np.abs(simulated.lse - oracle.lse)
-    out, lse = state_budget(dtype, condition, magnitude, count, out_error, np.nan_to_num(lse_error))
-    through_lse = EPS["float32"] * (1.0 + condition)  # parts are weighted by a float32 lse
+    out, lse = state_budget(dtype, condition, scores, magnitude, count, out_error, np.nan_to_num(lse_error))
+    through_lse = EPS["float32"] * (1.0 + scores + np.log1p(count))  # parts are weighted by a float32 lse
     out = out + FACTOR * rounded_parts * (EPS[dtype] + through_lse) * magnitude
     lse = lse + FACTOR * rounded_parts * through_lse
     return Expected(oracle, out[..., None], lse)
 
 
 def state_budget(
-    dtype: str, condition: Host, magnitude: Host, count: Host, out_error: Host, lse_error: Host
+    dtype: str,
+    condition: Host,
+    scores: Host,
+    magnitude: Host,
+    count: Host,
+    out_error: Host,
+    lse_error: Host,
 ) -> tuple[Host, Host]:
     """Return the budgets of ``out`` and ``lse`` (see the module's docstring)."""
     spread = computing(dtype) * (condition + np.sqrt(count))
     out = FACTOR * (out_error + (EPS[dtype] + spread) * magnitude)
-    lse = FACTOR * (lse_error + EPS["float32"] * (1.0 + condition) + spread)
+    lse = FACTOR * (lse_error + EPS["float32"] * (1.0 + scores) + spread)
     ceiling = CEILING["float32"] * (1.0 + condition)
     return np.minimum(out, CEILING[dtype] * (1.0 + condition) * magnitude), np.minimum(lse, ceiling)
 
@@ -116,6 +123,11 @@ def state_budget(
 def _condition(q: Host, keys: KeySet, scale: float) -> Host:
     products = np.einsum("bhtd,bhnd->bhtn", np.abs(q), np.abs(keys.keys))
     return np.asarray(scale * np.where(keys.allowed, products, 0.0).max(axis=3, initial=0.0))
+
+
+def _largest_score(q: Host, keys: KeySet, scale: float) -> Host:
+    products = np.einsum("bhtd,bhnd->bhtn", q, keys.keys)
+    return np.asarray(scale * np.where(keys.allowed, np.abs(products), 0.0).max(axis=3, initial=0.0))
 
 
 def _magnitude(keys: KeySet) -> Host:
@@ -130,7 +142,7 @@ def merge_budget(dtype: str, states: list[HostState]) -> tuple[Host, Host]:
     weighty = [np.where(np.isfinite(state.lse), np.abs(state.out).max(axis=3), 0.0) for state in states]
     nothing = np.zeros(condition.shape)
     out, logs = state_budget(
-        dtype, condition, np.stack(weighty).max(axis=0), nothing + len(states), nothing, nothing
+        dtype, condition, condition, np.stack(weighty).max(axis=0), nothing + len(states), nothing, nothing
     )
     return out[..., None], logs
 

@@ -6,7 +6,7 @@ integers, and a seed and a regime for the values, which would shrink badly and p
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -76,7 +76,7 @@ def fill(rng: np.random.Generator, regime: str, shape: tuple[int, ...], *, score
     return values
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Case:
     """One problem of the specification, as drawn.
 
@@ -126,6 +126,14 @@ class Case:
     poison: str = "zero"
     layout: str = "plain"
     seed: int = 0
+
+    def __repr__(self) -> str:
+        different = [
+            f"{item.name}={getattr(self, item.name)!r}"
+            for item in fields(self)
+            if getattr(self, item.name) != item.default
+        ]
+        return f"Case({', '.join(different)})"
 
     @property
     def batch(self) -> int:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from hypothesis import strategies as st
+
 from sparse_dlm_attn import PrefixAttentionPolicy, SparseAttentionError, get_policy
 from sparse_dlm_attn.registry import policies
 
-__all__ = ["VARIANTS", "Contender", "contenders"]
+__all__ = ["VARIANTS", "Contender", "contenders", "policy_texts"]
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "dense": ("dense",),
@@ -22,6 +24,39 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 }
 """Defaults are made for contexts of thousands of tokens: on a generated problem, which has a few dozen,
 they would read every page and prove nothing."""
+
+
+RANKING: dict[str, tuple[Any, ...]] = {
+    "budget": (4, 1, 7, 16), "page_count": ("floor", "ceil"), "min_pages": (1, 2, 3), "newest": (False, True),
+    "dense_layers": (0, 1), "pages": ("union", "own"), "union_over": ("kv_head", "query_head", "layer"),
+    "group_scores": ("query_head", "mean", "max"), "first_pass": ("dense", "sparse"),
+}  # fmt: skip
+PARAMETERS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "quest": RANKING,
+    "losa": {
+        **RANKING, "active": (2, 0, 1, 5), "mass": (None, 0.5, 0.0, 0.9, 1.0),
+        "drift": ("previous", "refresh"), "save_pass": ("step", "dense", "reuse"),
+    },
+    "sliding-window": {"window": (3, 1, 9), "after": (0, 2)},
+    "streaming-llm": {"sinks": (2, 0, 5), "window": (2, 1, 9), "after": (0, 2)},
+    "flashblock": {"limit": (1, 0, 2, 3), "dirty_rows": ("drop", "keep"), "save_pass": ("refresh", "reuse")},
+    "mage": {"budget": (4, 1, 9), "dense_layers": (0, 1)},
+    "sparsed": {
+        "ratio": (0.3, 0.0, 0.5, 1.0), "skip": (0.2, 0.0), "warmup": (1, None, 2), "span": (None, 1, 2),
+        "isolated": (True, False),
+    },
+}  # fmt: skip
+"""Parameters of the published policies, with values that matter on small problems."""
+
+
+@st.composite
+def policy_texts(draw: Any, /) -> str:
+    """Draw a published policy with parameters, as `sparse_dlm_attn.get_policy` reads it."""
+    name = draw(st.sampled_from(tuple(PARAMETERS)), label="policy")
+    chosen = [
+        f"{key}={draw(st.sampled_from(values), label=key)}" for key, values in PARAMETERS[name].items()
+    ]
+    return f"{name}:{','.join(chosen)}"
 
 
 @dataclass(eq=False)

@@ -137,7 +137,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             "`sparse-dlm-attn backends` lists the registered ones"
         )
     with_policies = "policy" in metafunc.fixturenames
-    subjects = session.policy_subjects if with_policies else session.subjects
+    once = with_policies or getattr(metafunc.function, "one_dtype", False)
+    subjects = session.one_dtype_each if once else session.subjects
     metafunc.parametrize("subject", subjects, ids=str, scope="session")
     if with_policies:
         metafunc.parametrize("policy", session.contenders, ids=str, scope="session")

@@ -100,11 +100,8 @@ def check_backend(
     register_profiles()
     spec = backend if isinstance(backend, str) else f"{type(backend).__module__}:{type(backend).__qualname__}"
     subjects = [Subject(spec, dtype, instance) for dtype in dtypes or instance.capabilities.dtypes]
-    token = OPTIONS.set(
-        replace(OPTIONS.get(), shrink=shrink, examples=settings.get_profile(f"sda-{profile}").max_examples)
-    )
-    before = settings.get_current_profile_name()
-    settings.load_profile(f"sda-{profile}")
+    chosen = settings.get_profile(f"sda-{profile}")
+    token = OPTIONS.set(replace(OPTIONS.get(), shrink=shrink, profile=chosen))
     findings: list[Finding] = []
     try:
         for name, function, fixed in laws(clauses):
@@ -119,7 +116,6 @@ def check_backend(
                         return findings
     finally:
         OPTIONS.reset(token)
-        settings.load_profile(before)
     return findings
 
 

@@ -128,8 +128,8 @@ class ConformanceSession:
         )
 
     @property
-    def policy_subjects(self) -> list[Subject]:
-        """One dtype a backend, float32 if it has it: decisions do not depend on the dtype."""
+    def one_dtype_each(self) -> list[Subject]:
+        """One subject a backend, float32 if it has it, for laws that do not depend on the dtype."""
         chosen: dict[str, Subject] = {}
         for subject in self.subjects:
             if subject.spec not in chosen or subject.dtype == "float32":

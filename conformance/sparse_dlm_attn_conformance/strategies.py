@@ -173,28 +173,19 @@ def score_tables(draw: Any, *, special: bool = True) -> ScoreTable:
     """Draw scores to rank, with ties; ``special`` adds infinities and NaN."""
     pages = draw(st.integers(0, 9), label="pages")
     lead = draw(st.lists(st.integers(1, 3), min_size=1, max_size=3), label="leading shape")
-    rows = int(np.prod(lead))
     values: tuple[float, ...] = (0.0, 1.0, -1.0, 2.0, 0.125, -3.5)
     if special:
         values = (*values, float("-inf"), float("inf"), float("nan"))
     kept = draw(st.integers(1, 4), label="different rows")
     drawn = draw(st.lists(st.sampled_from(values), min_size=pages * kept, max_size=pages * kept))
-    per_row = draw(st.booleans(), label="a count for each row")
-    counts = draw(
-        st.lists(
-            st.integers(-2, pages + 2), min_size=rows if per_row else 1, max_size=rows if per_row else 1
-        ),
-        label="counts",
-    )
-    eligible = draw(st.lists(_bits(pages), min_size=1, max_size=3), label="eligible")
     return ScoreTable(
         tuple(lead),
         pages,
         tuple(drawn),
-        tuple(counts),
-        per_row,
-        tuple(eligible),
-        draw(st.booleans(), label="eligible broadcasts"),
+        tuple(draw(st.lists(st.integers(-2, pages + 2), min_size=1, max_size=5), label="counts")),
+        draw(st.integers(0, len(lead)), label="axes of the count"),
+        tuple(draw(st.lists(_bits(pages), min_size=1, max_size=3), label="eligible")),
+        draw(st.integers(0, len(lead)), label="axes of eligible"),
     )
 
 

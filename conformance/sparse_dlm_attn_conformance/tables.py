@@ -23,15 +23,19 @@ class HostState:
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """Scores to rank: ``values`` fill ``(*lead, pages)`` cyclically."""
+    """Scores to rank: ``values`` fill ``(*lead, pages)`` cyclically.
+
+    ``counts`` and ``eligible`` differ along the first ``count_axes`` and ``eligible_axes`` axes and
+    broadcast along the others; a count of no axes is an int.
+    """
 
     lead: tuple[int, ...]
     pages: int
     values: tuple[float, ...]
     counts: tuple[int, ...]
-    per_row: bool
+    count_axes: int
     eligible: tuple[int, ...]
-    broadcast: bool
+    eligible_axes: int
 
     def scores(self) -> Host:
         """Return float32 scores ``(*lead, pages)``."""
@@ -39,18 +43,21 @@ class ScoreTable:
         return np.resize(np.asarray(self.values, dtype=np.float32), shape)
 
     def count(self) -> Any:
-        """Return an int, or an int32 array ``lead``."""
-        if not self.per_row:
+        """Return an int, or an int32 array that broadcasts to ``lead``."""
+        if self.count_axes == 0:
             return self.counts[0]
-        return np.asarray(self.counts, dtype=np.int32).reshape(self.lead)
+        shape = self._shape(self.count_axes)
+        return np.resize(np.asarray(self.counts, dtype=np.int32), shape)
 
     def mask(self) -> Host:
-        """Return the eligible pages, bool, with 1 for all but the page axis if it broadcasts."""
-        rows = 1 if self.broadcast else int(np.prod(self.lead))
-        chosen = np.resize(np.asarray(self.eligible, dtype=np.int64), (rows, 1))
-        bits = np.asarray((chosen >> np.arange(self.pages)) & 1, dtype=bool)
-        shape = (1,) * len(self.lead) if self.broadcast else self.lead
-        return bits.reshape(*shape, self.pages)
+        """Return the eligible pages, bool, broadcasting to the shape of the scores."""
+        shape = self._shape(self.eligible_axes)
+        chosen = np.resize(np.asarray(self.eligible, dtype=np.int64), (*shape, 1))
+        return np.asarray((chosen >> np.arange(self.pages)) & 1, dtype=bool)
+
+    def _shape(self, axes: int) -> tuple[int, ...]:
+        """Return ``lead`` with all but its first ``axes`` axes 1."""
+        return self.lead[:axes] + (1,) * (len(self.lead) - axes)
 
 
 @dataclass(frozen=True)

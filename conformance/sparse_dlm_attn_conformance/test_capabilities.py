@@ -34,7 +34,7 @@ def test_the_backend_loads(subject: Subject) -> None:
 
 
 @pytest.mark.clause("REGISTRY-1")
-@law()
+@law(one_dtype=True)
 def test_every_operator_can_be_called(subject: Subject) -> None:
     for name in (*OPERATORS, "asarray", "why_not"):
         expect(callable(getattr(subject.backend, name, None)), "REGISTRY-1", f"{name} must be a method")
@@ -81,7 +81,7 @@ def test_why_not_gives_every_reason_without_running_a_kernel(subject: Subject, c
 
 
 @pytest.mark.clause("CAPS-1", "DRIVER-1")
-@law(case=cases(max_batch=1), share=0.3)
+@law(case=cases(max_batch=1), share=0.3, one_dtype=True)
 def test_an_unsupported_problem_raises_with_every_reason(subject: Subject, case: Case) -> None:
     on = subject.load(case.arrays(subject.dtype))
     reasons = ("head_dim is odd today", "the moon is wrong")
@@ -123,7 +123,7 @@ def test_asarray_converts_exactly_and_by_dtype_name(subject: Subject) -> None:
 
 
 @pytest.mark.clause("ERROR-2", "REGISTRY-1")
-@law()
+@law(one_dtype=True)
 def test_a_request_is_met_or_refused_never_replaced(subject: Subject) -> None:
     expect(get_backend(subject.backend) is subject.backend, "ERROR-2", "an instance must be used as it is")
     for name, error in (("no-such-backend", UnknownNameError), ("no_such_module:Backend", UnavailableError)):
@@ -135,7 +135,7 @@ def test_a_request_is_met_or_refused_never_replaced(subject: Subject) -> None:
 
 
 @pytest.mark.clause("CAPS-1")
-@law()
+@law(one_dtype=True)
 def test_declared_dtypes_are_known(subject: Subject) -> None:
     unknown = [name for name in subject.backend.capabilities.dtypes if name not in DTYPES]
     expect(not unknown, "CAPS-1", f"capabilities.dtypes may hold {', '.join(DTYPES)}; got {unknown}")

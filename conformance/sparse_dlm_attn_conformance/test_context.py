@@ -232,7 +232,7 @@ def shares_memory(one: Any, other: Any) -> bool:
 
 
 @pytest.mark.clause("SELECTION-2")
-@law(case=cases(max_batch=2), share=0.5)
+@law(case=cases(max_batch=2), share=0.5, one_dtype=True)
 def test_page_lists_say_the_same_as_the_mask(subject: Subject, case: Case) -> None:
     arrays = case.arrays(subject.dtype)
     indices, counts = (host(part) for part in subject.load(arrays).selection.page_lists())
@@ -249,7 +249,7 @@ def test_page_lists_say_the_same_as_the_mask(subject: Subject, case: Case) -> No
 
 
 @pytest.mark.clause("SELECTION-2")
-@law(case=cases(max_batch=2), share=0.3)
+@law(case=cases(max_batch=2), share=0.3, one_dtype=True)
 def test_csr_lists_hold_physical_pages(subject: Subject, case: Case) -> None:
     arrays = case.arrays(subject.dtype)
     full = arrays.but(page_lengths=np.where(arrays.page_lengths > 0, case.page_size, 0).astype(np.int32))

@@ -157,13 +157,13 @@ def top(subject: Subject, table: ScoreTable) -> Host:
 
 
 @pytest.mark.clause("TOP-1", "TOP-2", "ACCURACY-3")
-@law(table=score_tables(special=False))
+@law(table=score_tables(special=False), one_dtype=True)
 def test_top_pages_are_the_best_and_the_lowest_among_equals(subject: Subject, table: ScoreTable) -> None:
     check_ranking(table, top(subject, table), "TOP-1", "TOP-2")
 
 
 @pytest.mark.clause("TOP-1", "TOP-3", "TOP-4")
-@law(table=score_tables())
+@law(table=score_tables(), one_dtype=True)
 def test_top_pages_rank_infinities_and_nan(subject: Subject, table: ScoreTable) -> None:
     check_ranking(table, top(subject, table), "TOP-4", "TOP-4")
 
@@ -235,7 +235,7 @@ def ranked(row: Host) -> list[int]:
 
 
 @pytest.mark.clause("CHANGE-2", "ACCURACY-3")
-@law(table=change_tables(special=True))
+@law(table=change_tables(special=True), one_dtype=True)
 def test_largest_changes_by_count(subject: Subject, table: ChangeTable) -> None:
     chosen = largest(subject, table, count=table.count)
     for sequence, row in enumerate(table.change()):
@@ -249,7 +249,7 @@ def test_largest_changes_by_count(subject: Subject, table: ChangeTable) -> None:
 
 
 @pytest.mark.clause("CHANGE-3", "ACCURACY-3")
-@law(table=change_tables())
+@law(table=change_tables(), one_dtype=True)
 def test_largest_changes_by_mass_are_the_smallest_set_that_reaches_it(
     subject: Subject, table: ChangeTable
 ) -> None:
@@ -272,7 +272,7 @@ def test_largest_changes_by_mass_are_the_smallest_set_that_reaches_it(
 
 
 @pytest.mark.clause("CHANGE-3")
-@law(table=change_tables(dyadic=False), share=0.5)
+@law(table=change_tables(dyadic=False), share=0.5, one_dtype=True)
 def test_the_mass_of_any_changes_is_reached_and_not_overshot(subject: Subject, table: ChangeTable) -> None:
     chosen = largest(subject, table, mass=table.mass)
     for sequence, row in enumerate(table.change().astype(np.float64)):
@@ -294,7 +294,7 @@ def test_the_mass_of_any_changes_is_reached_and_not_overshot(subject: Subject, t
 
 
 @pytest.mark.clause("CHANGE-3")
-@law(table=change_tables(), share=0.3)
+@law(table=change_tables(), share=0.3, one_dtype=True)
 def test_mass_of_nothing_is_nobody_and_nan_is_everybody(subject: Subject, table: ChangeTable) -> None:
     expect(not largest(subject, table, mass=0.0).any(), "CHANGE-3", "mass 0 must give the empty set")
     still = ChangeTable(table.batch, (0.0,) * len(table.values), table.count, table.mass)

@@ -136,7 +136,7 @@ def test_bad_input_raises_a_typed_error_and_changes_nothing(subject: Subject, ca
 
 
 @pytest.mark.clause("MEMORY-2", "DRIVER-1")
-@law(case=cases(max_batch=2, min_pages=1, regimes=("dyadic",)), share=0.3)
+@law(case=cases(max_batch=2, min_pages=1, regimes=("dyadic",)), share=0.3, one_dtype=True)
 def test_memory_of_something_else_is_refused(subject: Subject, case: Case) -> None:
     arrays = case.arrays(subject.dtype)
     on, watched = subject.load(arrays), Watched(subject.backend)
@@ -170,8 +170,16 @@ def test_memory_of_something_else_is_refused(subject: Subject, case: Case) -> No
             replace(on.context, page_lengths=subject.ints(shorter), page_table=subject.ints(table)),
             PassInfo(1, num_layers=2),
         ),
+        "another page table": (
+            attention,
+            on,
+            replace(on.context, page_table=subject.ints((table + 1) % len(arrays.k_pages))),
+            PassInfo(1, num_layers=2),
+        ),
         "another block shape": (attention, longer, on.context, PassInfo(1, num_layers=2)),
     }
+    if len(arrays.k_pages) == 1 or not arrays.page_lengths.any():
+        del changed["another page table"]  # there is no other page to point to
     watched.calls.clear()
     for name, (driver, now, context, info) in changed.items():
         try:
@@ -186,7 +194,7 @@ def test_memory_of_something_else_is_refused(subject: Subject, case: Case) -> No
 
 
 @pytest.mark.clause("ERROR-2", "REGISTRY-1")
-@law()
+@law(one_dtype=True)
 def test_an_unknown_policy_is_refused_with_the_nearest_name(subject: Subject) -> None:
     for name, nearest in (("lossa", "losa"), ("losa:actve=3", "active"), ("quest:budgt=4", "budget")):
         try:

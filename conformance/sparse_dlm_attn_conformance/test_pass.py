@@ -73,6 +73,27 @@ def test_attend_composes_its_four_operators(subject: Subject, case: Case) -> Non
     expect_close(host(out), merged, budget, "out of attend", "ATTEND-4")
 
 
+@pytest.mark.clause("ATTEND-4", "REUSE-1")
+@law(case=cases(), share=0.5)
+def test_what_is_cached_for_active_rows_is_not_read(subject: Subject, case: Case) -> None:
+    arrays = case.arrays(subject.dtype)
+    on = subject.load(arrays)
+    given, cached = cached_state(subject, arrays, case.seed)
+    rows = np.broadcast_to(arrays.active[:, None, :], arrays.q.shape[:3])
+    rotten = subject.state(
+        HostState(np.where(rows[..., None], np.nan, given.out), np.where(rows, np.nan, given.lse))
+    )
+    (clean, kept), (out, state) = (fused(subject, arrays, on, part) for part in (cached, rotten))
+    expect_same_bits(host(out), host(clean), "out with NaN cached for active rows", "ATTEND-4")
+    for name in ("out", "lse"):
+        expect_same_bits(
+            host(getattr(state, name)),
+            host(getattr(kept, name)),
+            f"{name} to be cached, likewise",
+            "ATTEND-4",
+        )
+
+
 def fused(
     subject: Subject, arrays: Arrays, on: Loaded, cached: AttentionState | None
 ) -> tuple[object, AttentionState]:

@@ -15,6 +15,7 @@ from sparse_dlm_attn import (
     PrefixAttention,
     PrefixAttentionPolicy,
     Selection,
+    get_policy,
 )
 from sparse_dlm_attn_conformance import accuracy
 from sparse_dlm_attn_conformance.cases import Arrays, Host
@@ -25,12 +26,12 @@ from sparse_dlm_attn_conformance.checks import (
     expect_same_state,
     expect_state_close,
 )
-from sparse_dlm_attn_conformance.contenders import Contender
+from sparse_dlm_attn_conformance.contenders import Contender, policy_texts
 from sparse_dlm_attn_conformance.doubles import Grid, Probe
 from sparse_dlm_attn_conformance.episodes import Episode, Pass, episodes, play, rows_of
 from sparse_dlm_attn_conformance.laws import law
 from sparse_dlm_attn_conformance.oracle import block_keys, context_keys
-from sparse_dlm_attn_conformance.rules import Moment, rule_of
+from sparse_dlm_attn_conformance.rules import Moment, Rule, rule_of
 from sparse_dlm_attn_conformance.strategies import cases
 from sparse_dlm_attn_conformance.subjects import Subject, host
 from sparse_dlm_attn_conformance.test_purity import single
@@ -260,6 +261,24 @@ def test_the_policy_does_what_its_page_states(subject: Subject, policy: Contende
     rule = rule_of(chosen, episode)
     if rule is None:
         pytest.skip("the policy states no rule (see stated_rule in the how-to)")
+    check_statement(subject, chosen, rule, episode)
+
+
+@pytest.mark.clause("POLICY-6")
+@law(episode=episodes(max_passes=5), policy_name=policy_texts(), share=3.0, one_dtype=True)
+def test_every_parameter_does_what_its_page_states(
+    subject: Subject, episode: Episode, policy_name: str
+) -> None:
+    chosen = get_policy(policy_name)
+    rule = rule_of(chosen, episode)
+    assert rule is not None
+    check_statement(subject, chosen, rule, episode)
+
+
+def check_statement(
+    subject: Subject, chosen: PrefixAttentionPolicy[Any], rule: Rule, episode: Episode
+) -> None:
+    """Compare active rows and pages of every pass with the rule."""
     arrays, queries = episode.case.arrays(subject.dtype), episode.queries(subject.dtype)
     for number, done in enumerate(play(on_grid(subject), chosen, episode)):
         stated = rule.step(

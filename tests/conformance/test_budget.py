@@ -77,8 +77,12 @@ def test_no_budget_exceeds_the_ceiling(dtype: str) -> None:
     condition = np.einsum("bhtd,bhnd->bhtn", np.abs(arrays.q), np.abs(keys.keys)).max() * scale_of(arrays)
     budget = accuracy.attention(arrays, keys).out_budget
     assert (budget <= accuracy.CEILING[dtype] * (1 + condition) * np.abs(keys.values).max()).all()
-    nothing = replace(accuracy.attention(arrays.but(mask=np.zeros_like(arrays.mask)), context_keys(
-        arrays.but(mask=np.zeros_like(arrays.mask)))))
+    nothing = replace(
+        accuracy.attention(
+            arrays.but(mask=np.zeros_like(arrays.mask)),
+            context_keys(arrays.but(mask=np.zeros_like(arrays.mask))),
+        )
+    )
     assert (nothing.out_budget == 0).all()
 
 

@@ -13,7 +13,12 @@ from sparse_dlm_attn_conformance.programmatic import check_backend
 def test_a_broken_backend_is_found(name: str) -> None:
     mutant = mutants.BACKENDS[name]
     found = check_backend(
-        mutant.backend, clauses=mutant.clauses, dtypes=mutant.dtypes, profile="ci", first_only=True, shrink=False
+        mutant.backend,
+        clauses=mutant.clauses,
+        dtypes=mutant.dtypes,
+        profile="ci",
+        first_only=True,
+        shrink=False,
     )
     assert found, f"{name} survives every law of {', '.join(mutant.clauses)}"
     assert set(found[0].clauses) & set(mutant.clauses)
@@ -23,8 +28,13 @@ def test_a_broken_backend_is_found(name: str) -> None:
 def test_a_broken_policy_is_found(name: str) -> None:
     mutant = policy_mutants.POLICIES[name]
     found = check_backend(
-        "reference", clauses=mutant.clauses, dtypes=("float32",), policies=(mutant.policy,), profile="ci",
-        first_only=True, shrink=False,
+        "reference",
+        clauses=mutant.clauses,
+        dtypes=("float32",),
+        policies=(mutant.policy,),
+        profile="ci",
+        first_only=True,
+        shrink=False,
     )
     assert found, f"{name} survives every law of {', '.join(mutant.clauses)}"
     assert set(found[0].clauses) & set(mutant.clauses)

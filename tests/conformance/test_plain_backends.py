@@ -8,7 +8,19 @@ from plain_backends import DefaultOperators, StrictOperators, TorchOperators
 from sparse_dlm_attn import Backend
 from sparse_dlm_attn_conformance.programmatic import check_backend
 
-OPERATORS = ("STATE", "BOUNDS", "SCORES", "POOLED", "TOP", "CHANGE", "ATTEND", "BLOCK", "MERGE", "REUSE", "PURE")
+OPERATORS = (
+    "STATE",
+    "BOUNDS",
+    "SCORES",
+    "POOLED",
+    "TOP",
+    "CHANGE",
+    "ATTEND",
+    "BLOCK",
+    "MERGE",
+    "REUSE",
+    "PURE",
+)
 
 
 @pytest.mark.parametrize(
@@ -23,6 +35,9 @@ def test_the_default_operators_conform(kind: type[Backend], library: str) -> Non
 def test_a_policy_conforms_on_another_array_library() -> None:
     pytest.importorskip("torch", reason="torch is not installed")
     found = check_backend(
-        TorchOperators(), clauses=("POLICY-1", "POLICY-6"), dtypes=("float32",), policies=("losa:budget=4,active=2",)
+        TorchOperators(),
+        clauses=("POLICY-1", "POLICY-6"),
+        dtypes=("float32",),
+        policies=("losa:budget=4,active=2",),
     )
     assert found == []

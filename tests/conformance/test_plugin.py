@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-BROKEN = '''
+BROKEN = """
 import sys, time
 import numpy as np
 from sparse_dlm_attn import AttentionState, Backend, Capabilities
@@ -51,7 +51,9 @@ class ReturnsLists(ReferenceBackend):
 
 class ReturnsViews(ReferenceBackend):
     def reuse(self, active, fresh, cached):
-        return AttentionState(cached.out, cached.lse) if not active.any() else super().reuse(active, fresh, cached)
+        if not active.any():
+            return AttentionState(cached.out, cached.lse)
+        return super().reuse(active, fresh, cached)
 
 class Raises(ReferenceBackend):
     def merge(self, *states):
@@ -79,7 +81,7 @@ class Dies(ReferenceBackend):
 
 class Fine(ReferenceBackend):
     name = "fine"
-'''
+"""
 
 
 @pytest.fixture
@@ -139,8 +141,20 @@ def test_a_backend_that_does_not_load_gives_a_report(folder: Path, target: str, 
 def test_a_backend_that_misbehaves_gives_a_report(folder: Path, kind: str, said: str) -> None:
     clauses = ("--clause", "PURE-2") if kind == "ReturnsViews" else ("--clause", "MERGE-3")
     done = run(
-        folder, "--backend", f"broken:{kind}", "--policy", "dense", *clauses, "--dtype", "float32",
-        "--seconds", "1" if kind == "Hangs" else "60", "--report", "out.json", "--report", "out.md",
+        folder,
+        "--backend",
+        f"broken:{kind}",
+        "--policy",
+        "dense",
+        *clauses,
+        "--dtype",
+        "float32",
+        "--seconds",
+        "1" if kind == "Hangs" else "60",
+        "--report",
+        "out.json",
+        "--report",
+        "out.md",
     )
     assert done.returncode == 1
     assert said in done.stdout
@@ -153,10 +167,18 @@ def test_a_backend_that_misbehaves_gives_a_report(folder: Path, kind: str, said:
 def test_a_failure_prints_all_one_needs_and_a_snippet_that_fails_again(folder: Path) -> None:
     done = run(folder, "--backend", "broken:Raises", "--clause", "MERGE-3", "--dtype", "float32")
     text = done.stdout
-    for part in ("MERGE-3:", "law: test_", "backend: broken:Raises, dtype float32", "problem:", "table = MergeTable("):
+    for part in (
+        "MERGE-3:",
+        "law: test_",
+        "backend: broken:Raises, dtype float32",
+        "problem:",
+        "table = MergeTable(",
+    ):
         assert part in text
     snippet = text[text.index("reproduce with:") :].splitlines()[1:]
-    lines = [line[2:] for line in snippet[: next(i for i, line in enumerate(snippet) if line.endswith("))")) + 1]]
+    lines = [
+        line[2:] for line in snippet[: next(i for i, line in enumerate(snippet) if line.endswith("))")) + 1]
+    ]
     again = subprocess.run(
         [sys.executable, "-c", "\n".join(lines)], cwd=folder, text=True, capture_output=True, check=False
     )
@@ -167,9 +189,12 @@ def test_a_wrong_result_names_worst_index_error_and_budget(folder: Path) -> None
     (folder / "off.py").write_text(
         "from sparse_dlm_attn import AttentionState\nfrom sparse_dlm_attn_reference import ReferenceBackend\n"
         "class Off(ReferenceBackend):\n    def merge(self, *s):\n        m = super().merge(*s)\n"
-        "        return AttentionState(m.out, m.lse + 1)\n", encoding="utf-8",
+        "        return AttentionState(m.out, m.lse + 1)\n",
+        encoding="utf-8",
     )
-    done = run(folder, "--backend", "off:Off", "--clause", "MERGE-1", "--dtype", "float32", "--policy", "dense")
+    done = run(
+        folder, "--backend", "off:Off", "--clause", "MERGE-1", "--dtype", "float32", "--policy", "dense"
+    )
     assert done.returncode == 1
     line = next(line for line in done.stdout.splitlines() if line.startswith("MERGE-1: lse of merge"))
     for part in ("worst at (", "got ", "expected ", "error 1", "budget "):
@@ -229,7 +254,9 @@ def test_a_ledger_turns_failures_into_known_ones(folder: Path) -> None:
         ((), "--backend"),
     ],
 )
-def test_bad_options_are_refused_with_exit_code_2(folder: Path, arguments: tuple[str, ...], said: str) -> None:
+def test_bad_options_are_refused_with_exit_code_2(
+    folder: Path, arguments: tuple[str, ...], said: str
+) -> None:
     done = run(folder, *arguments)
     assert done.returncode == 2
     assert said in done.stdout + done.stderr
@@ -241,36 +268,53 @@ def test_a_report_that_cannot_be_written_fails_the_run() -> None:
     assert done.returncode == 2
 
 
-def test_pytest_runs_the_suite_from_any_directory(folder: Path) -> None:
+def run_pytest(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     (folder / "pytest.ini").unlink()
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "--pyargs", "sparse_dlm_attn_conformance", "--sda-backend", "broken:Fine",
-         "--sda-clause", "TOP-2", "-p", "no:cacheprovider"],
-        cwd=folder, text=True, capture_output=True, timeout=120, check=False,
-    )  # fmt: skip
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+    return subprocess.run(command, cwd=folder, text=True, capture_output=True, timeout=120, check=False)
+
+
+SUITE = ("--pyargs", "sparse_dlm_attn_conformance")
+
+
+def test_pytest_runs_the_suite_from_any_directory(folder: Path) -> None:
+    done = run_pytest(folder, *SUITE, "--sda-backend", "broken:Fine", "--sda-clause", "TOP-2")
     assert done.returncode == 0, done.stdout
     for part in ("backend broken:Fine", "specification", "profile quick", "passed"):
         assert part in done.stdout
 
 
 def test_pytest_without_a_backend_says_what_is_missing(folder: Path) -> None:
-    (folder / "pytest.ini").unlink()
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "--pyargs", "sparse_dlm_attn_conformance", "-q", "-p", "no:cacheprovider"],
-        cwd=folder, text=True, capture_output=True, timeout=120, check=False,
-    )  # fmt: skip
+    done = run_pytest(folder, *SUITE, "-q")
     assert done.returncode != 0
     assert "needs --sda-backend NAME" in done.stdout + done.stderr
 
 
+def test_workers_report_like_one_process(folder: Path) -> None:
+    pytest.importorskip("xdist", reason="pytest-xdist is not installed")
+    done = run(folder, "--backend", "reference", "--clause", "TOP", "--workers", "2", "--report", "out.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((folder / "out.json").read_text(encoding="utf-8"))
+    assert report["matrix"]["TOP-1"]["reference float32"] == "passed"
+    assert "; 0 problems" not in done.stdout
+
+
+def test_the_nightly_profile_stores_what_fails_and_tries_it_first(folder: Path) -> None:
+    arguments = ("--backend", "broken:Raises", "--clause", "MERGE-3", "--dtype", "float32")
+    arguments = (*arguments, "--profile", "nightly")
+    assert run(folder, *arguments).returncode == 1
+    stored = [path for path in (folder / ".hypothesis" / "sda-nightly").rglob("*") if path.is_file()]
+    assert stored
+    assert run(folder, *arguments, "--report", "out.json").returncode == 1
+    results = json.loads((folder / "out.json").read_text(encoding="utf-8"))["results"]
+    assert all(result["examples"] <= 60 for result in results)
+
+
 def test_the_plugin_leaves_other_test_runs_alone(folder: Path) -> None:
-    (folder / "pytest.ini").unlink()
     (folder / "test_mine.py").write_text(
         "import sys\ndef test_light():\n    assert 'sparse_dlm_attn_conformance.laws' not in sys.modules\n",
+        encoding="utf-8",
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "test_mine.py", "-p", "no:cacheprovider"], cwd=folder, text=True,
-        capture_output=True, timeout=60, check=False,
-    )  # fmt: skip
+    done = run_pytest(folder, "-q", "test_mine.py")
     assert done.returncode == 0, done.stdout
     assert "conformance" not in done.stdout
