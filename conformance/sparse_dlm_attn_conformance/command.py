@@ -146,6 +146,10 @@ def run_pytest(options: list[str], workers: int) -> int:
             command += ["-p", "xdist", "-n", str(workers)]
         environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         environment.pop("PYTEST_ADDOPTS", None)
+        if workers > 1:  # or each process starts a thread a core, and they wait for each other
+            threads = str(max(1, (os.cpu_count() or 1) // workers))
+            for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+                environment.setdefault(name, threads)
         finished = subprocess.run(command, env=environment, check=False)
     if finished.returncode in EXIT_CODES:
         return EXIT_CODES[finished.returncode]
