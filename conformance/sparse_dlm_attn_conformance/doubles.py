@@ -51,8 +51,8 @@ class Delegate(Backend):
     def page_bounds(self, context: Context) -> PageBounds:
         return self.call("page_bounds", context)  # type: ignore[no-any-return]
 
-    def page_scores(self, q: Array, bounds: PageBounds) -> Array:
-        return self.call("page_scores", q, bounds)
+    def page_scores(self, q: Array, bounds: PageBounds, *, active: Array | None = None) -> Array:
+        return self.call("page_scores", q, bounds, active=active)
 
     def pooled_scores(self, q: Array, context: Context, *, span: int, scale: float | None = None) -> Array:
         return self.call("pooled_scores", q, context, span=span, scale=scale)

@@ -24,7 +24,7 @@ __all__ = ["cases", "change_tables", "merge_tables", "score_tables", "within"]
 MAX_ELEMENTS = int(os.environ.get("SDA_CONFORMANCE_MAX_ELEMENTS", "8192"))
 """Cap on the elements of one array, so that a failing problem stays readable."""
 
-HEAD_DIMS = (2, 4, 8, 16, 1, 3, 64, 80, 96)
+HEAD_DIMS = (2, 4, 8, 16, 1, 3, 64, 80, 96, 128)
 PAGE_SIZES = (1, 2, 3, 4, 5, 8, 16)
 GROUPS = (1, 2, 4, 7)
 BLOCKS = (1, 2, 3, 5, 8, 13, 17)

@@ -89,6 +89,21 @@ def test_page_scores_stay_within_the_budget(subject: Subject, case: Case) -> Non
     expect_close(scores_of(subject, arrays), scores_on_host(arrays), budget, "page_scores", "SCORES-1")
 
 
+@pytest.mark.clause("SCORES-1", "ACCURACY-3")
+@law(case=cases(regimes=EXACT), share=0.5)
+def test_page_scores_of_active_rows_do_not_depend_on_the_others(subject: Subject, case: Case) -> None:
+    arrays = case.arrays(subject.dtype)
+    rows = np.broadcast_to(arrays.active[:, None, :], arrays.q.shape[:3])
+    rotten = arrays.but(q=np.where(rows[..., None], arrays.q, np.nan))
+    on = subject.load(rotten)
+    scores = subject.backend.page_scores(on.q, subject.bounds(arrays.bounds()), active=on.active)
+    shape = (*arrays.q.shape[:3], case.pages)
+    got = expect_array(subject, scores, "page_scores", shape, "float32", "SCORES-1")
+    expect_same_bits(
+        got[rows].astype(np.float64), scores_on_host(arrays)[rows], "page_scores of active rows", "SCORES-1"
+    )
+
+
 @pytest.mark.clause("SCORES-2")
 @law(case=cases(min_pages=1), share=0.7)
 def test_a_page_scores_at_least_as_much_as_each_of_its_keys(subject: Subject, case: Case) -> None:

@@ -205,3 +205,44 @@ def last_page_taken_for_full(self: Any, q: Any, c: Any, s: Any, a: Any, *, scale
         last = np.flatnonzero(row)[-1:]
         lengths[b, last] = row[last]
     return R.attend_pages(q, with_lengths(c, lengths), s, a, scale=scale)
+
+
+@broken("ATTEND-1")
+def keys_after_the_first_128_dropped(self: Any, q: Any, c: Any, s: Any, a: Any, *, scale: Any = None) -> Any:
+    before = np.cumsum(c.page_lengths, axis=1) - c.page_lengths
+    return R.attend_pages(q, with_lengths(c, np.clip(128 - before, 0, c.page_lengths)), s, a, scale=scale)
+
+
+@broken("ATTEND-1")
+def rows_after_the_first_16_left_empty(
+    self: Any, q: Any, c: Any, s: Any, a: Any, *, scale: Any = None
+) -> Any:
+    return R.attend_pages(q, c, s, a & (np.arange(q.shape[2]) < 16), scale=scale)
+
+
+@broken("ATTEND-1")
+def channels_after_the_first_64_ignored(
+    self: Any, q: Any, c: Any, s: Any, a: Any, *, scale: Any = None
+) -> Any:
+    return R.attend_pages(np.where(np.arange(q.shape[3]) < 64, q, 0), c, s, a, scale=scale)
+
+
+@broken("ATTEND-1")
+def second_tile_not_rescaled(self: Any, q: Any, c: Any, s: Any, a: Any, *, scale: Any = None) -> Any:
+    """An online softmax over tiles of 16 pages that adds sums without moving them to the common peak."""
+    states = []
+    for first in range(0, max(c.pages, 1), 16):
+        tile = (np.arange(c.pages) >= first) & (np.arange(c.pages) < first + 16)
+        states.append(R.attend_pages(q, c, Selection(s.mask & tile, s.span), a, scale=scale))
+    if len(states) == 1:
+        return states[0]
+    logs = np.stack([state.lse for state in states]).astype(np.float64)
+    peak = np.where(np.isneginf(logs.max(axis=0)), 0, logs[-1])  # the last tile's instead of the largest
+    with np.errstate(all="ignore"):
+        weights = np.exp(np.minimum(logs - np.where(np.isneginf(peak), 0, peak), 0))
+        total = weights.sum(axis=0)
+        out = sum(w[..., None] * state.out for w, state in zip(weights, states, strict=True))
+        lse = np.where(total == 0, -np.inf, np.where(np.isneginf(peak), 0, peak) + np.log(total))
+        return AttentionState(
+            (out / np.where(total == 0, 1, total)[..., None]).astype(q.dtype), lse.astype(np.float32)
+        )

@@ -180,3 +180,17 @@ def pooled_nan_without_context(self: Any, q: Any, c: Any, *, span: int, scale: A
 def pooled_uniform_mass_for_absent_pages(self: Any, q: Any, c: Any, *, span: int, scale: Any = None) -> Any:
     mass = R.pooled_scores(q, c, span=span, scale=scale)
     return np.where((c.page_lengths > 0)[:, None, None], mass, np.float32(1e-3))
+
+
+@scores_mutant("SCORES-1", "GQA-1")
+def scores_by_the_bounds_of_sequence_0(self: Any, q: Any, b: Any) -> Any:
+    return R.page_scores(q, PageBounds(*(np.repeat(part[:1], len(q), axis=0) for part in (b.lower, b.upper))))
+
+
+@pooled_mutant("POOLED-1")
+def pooled_softmax_of_each_page_alone(self: Any, q: Any, c: Any, *, span: int, scale: Any = None) -> Any:
+    mass = np.zeros((*q.shape[:2], -(-q.shape[2] // span), c.pages), np.float32)
+    for page in range(c.pages):
+        alone = np.where(np.arange(c.pages) == page, c.page_lengths, 0)
+        mass[..., page] = R.pooled_scores(q, with_lengths(c, alone), span=span, scale=scale)[..., page]
+    return mass

@@ -233,3 +233,17 @@ def reuse_writes_into_the_cache(self: Any, a: Any, fresh: Any, cached: Any) -> A
     state = R.reuse(a, fresh, cached)
     cached.out[...], cached.lse[...] = state.out, state.lse
     return state
+
+
+@broken("ACCURACY-2", "MERGE-1", operator="merge", dtypes=("float16",))
+def merge_rounds_the_lse_to_the_dtype(self: Any, *states: Any) -> Any:
+    return R.merge(*(AttentionState(s.out, s.lse.astype(np.float16).astype(np.float32)) for s in states))
+
+
+@broken("ATTEND-4", operator="attend")
+def attend_reads_what_is_cached_for_active_rows(
+    self: Any, q: Any, k: Any, v: Any, c: Any, s: Any, a: Any, cached: Any, *, scale: Any = None
+) -> Any:
+    _, state, block = fused(q, k, v, c, s, a, cached, scale)
+    taint = 0 if cached is None else 0 * cached.out
+    return (R.merge(state, block).out + taint).astype(q.dtype), state

@@ -32,7 +32,7 @@ class DefaultOperators(Backend):
     def page_bounds(self, context: Any) -> PageBounds:
         return self.reference.page_bounds(context)
 
-    def page_scores(self, q: Any, bounds: PageBounds) -> Any:
+    def page_scores(self, q: Any, bounds: PageBounds, *, active: Any = None) -> Any:
         return self.reference.page_scores(q, bounds)
 
     def attend_pages(
@@ -59,7 +59,7 @@ class PlainArrayApi(Backend):
             sides.append(xp.where(absent, xp.zeros_like(best), best))
         return PageBounds(*sides)
 
-    def page_scores(self, q: Any, bounds: PageBounds) -> Any:
+    def page_scores(self, q: Any, bounds: PageBounds, *, active: Any = None) -> Any:
         xp, dtype = namespace(q), compute_dtype(q)
         group = q.shape[1] // bounds.lower.shape[1]
         rows = xp.astype(q, dtype)[:, :, :, None, :]
