@@ -136,7 +136,7 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def page_scores(self, q: Array, bounds: PageBounds) -> Array:
+    def page_scores(self, q: Array, bounds: PageBounds, *, active: Array | None = None) -> Array:
         """Return the largest q.k that a page's box allows, unscaled (clause SCORES-1).
 
         The sum over channels of ``max(q * lower, q * upper)``.
@@ -147,6 +147,9 @@ class Backend(ABC):
             ``(batch, q_heads, tokens, head_dim)``.
         bounds : PageBounds
             Metadata of the context's pages.
+        active : array, optional
+            bool ``(batch, tokens)``: rows whose scores will be looked at; default all. Scores of the
+            other rows may hold anything, so a backend need not compute them.
 
         Returns
         -------

@@ -114,7 +114,7 @@ def check_attend_block(q: Array, k: Array, v: Array, scale: float | None) -> Non
     softmax_scale(head_dim, scale)
 
 
-def check_page_scores(q: Array, bounds: PageBounds) -> None:
+def check_page_scores(q: Array, bounds: PageBounds, active: Array | None = None) -> None:
     """Check the arguments of `page_scores`."""
     check_array("q", q, ("batch", "q_heads", "tokens", "head_dim"))
     if not isinstance(bounds, PageBounds):
@@ -125,6 +125,8 @@ def check_page_scores(q: Array, bounds: PageBounds) -> None:
     check_array("bounds.lower", bounds.lower, (batch, "kv_heads", "pages", head_dim), (dtype_name(q),))
     check_query_heads(q_heads, shape_of(bounds.lower)[1])
     check_same_place("bounds.lower", bounds.lower, "q", q)
+    if active is not None:
+        check_active(active, q)
 
 
 def check_pooled_scores(q: Array, context: Context, span: int, scale: float | None) -> None:

@@ -118,10 +118,10 @@ class RecordingOperators:
             self.key_reads += 1
         return self.bounds
 
-    def page_scores(self, q: Array, bounds: PageBounds) -> Array:
+    def page_scores(self, q: Array, bounds: PageBounds, *, active: Array | None = None) -> Array:
         """Count one read of the metadata."""
         self.metadata_reads += 1
-        return self._backend.page_scores(q, bounds)
+        return self._backend.page_scores(q, bounds, active=active)
 
     def pooled_scores(
         self, q: Array, context: Context, *, span: int, scale: float | None = None

@@ -84,8 +84,10 @@ class TorchBackend(Backend):
     def page_bounds(self, context: Context) -> PageBounds:
         return metadata.page_bounds(context)
 
-    def page_scores(self, q: torch.Tensor, bounds: PageBounds) -> torch.Tensor:
-        return metadata.page_scores(q, bounds)
+    def page_scores(
+        self, q: torch.Tensor, bounds: PageBounds, *, active: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return metadata.page_scores(q, bounds, active)
 
     def attend_pages(
         self,

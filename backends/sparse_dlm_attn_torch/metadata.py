@@ -34,9 +34,11 @@ def page_bounds(context: Context) -> PageBounds:
     return PageBounds(torch.stack(lower), torch.stack(upper))
 
 
-def page_scores(q: torch.Tensor, bounds: PageBounds) -> torch.Tensor:
+def page_scores(
+    q: torch.Tensor, bounds: PageBounds, active: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return ``relu(q) . upper + min(q, 0) . lower``, one pair of products a KV head (SCORES-1)."""
-    check_page_scores(q, bounds)
+    check_page_scores(q, bounds, active)
     check_library("q", q, torch.Tensor, "torch")
     batch, q_heads, tokens, head_dim = q.shape
     kv_heads = bounds.lower.shape[1]

@@ -60,8 +60,10 @@ class ReferenceBackend(Backend):
     def page_bounds(self, context: Context) -> PageBounds:
         return decisions.page_bounds(context)
 
-    def page_scores(self, q: FloatArray, bounds: PageBounds) -> FloatArray:
-        return decisions.page_scores(q, bounds)
+    def page_scores(
+        self, q: FloatArray, bounds: PageBounds, *, active: FloatArray | None = None
+    ) -> FloatArray:
+        return decisions.page_scores(q, bounds, active)
 
     def pooled_scores(
         self, q: FloatArray, context: Context, *, span: int, scale: float | None = None

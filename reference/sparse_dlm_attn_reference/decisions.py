@@ -45,19 +45,20 @@ def page_bounds(context: Context) -> PageBounds:
     return PageBounds(lower, upper)
 
 
-def page_scores(q: FloatArray, bounds: PageBounds) -> FloatArray:
+def page_scores(q: FloatArray, bounds: PageBounds, active: FloatArray | None = None) -> FloatArray:
     """Return the sum over channels of max(q lower, q upper) (clause SCORES-1)."""
-    check_page_scores(q, bounds)
+    check_page_scores(q, bounds, active)
     check_library("q", q, np.ndarray, "reference")
     batch, q_heads, tokens, _ = q.shape
     group = q_heads // bounds.lower.shape[1]
     scores = np.zeros((batch, q_heads, tokens, bounds.lower.shape[2]))
     with np.errstate(invalid="ignore", over="ignore"):
         for b, h in np.ndindex(batch, q_heads):
-            rows = q[b, h].astype(np.float64)[:, None, :]
+            wanted = np.arange(tokens) if active is None else np.flatnonzero(active[b])
+            rows = q[b, h, wanted].astype(np.float64)[:, None, :]
             lower = bounds.lower[b, h // group].astype(np.float64)
             upper = bounds.upper[b, h // group].astype(np.float64)
-            scores[b, h] = np.maximum(rows * lower, rows * upper).sum(axis=-1)
+            scores[b, h, wanted] = np.maximum(rows * lower, rows * upper).sum(axis=-1)
         return scores.astype(np.float32)
 
 

@@ -166,7 +166,7 @@ class BoundRanking(PrefixAttentionPolicy[MemoryT]):
         """Return the best pages of the active rows; queries of other rows do not matter."""
         xp = inputs.xp
         # The mask comes after the ranking, so an inactive row contributes nothing whatever its query.
-        own = self._own_pages(inputs) & active[:, None, :, None]
+        own = self._own_pages(inputs, active) & active[:, None, :, None]
         if self.pages == "own":
             return Selection(own, 1)
         union = xp.any(own, axis=2, keepdims=True)
@@ -176,19 +176,21 @@ class BoundRanking(PrefixAttentionPolicy[MemoryT]):
             union = any_in_group(union, inputs.context.kv_heads)
         return Selection(union, inputs.tokens)
 
-    def _own_pages(self, inputs: PassInputs[MemoryT]) -> Array:
+    def _own_pages(self, inputs: PassInputs[MemoryT], active: Array) -> Array:
         """Choose for every row and ranking head, bool ``(batch, heads, tokens, pages)``."""
         context, ops = inputs.context, inputs.ops
-        scores = self._scores(inputs)
+        scores = self._scores(inputs, active)
         count = pages_of_budget(context, self.budget, self.page_count, self.min_pages)
-        count, eligible = count[:, None, None], context.exists[:, None, None, :]
+        # Nothing is eligible for an inactive row, so a backend need not rank its scores either.
+        count, eligible = count[:, None, None], context.exists[:, None, None, :] & active[:, None, :, None]
         if not self.newest:
             return ops.top_pages(scores, count, eligible=eligible)
         forced = newest_page(context)[:, None, None, :]
         return ops.top_pages(scores, count - 1, eligible=eligible & ~forced) | forced
 
-    def _scores(self, inputs: PassInputs[MemoryT]) -> Array:
-        scores: Any = inputs.ops.page_scores(inputs.q, inputs.ops.page_bounds(inputs.context))
+    def _scores(self, inputs: PassInputs[MemoryT], active: Array) -> Array:
+        bounds = inputs.ops.page_bounds(inputs.context)
+        scores: Any = inputs.ops.page_scores(inputs.q, bounds, active=active)
         if self.group_scores == "query_head":
             return scores
         xp = inputs.xp

@@ -33,6 +33,7 @@ from sparse_dlm_attn.values import softmax_scale
 Array = np.ndarray[Any, Any]
 WRONG: list[Any] = [None, "abc", [1, 2], 2.5, object(), {}, np.zeros((0,)), np.array([None, 1])]
 BACKENDS = ["reference", "torch"]
+OPTIONAL = (("attend", "cached"), ("page_scores", "active"))
 
 
 def backend_named(name: str) -> Backend:
@@ -63,7 +64,7 @@ def arguments_of(backend: Backend) -> dict[str, dict[str, Any]]:
     scores, state = backend.page_scores(q, bounds), backend.attend_block(q, k, v)
     return {
         "page_bounds": {"context": context},
-        "page_scores": {"q": q, "bounds": bounds},
+        "page_scores": {"q": q, "bounds": bounds, "active": active},
         "pooled_scores": {"q": q, "context": context, "span": 2},
         "top_pages": {"scores": scores, "count": 2, "eligible": context.exists[:, None, None, :]},
         "query_change": {"q": q, "q_reference": q},
@@ -84,8 +85,8 @@ def test_operators_refuse_every_wrong_type_in_every_argument(name: str) -> None:
         extra = {"count": 1} if operator == "largest_changes" else {}
         for argument in good:
             for wrong in WRONG:
-                if argument == "cached" and operator == "attend" and wrong is None:
-                    continue  # the empty set
+                if wrong is None and (operator, argument) in OPTIONAL:
+                    continue  # the empty set; every row
                 with pytest.raises(SparseAttentionError, match=r"must|broadcast"):
                     getattr(backend, operator)(**{**good, argument: wrong}, **extra)
 

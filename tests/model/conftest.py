@@ -79,7 +79,7 @@ class LibraryBackend(Backend):
         exists = context.exists[:, None, :, None]
         return PageBounds(xp.where(exists, lower, 0.0), xp.where(exists, upper, 0.0))
 
-    def page_scores(self, q: Any, bounds: PageBounds) -> Any:
+    def page_scores(self, q: Any, bounds: PageBounds, *, active: Any = None) -> Any:
         xp = namespace(q)
         group = q.shape[1] // bounds.lower.shape[1]
         lower, upper = (xp.repeat(side, group, axis=1)[:, :, None, ...]

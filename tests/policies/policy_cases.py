@@ -174,7 +174,7 @@ class AnyArrayBackend(Backend):
         upper = xp.max(xp.where(valid, keys, xp.full_like(keys, -math.inf)), axis=3)
         return PageBounds(xp.where(absent, zero, lower), xp.where(absent, zero, upper))
 
-    def page_scores(self, q: Array, bounds: PageBounds) -> Array:
+    def page_scores(self, q: Array, bounds: PageBounds, *, active: Array | None = None) -> Array:
         xp = namespace(q)
         group = q.shape[1] // bounds.lower.shape[1]
         lower, upper = (xp.repeat(b, group, axis=1)[:, :, None, :, :] for b in (bounds.lower, bounds.upper))

@@ -25,7 +25,7 @@ class OnlineBackend(Backend):
             lower[b, :, page], upper[b, :, page] = keys.min(axis=1), keys.max(axis=1)
         return PageBounds(lower, upper)
 
-    def page_scores(self, q, bounds):
+    def page_scores(self, q, bounds, *, active=None):  # every row: inactive ones may hold anything
         group = q.shape[1] // bounds.lower.shape[1]
         rows = q.astype(np.float32)
         lower, upper = (np.repeat(b.astype(np.float32), group, axis=1) for b in (bounds.lower, bounds.upper))
