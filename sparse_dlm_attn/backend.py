@@ -202,9 +202,9 @@ class Backend(ABC):
         """
 
     def pooled_scores(
-        self, q: Array, context: Context, *, span: int, scale: float | None = None
+        self, q: Array, context: Context, *, span: int, scale: float | None = None, lse: Array | None = None
     ) -> Array:
-        """Return the mean softmax mass of each page over each span's rows (clause POOLED-1).
+        """Return the mean softmax mass of each page over each span's rows (clauses POOLED-1, POOLED-3).
 
         Parameters
         ----------
@@ -216,17 +216,23 @@ class Backend(ABC):
             Rows to average over; a last, shorter span averages over the rows it has.
         scale : float, optional
             Factor on q.k; default ``1 / sqrt(head_dim)``.
+        lse : array, optional
+            float32 ``(batch, q_heads, tokens)``: LSE of each row, as attention over these keys (or over
+            more keys, of which these are a part) has returned it. The keys are then read once; without
+            it a sweep of its own finds it first.
 
         Returns
         -------
         array
-            float32 ``(batch, q_heads, spans, pages)``; each span sums to 1 (0 for an empty context).
+            float32 ``(batch, q_heads, spans, pages)``; each span sums to 1 (0 for an empty context), or to
+            the mean share of these keys in ``lse``.
 
         Notes
         -----
-        Source: SparseD's block-averaged attention, as mass instead of a mean over the tile.
+        Source: SparseD's block-averaged attention, as mass instead of a mean over the tile. Beside its
+        result the default holds a chunk of scores, whatever the lengths of block and context.
         """
-        return operators.pooled_scores(q, context, span=span, scale=scale)
+        return operators.pooled_scores(q, context, span=span, scale=scale, lse=lse)
 
     def top_pages(self, scores: Array, count: int | Array, *, eligible: Array) -> Array:
         """Return the mask of the ``count`` best pages (clause TOP-1).

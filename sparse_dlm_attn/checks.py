@@ -129,11 +129,16 @@ def check_page_scores(q: Array, bounds: PageBounds, active: Array | None = None)
         check_active(active, q)
 
 
-def check_pooled_scores(q: Array, context: Context, span: int, scale: float | None) -> None:
+def check_pooled_scores(
+    q: Array, context: Context, span: int, scale: float | None, lse: Array | None = None
+) -> None:
     """Check the arguments of `pooled_scores`."""
     check_queries(q, context)
     check_int("span", span, 1)
     softmax_scale(shape_of(q)[3], scale)
+    if lse is not None:
+        check_array("lse", lse, shape_of(q)[:3], ("float32",))
+        check_same_place("lse", lse, "q", q)
 
 
 def check_top_pages(scores: Array, count: int | Array, eligible: Array) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -179,7 +179,7 @@ class PrefixAttention:
             state = self.policy.reuse(inputs, active, fresh)
             out = self.policy.merge(inputs, state, self.backend.attend_block(q, k, v, scale=scale))
         # Before the traffic is counted: a policy that freezes a selection scores pages here.
-        remembered = self.policy.remember(inputs, active, selection)
+        remembered = self.policy.remember(replace(inputs, state=state), active, selection)
         traffic = Traffic(
             selection, active, int(q.shape[1]), context.kv_heads, context.page_lengths,
             context.token_bytes, operators.metadata_reads, operators.key_reads,

@@ -7,6 +7,8 @@ data-dependent shapes and never synchronise, so they may run inside a captured C
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import replace
 from numbers import Real
 from typing import TYPE_CHECKING
 
@@ -35,6 +37,12 @@ __all__ = [
     "reuse",
     "top_pages",
 ]
+
+CHUNK_ELEMENTS = 2**21
+"""Most scores or gathered key channels that a sweep over a context holds at once."""
+
+LEAST_ROWS = 16
+"""Rows for which a part of a context is sized, so that a long block does not cut it into single pages."""
 
 
 def descending_ranks(values: Array) -> Array:
@@ -166,31 +174,110 @@ def valid_tokens(context: Context) -> Array:
     return slots < context.page_lengths[:, :, None]
 
 
-def pooled_scores(q: Array, context: Context, *, span: int, scale: float | None = None) -> Array:
+def pooled_scores(
+    q: Array, context: Context, *, span: int, scale: float | None = None, lse: Array | None = None
+) -> Array:
     """See :meth:`sparse_dlm_attn.Backend.pooled_scores`."""
-    check_pooled_scores(q, context, span, scale)
+    check_pooled_scores(q, context, span, scale, lse)
     xp = namespace(q)
     batch, q_heads, tokens, head_dim = shape_of(q)
-    dtype = compute_dtype(q)
+    span = min(span, max(tokens, 1))
     factor = softmax_scale(head_dim, scale)
-    group = q_heads // context.kv_heads
-    keys = xp.astype(gather_pages(context.k_pages, context), dtype)
-    slots = context.pages * context.page_size
-    keys = xp.reshape(keys, (batch, context.kv_heads, 1, slots, head_dim))
-    valid = xp.reshape(valid_tokens(context), (batch, 1, 1, 1, slots))
-    pooled = []
-    for start in range(0, tokens, span):  # one span at a time: memory is span x context
-        rows = xp.astype(q[:, :, start : min(start + span, tokens), :], dtype)
-        rows = xp.reshape(rows, (batch, context.kv_heads, group, rows.shape[2], head_dim))
-        logits = factor * xp.matmul(rows, xp.matrix_transpose(keys))
-        logits = xp.where(valid, logits, -math.inf)
-        peak = xp.max(logits, axis=-1, keepdims=True) if logits.shape[-1] else 0.0
-        mass = xp.exp(logits - xp.where(peak == -math.inf, 0.0, peak)) if logits.shape[-1] else logits
-        total = xp.sum(mass, axis=-1, keepdims=True)
-        mass = mass / xp.where(total == 0, 1.0, total)
-        paged = xp.reshape(mass, (*shape_of(mass)[:-1], context.pages, context.page_size))
-        score = xp.mean(xp.sum(paged, axis=-1), axis=3)
-        pooled.append(xp.reshape(score, (batch, q_heads, 1, context.pages)))
-    if not pooled:
-        return xp.zeros((batch, q_heads, 0, context.pages), dtype=xp.float32, device=q.device)
-    return xp.astype(xp.concat(pooled, axis=2), xp.float32)
+    spans = -(-tokens // span)
+    if 0 in (batch, q_heads, tokens, context.pages):
+        return xp.zeros((batch, q_heads, spans, context.pages), dtype=xp.float32, device=q.device)
+    columns = []
+    if lse is None:
+        lse = _context_lse(q, context, factor)
+    # A row without mass (lse -inf) has scores of -inf alone: any finite stand-in gives 0 for it.
+    shift = xp.astype(xp.where(lse == -math.inf, 0.0, lse), compute_dtype(q))[..., None, None]
+    for part in _page_parts(context, q):
+        sums = xp.zeros((batch, q_heads, spans, part.pages), dtype=compute_dtype(q), device=q.device)
+        for first, logits in _logits(q, part, factor, span):
+            rows = slice(first, first + int(logits.shape[2]))
+            # No weight exceeds 1; a row whose LSE came out a rounding too small must not either.
+            exponent = logits - shift[:, :, rows, ...]
+            mass = xp.sum(xp.exp(xp.where(exponent > 0, 0.0, exponent)), axis=-1)
+            sums = _add_rows(sums, mass, first, span)
+        columns.append(sums)
+    counts = [min(span, tokens - start) for start in range(0, tokens, span)]
+    counts = xp.asarray(counts, dtype=compute_dtype(q), device=q.device)[:, None]
+    return xp.astype(xp.concat(columns, axis=3) / counts, xp.float32)
+
+
+def _context_lse(q: Array, context: Context, factor: float) -> Array:
+    """Sweep over the pages once and return each row's LSE, ``(batch, q_heads, tokens)``."""
+    xp = namespace(q)
+    lse = xp.full(shape_of(q)[:3], -math.inf, dtype=compute_dtype(q), device=q.device)
+    for part in _page_parts(context, q):
+        chunks = []
+        for first, logits in _logits(q, part, factor, 1):
+            batch, heads, rows = shape_of(logits)[:3]
+            logits = xp.reshape(logits, (batch, heads, rows, -1))
+            before = lse[:, :, first : first + rows]
+            peak = xp.maximum(xp.max(logits, axis=-1), before)
+            safe = xp.where(peak == -math.inf, 0.0, peak)
+            total = xp.sum(xp.exp(logits - safe[..., None]), axis=-1) + xp.exp(before - safe)
+            empty = total == 0
+            chunks.append(xp.where(empty, -math.inf, safe + xp.log(xp.where(empty, 1.0, total))))
+        lse = xp.concat(chunks, axis=2)
+    return lse
+
+
+def _page_parts(context: Context, q: Array) -> Iterator[Context]:
+    """Cut a context into parts whose gathered keys stay within `CHUNK_ELEMENTS`."""
+    slots = context.batch * context.kv_heads * context.page_size * max(context.head_dim, 1)
+    rows = min(int(q.shape[2]), LEAST_ROWS) * int(q.shape[0] * q.shape[1]) * context.page_size
+    pages = max(CHUNK_ELEMENTS // max(slots, rows), 1)
+    for start in range(0, context.pages, pages):
+        columns = slice(start, min(start + pages, context.pages))
+        yield replace(
+            context, page_table=context.page_table[:, columns], page_segments=None, bounds=None,
+            page_lengths=context.page_lengths[:, columns],
+        )
+
+
+def _logits(q: Array, part: Context, factor: float, span: int) -> Iterator[tuple[int, Array]]:
+    """Yield a first row and scores ``(batch, q_heads, rows, pages, page_size)``, some rows at a time.
+
+    Scores of tokens that do not exist are -inf. Rows of one yield make whole spans, or lie within one.
+    """
+    xp = namespace(q)
+    batch, q_heads, tokens, head_dim = shape_of(q)
+    group, slots = q_heads // part.kv_heads, part.pages * part.page_size
+    keys = xp.astype(gather_pages(part.k_pages, part), compute_dtype(q))
+    keys = xp.matrix_transpose(xp.reshape(keys, (batch, part.kv_heads, 1, slots, head_dim)))
+    valid = valid_tokens(part)[:, None, None, :, :]
+    wanted = max(CHUNK_ELEMENTS // (batch * q_heads * slots), 1)
+    for start, end in _row_parts(tokens, span, wanted):
+        rows = xp.astype(q[:, :, start:end, :], compute_dtype(q))
+        rows = xp.reshape(rows, (batch, part.kv_heads, group, end - start, head_dim))
+        logits = factor * xp.matmul(rows, keys)
+        shape = (batch, q_heads, end - start, part.pages, part.page_size)
+        yield start, xp.where(valid, xp.reshape(logits, shape), -math.inf)
+
+
+def _row_parts(tokens: int, span: int, wanted: int) -> Iterator[tuple[int, int]]:
+    """Cut rows into runs of at most about ``wanted``: several whole spans, or pieces of one."""
+    if wanted >= span:
+        step = wanted // span * span
+        yield from ((start, min(start + step, tokens)) for start in range(0, tokens, step))
+        return
+    for first in range(0, tokens, span):
+        last = min(first + span, tokens)
+        yield from ((start, min(start + wanted, last)) for start in range(first, last, wanted))
+
+
+def _add_rows(sums: Array, mass: Array, first: int, span: int) -> Array:
+    """Add masses ``(batch, q_heads, rows, pages)`` of rows from ``first`` on to the sums of their spans."""
+    xp = namespace(sums)
+    batch, heads, rows, pages = shape_of(mass)
+    start, spans = first // span, -(-rows // span)
+    missing = spans * span - rows
+    if missing and spans > 1:
+        fill = xp.zeros((batch, heads, missing, pages), dtype=mass.dtype, device=mass.device)
+        mass = xp.concat([mass, fill], axis=2)
+    width = span if spans > 1 else int(mass.shape[2])
+    summed = xp.sum(xp.reshape(mass, (batch, heads, spans, width, pages)), axis=3)
+    before, after = sums[:, :, :start, :], sums[:, :, start + spans :, :]
+    return xp.concat([before, sums[:, :, start : start + spans, :] + summed, after], axis=2)

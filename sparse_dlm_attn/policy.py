@@ -55,6 +55,8 @@ class PassInputs(Generic[MemoryT]):
         bool for all of them, or bool ``(batch,)`` when they stand at different passes.
     scale : float or None
         Softmax scale, None for the default.
+    state : AttentionState or None
+        Context part of this pass, after `reuse`; known to `remember` alone.
     """
 
     ops: Backend
@@ -65,6 +67,7 @@ class PassInputs(Generic[MemoryT]):
     info: PassInfo
     restarts: bool | Array
     scale: float | None = None
+    state: AttentionState | None = None
 
     @property
     def xp(self) -> Any:
@@ -188,7 +191,11 @@ class PrefixAttentionPolicy(ABC, Generic[MemoryT]):
     def remember(
         self, inputs: PassInputs[MemoryT], active: Array, selection: Selection
     ) -> MemoryT | None:
-        """Return what this layer's next pass needs, a frozen value; the default is nothing."""
+        """Return what this layer's next pass needs, a frozen value; the default is nothing.
+
+        ``inputs.state`` is the pass's context part. After a dense pass its LSE spares
+        :meth:`sparse_dlm_attn.Backend.pooled_scores` a sweep over the keys.
+        """
         return None
 
 

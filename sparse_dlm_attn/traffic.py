@@ -124,11 +124,11 @@ class RecordingOperators:
         return self._backend.page_scores(q, bounds, active=active)
 
     def pooled_scores(
-        self, q: Array, context: Context, *, span: int, scale: float | None = None
+        self, q: Array, context: Context, *, span: int, scale: float | None = None, lse: Array | None = None
     ) -> Array:
         """Count one read of all keys."""
         self.key_reads += 1
-        return self._backend.pooled_scores(q, context, span=span, scale=scale)
+        return self._backend.pooled_scores(q, context, span=span, scale=scale, lse=lse)
 
     def as_backend(self) -> Backend:
         """Return this object under the type that policies expect."""

@@ -23,6 +23,7 @@ CLAUSES: dict[str, str] = {
     "SCORES-2": "a page's score is at least q.k of each of its valid keys",
     "POOLED-1": "pooled_scores: mean over the span's rows of each page's softmax mass, float32",
     "POOLED-2": "each span sums to 1 over pages, 0 for an empty context; absent pages get 0",
+    "POOLED-3": "pooled_scores(lse): the same masses from a known LSE; shares of it if it covers more keys",
     "TOP-1": "top_pages: min(max(count, 0), eligible) pages, none better left out",
     "TOP-2": "ties: lowest page index",
     "TOP-3": "pages not eligible are never chosen",

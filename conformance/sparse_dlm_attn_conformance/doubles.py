@@ -54,8 +54,10 @@ class Delegate(Backend):
     def page_scores(self, q: Array, bounds: PageBounds, *, active: Array | None = None) -> Array:
         return self.call("page_scores", q, bounds, active=active)
 
-    def pooled_scores(self, q: Array, context: Context, *, span: int, scale: float | None = None) -> Array:
-        return self.call("pooled_scores", q, context, span=span, scale=scale)
+    def pooled_scores(
+        self, q: Array, context: Context, *, span: int, scale: float | None = None, lse: Array | None = None
+    ) -> Array:
+        return self.call("pooled_scores", q, context, span=span, scale=scale, lse=lse)
 
     def top_pages(self, scores: Array, count: int | Array, *, eligible: Array) -> Array:
         return self.call("top_pages", scores, count, eligible=eligible)
@@ -125,7 +127,10 @@ class Grid(Delegate):
 
     name: ClassVar[str] = "grid"
 
-    def pooled_scores(self, q: Array, context: Context, *, span: int, scale: float | None = None) -> Array:
+    def pooled_scores(
+        self, q: Array, context: Context, *, span: int, scale: float | None = None, lse: Array | None = None
+    ) -> Array:
+        """Return the reference's scores on the grid; with ``lse``, shares of what that covers, all of it."""
         queries, k_pages, v_pages = (
             to_numpy(part).astype(np.float64) for part in (q, context.k_pages, context.v_pages)
         )

@@ -66,9 +66,10 @@ class ReferenceBackend(Backend):
         return decisions.page_scores(q, bounds, active)
 
     def pooled_scores(
-        self, q: FloatArray, context: Context, *, span: int, scale: float | None = None
+        self, q: FloatArray, context: Context, *, span: int, scale: float | None = None,
+        lse: FloatArray | None = None,
     ) -> FloatArray:
-        return decisions.pooled_scores(q, context, span=span, scale=scale)
+        return decisions.pooled_scores(q, context, span=span, scale=scale, lse=lse)
 
     def top_pages(
         self, scores: FloatArray, count: int | FloatArray, *, eligible: FloatArray

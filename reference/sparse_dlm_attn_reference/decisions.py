@@ -18,7 +18,7 @@ from sparse_dlm_attn.checks import (
 )
 from sparse_dlm_attn.operators import check_change_rule
 from sparse_dlm_attn.values import softmax_scale
-from sparse_dlm_attn_reference.attention import page_tokens
+from sparse_dlm_attn_reference.attention import ROWS_AT_ONCE, page_tokens
 
 __all__ = [
     "largest_changes",
@@ -63,10 +63,10 @@ def page_scores(q: FloatArray, bounds: PageBounds, active: FloatArray | None = N
 
 
 def pooled_scores(
-    q: FloatArray, context: Context, *, span: int, scale: float | None = None
+    q: FloatArray, context: Context, *, span: int, scale: float | None = None, lse: FloatArray | None = None
 ) -> FloatArray:
-    """Return the mean softmax mass a page receives from a span's rows (clause POOLED-1)."""
-    check_pooled_scores(q, context, span, scale)
+    """Return the mean softmax mass a page receives from a span's rows (clauses POOLED-1, POOLED-3)."""
+    check_pooled_scores(q, context, span, scale, lse)
     check_library("q", q, np.ndarray, "reference")
     batch, q_heads, tokens, head_dim = q.shape
     factor = softmax_scale(head_dim, scale)
@@ -79,15 +79,26 @@ def pooled_scores(
         k = page_tokens(context.k_pages, context, b, h // (q_heads // context.kv_heads), listed)
         first_tokens = np.cumsum(lengths[listed]) - lengths[listed]
         for start in range(0, tokens, span):
-            with np.errstate(invalid="ignore", over="ignore"):
-                logits = factor * (q[b, h, start : start + span].astype(np.float64) @ k.T)
-                peak = logits.max(axis=1, keepdims=True)
-                nothing = np.isneginf(peak)  # every score -inf: no mass, as in an empty context
-                mass = np.exp(logits - np.where(nothing, 0.0, peak))
-                mass /= np.where(nothing, 1.0, mass.sum(axis=1, keepdims=True))
-            paged = np.add.reduceat(mass, first_tokens, axis=1)
-            scores[b, h, start // span, listed] = paged.mean(axis=0)
+            rows = slice(start, min(start + span, tokens))
+            total = np.zeros(listed.size)
+            for first in range(rows.start, rows.stop, ROWS_AT_ONCE):
+                piece = slice(first, min(first + ROWS_AT_ONCE, rows.stop))
+                of_rows = None if lse is None else lse[b, h, piece].astype(np.float64)
+                mass = _masses(factor * (q[b, h, piece].astype(np.float64) @ k.T), of_rows)
+                total += np.add.reduceat(mass, first_tokens, axis=1).sum(axis=0)
+            scores[b, h, start // span, listed] = total / (rows.stop - rows.start)
     return scores.astype(np.float32)
+
+
+def _masses(logits: FloatArray, lse: FloatArray | None) -> FloatArray:
+    """Return softmax weights ``(rows, tokens)``, normalised by ``lse`` if it is known."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        peak = logits.max(axis=1, keepdims=True) if lse is None else lse[:, None]
+        nothing = np.isneginf(peak)  # every score -inf: no mass, as in an empty context
+        exponent = logits - np.where(nothing, 0.0, peak)
+        # No weight exceeds 1; a row whose LSE came out a rounding too small must not either.
+        mass = np.exp(np.where(exponent > 0, 0.0, exponent))
+        return mass if lse is not None else mass / np.where(nothing, 1.0, mass.sum(axis=1, keepdims=True))
 
 
 def top_pages(scores: FloatArray, count: int | FloatArray, eligible: FloatArray) -> FloatArray:

@@ -84,7 +84,9 @@ class Mage(PrefixAttentionPolicy[MageMemory]):
 
     def _best_pages(self, inputs: PassInputs[MageMemory]) -> Array:
         context, ops, xp = inputs.context, inputs.ops, inputs.xp
-        mass = ops.pooled_scores(inputs.q, context, span=inputs.tokens, scale=inputs.scale)
+        # Pass 0 is dense, so its LSE is that of the whole context: one sweep over the keys is enough.
+        lse = inputs.state.lse if inputs.state is not None else None
+        mass = ops.pooled_scores(inputs.q, context, span=inputs.tokens, scale=inputs.scale, lse=lse)
         batch, _, spans, pages = shape_of(mass)
         grouped = xp.reshape(mass, (batch, context.kv_heads, inputs.group, spans, pages))
         count = pages_of_budget(context, self.budget)

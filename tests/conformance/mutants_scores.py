@@ -129,7 +129,18 @@ def scores_in_double_precision(self: Any, q: Any, b: Any) -> Any:
 
 
 def pooled_mutant(*clauses: str) -> Callable[[Method], Method]:
-    return broken(*clauses, operator="pooled_scores")
+    def register(function: Method) -> Method:
+        # The mistakes below are made in the sweep that finds the LSE itself.
+        def method(self: Any, q: Any, c: Any, *, span: int, scale: Any = None, lse: Any = None) -> Any:
+            if lse is not None:
+                return R.pooled_scores(q, c, span=span, scale=scale, lse=lse)
+            return function(self, q, c, span=span, scale=scale)
+
+        method.__name__ = function.__name__
+        broken(*clauses, operator="pooled_scores")(method)
+        return function
+
+    return register
 
 
 @pooled_mutant("POOLED-1")
