@@ -107,6 +107,7 @@ class PrefixAttention:
             raise InvalidTypeError("check_contents", "must be a bool or None", repr(check_contents))
         self.check_contents = check_contents
         kind = type(self.policy)
+        self._computes_all = kind.computed_tokens is PrefixAttentionPolicy.computed_tokens
         self._fused = (
             kind.reuse is PrefixAttentionPolicy.reuse and kind.merge is PrefixAttentionPolicy.merge
         )
@@ -117,8 +118,8 @@ class PrefixAttention:
     def __call__(
         self,
         q: Array,
-        k: Array,
-        v: Array,
+        k: Array | None,
+        v: Array | None,
         context: Context,
         memory: LayerMemory | None = None,
         info: PassInfo | None = None,
@@ -131,10 +132,11 @@ class PrefixAttention:
         ----------
         q : array
             ``(batch, q_heads, tokens, head_dim)``: queries of the block.
-        k, v : array
-            ``(batch, kv_heads, tokens, head_dim)``: keys and values of the block.
+        k, v : array or None
+            ``(batch, kv_heads, tokens, head_dim)``: keys and values of the block. None for both: the
+            block is the whole sequence, and row ``r`` is the ``r``-th token of ``context``.
         context : Context
-            Pages outside the block.
+            Pages outside the block, or those of the whole sequence.
         memory : LayerMemory, optional
             What this layer's previous pass returned; None in pass 0. Memory of an earlier block may
             be handed in at pass 0 and is dropped unless the policy's memory spans the sequence.
@@ -160,17 +162,19 @@ class PrefixAttention:
             If ``memory`` belongs to another policy, layer, block shape or context.
         """
         info = self._checked(q, k, v, context, memory, info, scale)
-        inputs, operators = self._inputs(q, context, memory, info, scale)
-        active = self.policy.active_set(inputs)
-        check_array("active_set()", active, (q.shape[0], q.shape[2]), ("bool", "bool_"))
-        check_same_place("active_set()", active, "q", q)
+        inputs, operators = self._inputs(q, context, memory, info, scale, k is None)
+        active = self._active(inputs)
         selection = self.policy.select_pages(inputs, active)
         if not isinstance(selection, Selection):
             raise InvalidTypeError(
                 f"{self.policy.name}.select_pages()", "must be a Selection", type(selection).__name__
             )
         selection.check_fits(shape_of(q), context)
-        if self._fused:
+        if k is None or v is None:
+            fresh = self.backend.attend_pages(q, context, selection, active, scale=scale)
+            state = self.policy.reuse(inputs, active, fresh)
+            out = self.policy.merge(inputs, state, AttentionState.empty_like(q))
+        elif self._fused:
             out, state = self.backend.attend(
                 q, k, v, context, selection, active, inputs.cached, scale=scale
             )
@@ -190,8 +194,19 @@ class PrefixAttention:
             remembered, operators.bounds, selection, active, traffic,
         )
 
+    def _active(self, inputs: PassInputs[Any]) -> Array:
+        """Return the active rows: the policy's, among those that the model computes (clause DRIVER-3)."""
+        q = inputs.q
+        active = self.policy.active_set(inputs)
+        _check_rows("active_set()", active, q)
+        if self._computes_all:
+            return active
+        computed = self.policy.computed_tokens(inputs.info, inputs.all_rows())
+        _check_rows("computed_tokens()", computed, q)
+        return active & computed
+
     def _checked(
-        self, q: Array, k: Array, v: Array, context: Context, memory: LayerMemory | None,
+        self, q: Array, k: Array | None, v: Array | None, context: Context, memory: LayerMemory | None,
         info: PassInfo | None, scale: float | None,
     ) -> PassInfo:
         """Check everything that can be checked before a kernel is launched."""
@@ -201,7 +216,10 @@ class PrefixAttention:
                     "info", "must be given together with memory", "None", "Pass PassInfo(index=...)."
                 )
             info = PassInfo(0)
-        check_block(q, k, v, context)
+        if k is None and v is None:
+            _check_whole(q, context)
+        else:
+            check_block(q, k, v, context)
         softmax_scale(int(q.shape[3]), scale)
         _check_info(info, q)
         reasons = self.backend.why_not(Problem.of(q, context))
@@ -210,22 +228,29 @@ class PrefixAttention:
         read = is_host(context.page_table) if self.check_contents is None else self.check_contents
         if read:
             context.check_contents()
+            if k is None:
+                _check_rows_are_tokens(q, context)
         if memory is not None:
             _check_memory(self.policy, q, context, memory, info)
         return info
 
     def _inputs(
-        self, q: Array, context: Context, memory: LayerMemory | None, info: PassInfo, scale: float | None
+        self, q: Array, context: Context, memory: LayerMemory | None, info: PassInfo, scale: float | None,
+        whole: bool,
     ) -> tuple[PassInputs[Any], RecordingOperators]:
         """Assemble what the policy sees, without anything that a restart must not see."""
         if memory is None:
             operators = RecordingOperators(self.backend, None)
-            return PassInputs(operators.as_backend(), q, context, None, None, info, True, scale), operators
+            inputs: PassInputs[Any] = PassInputs(
+                operators.as_backend(), q, context, None, None, info, True, scale, whole
+            )
+            return inputs, operators
         if isinstance(info.index, int):
             restarts: bool | Array = info.index == 0
         else:
             restarts = info.of_sequences("index", q) == 0
-        same_context = memory.version == context.version and restarts is False
+        # A whole sequence's keys are written anew in every pass, so bounds of the previous one are stale.
+        same_context = memory.version == context.version and restarts is False and not whole
         operators = RecordingOperators(self.backend, memory.bounds if same_context else None)
         policy_memory = memory.policy_memory
         cached: AttentionState | None = memory.state
@@ -240,8 +265,8 @@ class PrefixAttention:
                 xp.where(rows[..., None], xp.zeros_like(memory.state.out), memory.state.out),
                 xp.where(rows, -math.inf, memory.state.lse),
             )
-        inputs: PassInputs[Any] = PassInputs(
-            operators.as_backend(), q, context, policy_memory, cached, info, restarts, scale
+        inputs = PassInputs(
+            operators.as_backend(), q, context, policy_memory, cached, info, restarts, scale, whole
         )
         return inputs, operators
 
@@ -256,15 +281,47 @@ def check_block(q: Array, k: Array, v: Array, context: Context) -> None:
     InvalidArgumentError
         For a wrong shape, head count or device.
     """
+    _check_context_type(context)
+    check_array("q", q, ("batch", "q_heads", "tokens", "head_dim"))
+    batch, _, tokens, head_dim = shape_of(q)
+    check_array("k", k, (batch, context.kv_heads, tokens, head_dim), (dtype_name(q),))
+    check_array("v", v, shape_of(k), (dtype_name(q),))
+    _check_queries_fit(q, context)
+    for name, array in (("k", k), ("v", v)):
+        check_same_place(name, array, "q", q)
+
+
+def _check_context_type(context: object) -> None:
     if not isinstance(context, Context):
         raise InvalidTypeError(
             "context", "must be a Context", type(context).__name__,
             "Build one with Context.from_dense(k, v, page_size).",
         )
+
+
+def _check_whole(q: Array, context: Context) -> None:
+    """Raise unless queries of a whole sequence fit its context."""
+    _check_context_type(context)
     check_array("q", q, ("batch", "q_heads", "tokens", "head_dim"))
+    _check_queries_fit(q, context)
+
+
+def _check_rows_are_tokens(q: Array, context: Context) -> None:
+    tokens = to_numpy(context.tokens)
+    if (tokens != q.shape[2]).any():
+        raise InvalidArgumentError(
+            "context", f"must hold exactly the block's {int(q.shape[2])} tokens where k and v are None",
+            f"{tokens.tolist()} tokens",
+        )
+
+
+def _check_rows(name: str, rows: Array, q: Array) -> None:
+    check_array(name, rows, (q.shape[0], q.shape[2]), ("bool", "bool_"))
+    check_same_place(name, rows, "q", q)
+
+
+def _check_queries_fit(q: Array, context: Context) -> None:
     batch, q_heads, tokens, head_dim = shape_of(q)
-    check_array("k", k, (batch, context.kv_heads, tokens, head_dim), (dtype_name(q),))
-    check_array("v", v, shape_of(k), (dtype_name(q),))
     if head_dim != context.head_dim or dtype_name(q) != dtype_name(context.k_pages):
         raise InvalidArgumentError(
             "context.k_pages", f"must have head_dim {head_dim} and dtype {dtype_name(q)}, as q has",
@@ -278,8 +335,7 @@ def check_block(q: Array, k: Array, v: Array, context: Context) -> None:
         )
     if tokens == 0:
         raise InvalidArgumentError("q", "must have at least one row", f"shape {shape_of(q)}")
-    for name, array in (("k", k), ("v", v), ("context.k_pages", context.k_pages)):
-        check_same_place(name, array, "q", q)
+    check_same_place("context.k_pages", context.k_pages, "q", q)
 
 
 def _type_name(array: Array) -> str:
@@ -295,11 +351,11 @@ def _check_info(info: PassInfo, q: Array) -> None:
     if not isinstance(info, PassInfo):
         raise InvalidTypeError("info", "must be a PassInfo", type(info).__name__)
     batch, _, tokens, _ = shape_of(q)
-    for name in ("index", "is_save"):
+    for name in ("index", "is_save", "window_index"):
         value = getattr(info, name)
-        if not isinstance(value, bool | int) and shape_of(value) != (batch,):
+        if value is not None and not isinstance(value, bool | int) and shape_of(value) != (batch,):
             raise InvalidArgumentError(f"info.{name}", f"must have shape {(batch,)}", shape_of(value))
-    for name in ("decoded", "newly_decoded"):
+    for name in ("decoded", "newly_decoded", "window", "planned"):
         value = getattr(info, name)
         if value is not None and shape_of(value) != (batch, tokens):
             raise InvalidArgumentError(

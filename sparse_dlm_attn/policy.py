@@ -55,6 +55,8 @@ class PassInputs(Generic[MemoryT]):
         bool for all of them, or bool ``(batch,)`` when they stand at different passes.
     scale : float or None
         Softmax scale, None for the default.
+    whole : bool
+        Whether the block is the whole sequence, its own keys being the context (clause DRIVER-4).
     state : AttentionState or None
         Context part of this pass, after `reuse`; known to `remember` alone.
     """
@@ -67,6 +69,7 @@ class PassInputs(Generic[MemoryT]):
     info: PassInfo
     restarts: bool | Array
     scale: float | None = None
+    whole: bool = False
     state: AttentionState | None = None
 
     @property
@@ -151,6 +154,26 @@ class PrefixAttentionPolicy(ABC, Generic[MemoryT]):
 
     memory_scope: ClassVar[Literal["block", "sequence"]] = "block"
     """Whether memory ends with the block or is carried to the next one."""
+
+    def computed_tokens(self, info: PassInfo, rows: Array) -> Array:
+        """Return the rows that the model computes at all in this pass, bool ``(batch, tokens)``.
+
+        The others are neither embedded nor projected nor attended from, in any layer: their keys and
+        values stay those of the last pass that computed them. Asked once a pass, before the first
+        layer; the driver asks again and lets no other row be active. The default is all rows.
+
+        Law: all rows in pass 0; in every pass the rows that may be decoded after it (``info.planned``,
+        else the masked rows of ``info.window``) and those that were decoded after the previous one;
+        nothing but ``info`` decides (clause POLICY-7).
+
+        Parameters
+        ----------
+        info : PassInfo
+            Place in the denoising; the same for every layer.
+        rows : array
+            bool ``(batch, tokens)``, True: all rows of the block.
+        """
+        return rows
 
     def active_set(self, inputs: PassInputs[MemoryT]) -> Array:
         """Return the rows whose context part is computed afresh, bool ``(batch, tokens)``.

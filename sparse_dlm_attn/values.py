@@ -190,6 +190,13 @@ class PassInfo:
         Layer of this call, counted from 0, and the model's number of layers.
     total_passes : int, optional
         Denoising passes planned for the block (save pass not counted); None if not known.
+    window : array, optional
+        bool ``(batch, tokens)``: the rows that are being filled in, where a block is decoded part by part;
+        None for all of them.
+    window_index : int or array, optional
+        Pass within the window, as ``index`` within the block; None if the block is one window.
+    planned : array, optional
+        bool ``(batch, tokens)``: rows that are decoded after this pass, where that is known before it.
     """
 
     index: int | Array
@@ -199,22 +206,18 @@ class PassInfo:
     layer: int = 0
     num_layers: int = 1
     total_passes: int | None = None
+    window: Array | None = None
+    window_index: int | Array | None = None
+    planned: Array | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "index", _host_uniform("index", self.index))
+        object.__setattr__(self, "index", _pass_number("index", self.index))
         object.__setattr__(self, "is_save", _host_uniform("is_save", self.is_save))
-        if isinstance(self.index, int):
-            if isinstance(self.index, bool) or not 0 <= self.index < 2**31:
-                raise InvalidArgumentError("index", "must be a pass number from 0 to 2**31 - 1", self.index)
-        else:
-            check_array("index", self.index, ("batch",), ("int8", "int16", "int32", "int64"))
-            if is_host(self.index) and (to_numpy(self.index) < 0).any():
-                raise InvalidArgumentError(
-                    "index", "must hold pass numbers from 0", to_numpy(self.index).tolist()
-                )
+        if self.window_index is not None:
+            object.__setattr__(self, "window_index", _pass_number("window_index", self.window_index))
         if not isinstance(self.is_save, bool):
             check_array("is_save", self.is_save, ("batch",), ("bool", "bool_"))
-        for name in ("decoded", "newly_decoded"):
+        for name in ("decoded", "newly_decoded", "window", "planned"):
             if getattr(self, name) is not None:
                 check_array(name, getattr(self, name), ("batch", "tokens"), ("bool", "bool_"))
         for name in ("layer", "num_layers", "total_passes"):
@@ -229,14 +232,32 @@ class PassInfo:
         if self.total_passes is not None and self.total_passes < 1:
             raise InvalidArgumentError("total_passes", "must be at least 1 or None", self.total_passes)
 
+    @property
+    def pass_in_window(self) -> int | Array:
+        """``window_index``, or ``index`` where the block is one window."""
+        return self.index if self.window_index is None else self.window_index
+
     def of_sequences(self, name: str, like: Array) -> Array:
-        """Return ``index`` or ``is_save`` as an array ``(batch,)`` beside the array ``like``."""
+        """Return ``index``, ``window_index`` or ``is_save`` as an array ``(batch,)`` beside ``like``."""
         xp = namespace(like)
-        value: Any = getattr(self, name)
+        value: Any = self.pass_in_window if name == "window_index" else getattr(self, name)
         dtype = xp.bool if name == "is_save" else xp.int32
         if isinstance(value, bool | int):
             return xp.full((like.shape[0],), value, dtype=dtype, device=like.device)
         return xp.astype(xp.asarray(value, device=like.device), dtype)
+
+
+def _pass_number(name: str, value: Any) -> Any:
+    """Return a pass number, or an array ``(batch,)`` of them; raise for anything else."""
+    value = _host_uniform(name, value)
+    if isinstance(value, int):
+        if isinstance(value, bool) or not 0 <= value < 2**31:
+            raise InvalidArgumentError(name, "must be a pass number from 0 to 2**31 - 1", value)
+        return value
+    check_array(name, value, ("batch",), ("int8", "int16", "int32", "int64"))
+    if is_host(value) and (to_numpy(value) < 0).any():
+        raise InvalidArgumentError(name, "must hold pass numbers from 0", to_numpy(value).tolist())
+    return value
 
 
 def _host_uniform(name: str, value: Any) -> Any:

@@ -20,7 +20,11 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "losa": ("losa:budget=3,active=2", "losa:budget=4,mass=0.5,drift=refresh,pages=own"),
     "flashblock": ("flashblock:limit=2",),
     "mage": ("mage:budget=4,dense_layers=0",),
-    "sparsed": ("sparsed:ratio=0.4,warmup=1,span=2",),
+    "sparsed": ("sparsed:ratio=0.4,warmup=1,span=2", "sparsed:variant=paper,warmup=1,ratio=0.4"),
+    "fast-dllm": ("fast-dllm", "fast-dllm:mode=prefix"),
+    "dkv-cache": ("dkv-cache:reload=4", "dkv-cache:mode=greedy,neighbours=2"),
+    "sparse-dllm": ("sparse-dllm:ratio=0.4,delay=0", "sparse-dllm:kernel=1"),
+    "snapkv": ("snapkv:capacity=5,window=2,kernel=3",),
 }
 """Defaults are made for contexts of thousands of tokens: on a generated problem, which has a few dozen,
 they would read every page and prove nothing."""
@@ -42,9 +46,14 @@ PARAMETERS: dict[str, dict[str, tuple[Any, ...]]] = {
     "flashblock": {"limit": (1, 0, 2, 3), "dirty_rows": ("drop", "keep"), "save_pass": ("refresh", "reuse")},
     "mage": {"budget": (4, 1, 9), "dense_layers": (0, 1)},
     "sparsed": {
-        "ratio": (0.3, 0.0, 0.5, 1.0), "skip": (0.2, 0.0), "warmup": (1, None, 2), "span": (None, 1, 2),
-        "isolated": (True, False),
+        "ratio": (0.3, 0.0, 0.5, 1.0), "skip": (0.2, 0.0), "warmup": (1, None, 0, 2), "span": (None, 1, 2),
+        "isolated": (True, False), "variant": ("code", "paper"), "score_scale": ("attention", "heads"),
+        "frozen": (True, False),
     },
+    "fast-dllm": {"mode": ("dual", "prefix")},
+    "dkv-cache": {"mode": ("decode", "greedy"), "reload": (None, 1, 3), "neighbours": (4, 0)},
+    "sparse-dllm": {"ratio": (0.5, 0.0, 0.3, 1.0), "kernel": (3, 1, 5), "delay": (0, 1)},
+    "snapkv": {"capacity": (4, 6, 30), "window": (1, 3), "kernel": (1, 3), "pooling": ("avg", "max")},
 }  # fmt: skip
 """Parameters of the published policies, with values that matter on small problems."""
 

@@ -13,6 +13,7 @@ from sparse_dlm_attn import (
     Capabilities,
     Context,
     PageBounds,
+    PassInfo,
     PassInputs,
     PrefixAttentionPolicy,
     Problem,
@@ -159,6 +160,9 @@ class Probe(PrefixAttentionPolicy[Any]):
     @property
     def memory_scope(self) -> Literal["block", "sequence"]:  # type: ignore[override]
         return self.inner.memory_scope
+
+    def computed_tokens(self, info: PassInfo, rows: Array) -> Array:
+        return self.inner.computed_tokens(info, rows)
 
     def active_set(self, inputs: PassInputs[Any]) -> Array:
         active = self.inner.active_set(inputs)

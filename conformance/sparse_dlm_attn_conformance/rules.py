@@ -234,26 +234,22 @@ class Frozen:
         self.dense_layer = episode.layer < getattr(policy, "dense_layers", 0)
         self.warmup = 1
         if policy.name == "sparsed":
-            passes = episode.total_passes or episode.case.tokens
-            self.warmup = policy.warmup if policy.warmup is not None else int(passes * policy.skip) + 2
+            share = int((episode.total_passes or episode.case.tokens) * policy.skip)
+            planned = share + 2 if policy.variant == "code" else max(share, 1)
+            self.warmup = planned if policy.warmup is None else policy.warmup
         self.chosen: Host | None = None
 
     def step(self, now: Moment) -> Stated:
         dense = self.dense_layer or now.number < self.warmup
-        if now.number == self.warmup - 1:
+        due = now.number == max(self.warmup - 1, 0)
+        if due or (now.number >= self.warmup and not getattr(self.policy, "frozen", True)):
             self.chosen = self.mage(now.arrays) if self.policy.name == "mage" else self.sparsed(now.arrays)
         pages = exists(now.arrays) if dense or self.chosen is None else self.chosen
         return Stated(everyone(now.arrays), pages)
 
-    @staticmethod
-    def masses(arrays: Arrays, span: int) -> Host:
-        """Return pooled scores on the grid (see `Grid`), in float64."""
-        scores = ReferenceBackend().pooled_scores(arrays.q, arrays.context(), span=span, scale=arrays.scale)
-        return np.asarray(np.round(scores * GRID) / np.float32(GRID), dtype=np.float64)
-
     def mage(self, arrays: Arrays) -> Host:
         """Choose for each KV head and the whole block."""
-        mass = self.masses(arrays, arrays.q.shape[2])
+        mass = masses(arrays, arrays.q.shape[2])
         batch, heads, spans, pages = mass.shape
         grouped = mass.reshape(batch, heads // arrays.group, arrays.group, spans, pages).sum(axis=2)
         chosen = best(grouped, budget_pages(arrays, self.policy.budget), exists(arrays))
@@ -263,21 +259,107 @@ class Frozen:
         """Choose for each query head and span, prompt and other pages apart if isolated."""
         tokens = arrays.q.shape[2]
         span = min(self.policy.span or tokens, tokens)
+        if self.policy.score_scale == "heads":
+            arrays = replace(arrays, scale=1 / np.sqrt(arrays.q.shape[1]))
         if self.policy.isolated and arrays.page_segments is not None:
             prompt = (arrays.page_segments == 0)[:, None, None, :] & exists(arrays)
             others = exists(arrays) & ~prompt
             alone = replace(arrays, page_lengths=np.where(others[:, 0, 0], arrays.page_lengths, 0))
-            chosen = self.share(self.masses(arrays, span), prompt) | self.share(
-                self.masses(alone, span), others
-            )
+            if self.policy.variant == "code":
+                ours = self.share(masses(arrays, span), exists(arrays)) & prompt
+            else:
+                ours = self.share(masses(arrays, span), prompt)
+            chosen = ours | self.share(masses(alone, span), others)
         else:
-            chosen = self.share(self.masses(arrays, span), exists(arrays))
+            chosen = self.share(masses(arrays, span), exists(arrays))
         return np.repeat(chosen, span, axis=2)[:, :, :tokens]
 
     def share(self, mass: Host, eligible: Host) -> Host:
-        """Choose floor(n * ratio) + 1 of n eligible pages, at most all."""
-        counts = np.asarray([int(n * self.policy.ratio) + 1 for n in eligible[:, 0, 0].sum(axis=1)])
-        return best(mass, counts, eligible)
+        """Choose floor(n * ratio) + 1 of n eligible pages (paper: the floor, at least 1), at most all."""
+        floors = [int(n * self.policy.ratio) for n in eligible[:, 0, 0].sum(axis=1)]
+        code = self.policy.variant == "code"
+        return best(mass, np.asarray([n + 1 if code else max(n, 1) for n in floors]), eligible)
+
+
+class Computed:
+    """`dkv-cache`: rows that the model computes, and all pages for them."""
+
+    def __init__(self, policy: Any, episode: Episode) -> None:
+        self.policy = policy
+        self.decoded: Host | None = None
+
+    def step(self, now: Moment) -> Stated:
+        rows, greedy = everyone(now.arrays), self.policy.mode == "greedy"
+        self.decoded = now.newly if self.decoded is None else self.decoded | now.newly
+        period = self.policy.reload or (2 if greedy else 8)
+        if not now.is_save and now.number % period and (greedy or now.number > 1):
+            rows = ~self.decoded | now.newly
+        return Stated(rows, exists(now.arrays))
+
+
+class Kept:
+    """`sparse-dllm` and `snapkv`: dense passes, then pages chosen once by pooled scores."""
+
+    def __init__(self, policy: Any, episode: Episode) -> None:
+        self.policy = policy
+        self.dense = policy.delay if policy.name == "sparse-dllm" else 0
+        self.chosen: Host | None = None
+
+    def step(self, now: Moment) -> Stated:
+        pages = exists(now.arrays) if self.chosen is None else self.chosen
+        if now.number == self.dense:
+            sparse = self.policy.name == "sparse-dllm"
+            self.chosen = self.sparse_dllm(now.arrays) if sparse else self.snapkv(now.arrays)
+        return Stated(everyone(now.arrays), pages)
+
+    def pooled(self, scores: Host, order: Host, size: int, reduce: Callable[[Host], Any]) -> Host:
+        """Pool the scores of the pages in ``order`` with those of their neighbours in that order."""
+        half, result = self.policy.kernel // 2 // size, scores.copy()
+        for place, page in enumerate(order):
+            result[page] = reduce(scores[order[max(place - half, 0) : place + half + 1]])
+        return result
+
+    def sparse_dllm(self, arrays: Arrays) -> Host:
+        """Choose a share of the pages for all heads, by the rows' and heads' summed bounds."""
+        bounds = arrays.bounds()
+        lower, upper = (
+            np.repeat(part, arrays.group, axis=1)[:, :, None] for part in (bounds.lower, bounds.upper)
+        )
+        q = arrays.q[:, :, :, None, :]
+        scores = np.maximum(q * lower, q * upper).sum(axis=(1, 2, 4))
+        mask = np.zeros(scores.shape, dtype=bool)
+        for b, row in enumerate(scores):
+            order = np.flatnonzero(arrays.page_lengths[b] > 0)
+            pooled = self.pooled(row, order, arrays.page_size, np.max)
+            ranked = sorted(order, key=lambda page: (-pooled[page], page))
+            mask[b, ranked[: int(len(order) * self.policy.ratio)]] = True
+        return mask[:, None, None, :]
+
+    def snapkv(self, arrays: Arrays) -> Host:
+        """Choose for each query head among the pages before the last tokens."""
+        mass = masses(arrays, arrays.q.shape[2])
+        mask = np.broadcast_to(exists(arrays), mass.shape).copy()
+        for b, h in np.ndindex(mass.shape[:2]):
+            lengths = arrays.page_lengths[b]
+            prompt = lengths > 0
+            if arrays.page_segments is not None:
+                prompt = prompt & (arrays.page_segments[b] != SUFFIX)
+            tokens = [page for page in np.flatnonzero(prompt) for _ in range(lengths[page])]
+            if len(tokens) <= self.policy.capacity:
+                continue
+            earlier = np.setdiff1d(tokens, tokens[-self.policy.window :])
+            reduce = np.max if self.policy.pooling == "max" else np.sum
+            pooled = self.pooled(mass[b, h, 0], earlier, arrays.page_size, reduce)
+            ranked = sorted(earlier, key=lambda page: (-pooled[page], page))
+            mask[b, h, 0, earlier] = False
+            mask[b, h, 0, ranked[: (self.policy.capacity - self.policy.window) // arrays.page_size]] = True
+        return mask
+
+
+def masses(arrays: Arrays, span: int) -> Host:
+    """Return pooled scores on the grid (see `Grid`), in float64."""
+    scores = ReferenceBackend().pooled_scores(arrays.q, arrays.context(), span=span, scale=arrays.scale)
+    return np.asarray(np.round(scores * GRID) / np.float32(GRID), dtype=np.float64)
 
 
 RULES: dict[str, Callable[[Any, Episode], Rule]] = {
@@ -289,6 +371,10 @@ RULES: dict[str, Callable[[Any, Episode], Rule]] = {
     "flashblock": Refreshed,
     "mage": Frozen,
     "sparsed": Frozen,
+    "fast-dllm": lambda policy, episode: Everything(),
+    "dkv-cache": Computed,
+    "sparse-dllm": Kept,
+    "snapkv": Kept,
 }
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from sparse_dlm_attn.arrays import Array
-from sparse_dlm_attn.policies.positions import nearby_pages
+from sparse_dlm_attn.policies.positions import nearby_selection
 from sparse_dlm_attn.policy import PassInputs, PrefixAttentionPolicy, check_count
 from sparse_dlm_attn.selection import Selection
 
@@ -27,8 +27,10 @@ class SlidingWindow(PrefixAttentionPolicy[None]):
 
     - Whole pages instead of single tokens: up to ``page_size - 1`` tokens more than ``window``. Page
       size 1 gives the exact window.
-    - SparseD moves a band along with each row over the whole sequence; here one anchor serves the
-      block, which differs by at most ``block_length - 1`` tokens.
+    - SparseD moves a band along with each row over the whole sequence. So does this where the sequence
+      is the block, for a page's worth of rows at a time: ``window`` tokens up to the row and ``after``
+      behind it. Over a prefix one anchor serves the block, which differs by at most
+      ``block_length - 1`` tokens.
     - Tokens keep their true positions; StreamingLLM's code counts positions within the window.
     """
 
@@ -41,7 +43,8 @@ class SlidingWindow(PrefixAttentionPolicy[None]):
     )
     after: int = field(
         default=0,
-        metadata={"help": "Tokens after the block to read where the context has a suffix."},
+        metadata={"help": "Tokens after the block to read where the context has a suffix; behind each row of "
+                  "a whole sequence."},
     )
 
     def __post_init__(self) -> None:
@@ -49,6 +52,5 @@ class SlidingWindow(PrefixAttentionPolicy[None]):
         check_count("after", self.after)
 
     def select_pages(self, inputs: PassInputs[None], active: Array) -> Selection:
-        """Select the pages of the window, the same for all heads and rows."""
-        pages = nearby_pages(inputs.context, window=self.window, after=self.after)
-        return Selection(pages[:, None, None, :], inputs.tokens)
+        """Select the pages of the window, the same for all heads."""
+        return nearby_selection(inputs, window=self.window, after=self.after)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from sparse_dlm_attn.arrays import Array
-from sparse_dlm_attn.policies.positions import nearby_pages
+from sparse_dlm_attn.policies.positions import nearby_selection
 from sparse_dlm_attn.policy import PassInputs, PrefixAttentionPolicy, check_count
 from sparse_dlm_attn.selection import Selection
 
@@ -30,6 +30,7 @@ class StreamingLLM(PrefixAttentionPolicy[None]):
     - Tokens keep their true positions. The authors number positions within the cache, which needs
       keys stored before the rotary embedding; block diffusion models store them after it.
     - Nothing is evicted: what a pass leaves out stays in the cache.
+    - Where the sequence is the block, the window moves along with each page's worth of rows.
     """
 
     name: ClassVar[str] = "streaming-llm"
@@ -46,7 +47,8 @@ class StreamingLLM(PrefixAttentionPolicy[None]):
     )
     after: int = field(
         default=0,
-        metadata={"help": "Tokens after the block to read where the context has a suffix."},
+        metadata={"help": "Tokens after the block to read where the context has a suffix; behind each row of "
+                  "a whole sequence."},
     )
 
     def __post_init__(self) -> None:
@@ -55,6 +57,5 @@ class StreamingLLM(PrefixAttentionPolicy[None]):
         check_count("after", self.after)
 
     def select_pages(self, inputs: PassInputs[None], active: Array) -> Selection:
-        """Select the pages of sinks and window, the same for all heads and rows."""
-        pages = nearby_pages(inputs.context, window=self.window, sinks=self.sinks, after=self.after)
-        return Selection(pages[:, None, None, :], inputs.tokens)
+        """Select the pages of sinks and window, the same for all heads."""
+        return nearby_selection(inputs, window=self.window, sinks=self.sinks, after=self.after)

@@ -50,6 +50,17 @@ EVERY_POLICY = (
     "sparsed",
     "sparsed:warmup=1,ratio=0.2,span=2",
     "sparsed:warmup=2,isolated=false",
+    "sparsed:variant=paper,skip=0.4",
+    "sparsed:warmup=0,score_scale=heads",
+    "sparsed:warmup=1,frozen=false,span=4",
+    "fast-dllm",
+    "fast-dllm:mode=prefix",
+    "dkv-cache",
+    "dkv-cache:mode=greedy,reload=3",
+    "sparse-dllm:delay=0",
+    "sparse-dllm:ratio=0.3,kernel=5",
+    "snapkv:capacity=12,window=4",
+    "snapkv:capacity=9,window=2,kernel=9,pooling=max",
 )
 
 

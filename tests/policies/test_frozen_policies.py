@@ -87,12 +87,13 @@ def test_sparsed_keeps_one_page_more_than_the_floor_and_never_more_than_there_ar
 
 
 @pytest.mark.parametrize("span", [None, 1, 4])
+@pytest.mark.parametrize("variant", ["code", "paper"])
 @pytest.mark.parametrize("isolated", [True, False])
 def test_sparsed_keeps_a_share_of_each_segment_for_each_query_head_and_span(
-    isolated: bool, span: int | None
+    isolated: bool, variant: str, span: int | None
 ) -> None:
     block = make_block(72, pages=16, passes=5)
-    policy = SparseD(ratio=0.3, warmup=2, span=span, isolated=isolated)
+    policy = SparseD(ratio=0.3, warmup=2, span=span, isolated=isolated, variant=variant)  # type: ignore[arg-type]
     memories = [memory for _, memory in denoise(policy, block)]
     assert [bool((memory.traffic.density == 1).all()) for memory in memories] == [True] * 2 + [False] * 3
     later = [np.asarray(memory.selection.mask) for memory in memories[2:]]
@@ -103,13 +104,18 @@ def test_sparsed_keeps_a_share_of_each_segment_for_each_query_head_and_span(
     for sequence in range(2):
         exists = block.context.page_lengths[sequence] > 0
         prompt = exists & (block.context.page_segments[sequence] == 0)
-        parts = [(exists, prompt), (exists & ~prompt, exists & ~prompt)] if isolated else [(exists, exists)]
-        for scored, eligible in parts:
+        others = exists & ~prompt
+        ranked = exists if variant == "code" else prompt  # their code ranks all, then clears the others
+        parts = [(exists, ranked, prompt), (others, others, others)] if isolated else [(exists,) * 3]
+        for scored, eligible, kept in parts:
             mass = masses(block, 1, sequence, scored)  # of the last dense pass
             for head, start in np.ndindex(4, -(-6 // rows)):
                 pooled = mass[head, start * rows : (start + 1) * rows].mean(axis=0)
-                count = math.floor(int(eligible.sum()) * 0.3) + 1
-                assert_best(later[0][sequence, head, start] & eligible, pooled, eligible, count)
+                share = math.floor(int(eligible.sum()) * 0.3)
+                count = share + 1 if variant == "code" else max(share, 1)
+                best = [page for page in np.argsort(-pooled, kind="stable") if eligible[page]][:count]
+                expected = np.isin(np.arange(len(exists)), best) & kept
+                np.testing.assert_array_equal(later[0][sequence, head, start] & kept, expected)
 
 
 def test_isolation_keeps_generated_pages_that_a_heavy_prompt_would_crowd_out() -> None:

@@ -38,7 +38,20 @@ from sparse_dlm_attn import InvalidArgumentError, InvalidTypeError, UnknownNameE
         ("mage:dense_layers=-2", "dense_layers must be at least 0; got -2"),
         ("sparsed:ratio=-0.1", r"ratio must lie in 0\.\.1; got -0.1"),
         ("sparsed:skip=2", r"skip must lie in 0\.\.1; got 2"),
-        ("sparsed:warmup=0", "warmup must be at least 1; got 0"),
+        ("sparsed:warmup=-1", "warmup must be at least 0; got -1"),
+        ("sparsed:variant=theirs", "variant must be one of code, paper; got 'theirs'"),
+        ("sparsed:score_scale=0.1", r"score_scale must be one of attention, heads; got 0\.1"),
+        ("fast-dllm:mode=triple", "mode must be one of prefix, dual; got 'triple'"),
+        ("dkv-cache:mode=random", "mode must be one of decode, greedy; got 'random'"),
+        ("dkv-cache:reload=0", "reload must be at least 1; got 0"),
+        ("dkv-cache:neighbours=-1", "neighbours must be at least 0; got -1"),
+        ("sparse-dllm:ratio=1.5", r"ratio must lie in 0\.\.1; got 1.5"),
+        ("sparse-dllm:kernel=2", "kernel must be odd, so that it has a middle; got 2"),
+        ("sparse-dllm:delay=-1", "delay must be at least 0; got -1"),
+        ("snapkv:capacity=32", "capacity must exceed window=32; got 32"),
+        ("snapkv:window=0", "window must be at least 1; got 0"),
+        ("snapkv:kernel=4", "kernel must be odd, so that it has a middle; got 4"),
+        ("snapkv:pooling=sum", "pooling must be one of avg, max; got 'sum'"),
         ("sparsed:span=0", "span must be at least 1; got 0"),
     ],
 )
@@ -76,7 +89,9 @@ def test_an_unknown_parameter_is_refused_with_the_nearest_one() -> None:
     "policy",
     ["sliding-window:window={n},after={n}", "streaming-llm:sinks={n},window={n}", "quest:budget={n}",
      "quest:budget=1,min_pages={n},pages=own", "losa:active={n},budget={n},dense_layers={n}",
-     "flashblock:limit={n}", "mage:budget={n},dense_layers={n}", "sparsed:warmup={n},span={n}"],
+     "flashblock:limit={n}", "mage:budget={n},dense_layers={n}", "sparsed:warmup={n},span={n}",
+     "dkv-cache:reload={n}", "dkv-cache:mode=greedy,neighbours={n}", "sparse-dllm:delay={n}",
+     "snapkv:capacity={n}"],
 )
 def test_values_beyond_every_integer_type_are_clamped(policy: str) -> None:
     block = make_block(80)

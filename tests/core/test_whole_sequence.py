@@ -1,0 +1,144 @@
+"""A block that is the whole sequence, and rows that the model does not compute."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from problems import Array, block, ragged_context
+
+from sparse_dlm_attn import (
+    AttentionState,
+    Context,
+    InvalidArgumentError,
+    InvalidTypeError,
+    PassInfo,
+    PassInputs,
+    PrefixAttention,
+    PrefixAttentionPolicy,
+    Selection,
+)
+from sparse_dlm_attn.policies.quest import Quest
+from sparse_dlm_attn_reference import ReferenceBackend
+
+TOKENS = 13
+
+
+def as_context(k: Array, v: Array, page_size: int = 4) -> Context:
+    pages = -(-k.shape[2] // page_size)
+    room = np.zeros((*k.shape[:2], pages * page_size, k.shape[3]), k.dtype)
+    keys, values = room.copy(), room.copy()
+    keys[:, :, : k.shape[2]], values[:, :, : k.shape[2]] = k, v
+    return Context.from_dense(keys, values, page_size, [k.shape[2]] * len(k))
+
+
+@pytest.mark.clause("DRIVER-4")
+def test_a_whole_sequence_attends_to_itself_once() -> None:
+    q, k, v = block(1, tokens=TOKENS)
+    out, memory = PrefixAttention("dense")(q, None, None, as_context(k, v))
+    alone = ReferenceBackend().attend_block(q, k, v)
+    np.testing.assert_allclose(out, alone.out, atol=1e-6)
+    np.testing.assert_allclose(memory.state.lse, alone.lse, atol=1e-6)
+
+
+class EvenRows(PrefixAttentionPolicy[None]):
+    """Compute every second row after pass 0."""
+
+    name = "even-rows"
+
+    def computed_tokens(self, info: PassInfo, rows: Any) -> Any:
+        return rows if info.index == 0 else rows & (np.arange(rows.shape[1]) % 2 == 0)
+
+    def select_pages(self, inputs: PassInputs[None], active: Any) -> Selection:
+        return Selection.all_pages(inputs.context, inputs.tokens)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.clause("DRIVER-3")
+def test_a_row_that_is_not_computed_keeps_its_context_part(whole: bool) -> None:
+    q, k, v = block(2, tokens=TOKENS)
+    context = as_context(k, v) if whole else ragged_context(3)
+    own = (None, None) if whole else (k, v)
+    attention = PrefixAttention(EvenRows())
+    _, first = attention(q, *own, context)
+    later = q + 1
+    later[:, :, 1::2] = np.nan
+    out, second = attention(later, *own, context, first, PassInfo(1))
+    np.testing.assert_array_equal(second.active, np.broadcast_to(np.arange(TOKENS) % 2 == 0, (2, TOKENS)))
+    np.testing.assert_array_equal(second.state.out[:, :, 1::2], first.state.out[:, :, 1::2])
+    assert np.isfinite(out[:, :, ::2]).all()
+    assert not np.allclose(second.state.out[:, :, ::2], first.state.out[:, :, ::2])
+
+
+@pytest.mark.clause("DRIVER-4")
+def test_bounds_of_a_whole_sequence_are_built_in_every_pass() -> None:
+    q, k, v = block(4, tokens=TOKENS)
+    attention = PrefixAttention(Quest(budget=4))
+    _, memory = attention(q, None, None, as_context(k, v))
+    other = as_context(-k[:, :, ::-1], v)  # same version: the tokens keep their places
+    _, second = attention(q, None, None, other, memory, PassInfo(1))
+    _, fresh = attention(q, None, None, other)
+    np.testing.assert_array_equal(second.selection.mask, fresh.selection.mask)
+    assert second.traffic.key_reads == 1
+
+
+@pytest.mark.clause("DRIVER-4", "ERROR-1")
+def test_a_context_of_another_length_is_refused() -> None:
+    q, k, v = block(5, tokens=TOKENS)
+    with pytest.raises(InvalidArgumentError, match="exactly the block's 13 tokens"):
+        PrefixAttention("dense")(q, None, None, as_context(k[:, :, 1:], v[:, :, 1:]))
+    with pytest.raises(InvalidTypeError, match="k must be"):
+        PrefixAttention("dense")(q, None, v, as_context(k, v))
+    with pytest.raises(InvalidTypeError, match="v must be"):
+        PrefixAttention("dense")(q, k, None, as_context(k, v))
+    with pytest.raises(InvalidTypeError, match="must be a Context"):
+        PrefixAttention("dense")(q, None, None, None)  # type: ignore[arg-type]
+    narrow = replace(as_context(k, v), k_pages=as_context(k, v).k_pages[..., :4],
+                     v_pages=as_context(k, v).v_pages[..., :4])
+    with pytest.raises(InvalidArgumentError, match="head_dim 8"):
+        PrefixAttention("dense")(q, None, None, narrow)
+
+
+@pytest.mark.clause("ERROR-1", "POLICY-7")
+@pytest.mark.parametrize("answer", [None, np.ones((2, 3), bool), np.ones((2, TOKENS))])
+def test_an_answer_that_is_no_set_of_rows_is_refused(answer: Any) -> None:
+    class Wrong(EvenRows):
+        def computed_tokens(self, info: PassInfo, rows: Any) -> Any:
+            return answer
+
+    q, k, v = block(6, tokens=TOKENS)
+    with pytest.raises((InvalidArgumentError, InvalidTypeError), match=r"computed_tokens\(\)"):
+        PrefixAttention(Wrong())(q, k, v, ragged_context(7))
+
+
+@pytest.mark.clause("ERROR-1")
+def test_the_place_in_a_window_is_checked() -> None:
+    q, k, v = block(8, tokens=TOKENS)
+    attention = PrefixAttention("dense")
+    for wrong in (PassInfo(0, window=np.ones((2, 3), bool)), PassInfo(0, planned=np.ones((1, TOKENS), bool)),
+                  PassInfo(0, window_index=np.array([0, 1, 2], np.int32))):
+        with pytest.raises(InvalidArgumentError, match=r"info\.(window|planned)"):
+            attention(q, k, v, ragged_context(9), None, wrong)
+    for value in (-1, 2**31):
+        with pytest.raises(InvalidArgumentError, match="window_index"):
+            PassInfo(0, window_index=value)
+    assert PassInfo(3).pass_in_window == 3
+    assert PassInfo(3, window_index=np.array([1, 1], np.int32)).pass_in_window == 1
+
+
+def test_a_state_is_known_to_remember_alone() -> None:
+    seen: list[AttentionState | None] = []
+
+    class Watching(EvenRows):
+        def active_set(self, inputs: PassInputs[None]) -> Any:
+            seen.append(inputs.state)
+            return inputs.all_rows()
+
+        def remember(self, inputs: PassInputs[None], active: Any, selection: Selection) -> None:
+            seen.append(inputs.state)
+
+    q, k, v = block(10, tokens=TOKENS)
+    _, memory = PrefixAttention(Watching())(q, k, v, ragged_context(11))
+    assert seen == [None, memory.state]
