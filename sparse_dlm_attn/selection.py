@@ -109,6 +109,21 @@ class Selection:
             )
         return min(self.span, max(tokens, 1))
 
+    def rows_of_spans(self, active: Array) -> Array:
+        """Return how many active rows each span has, float32 ``(batch, spans)``.
+
+        Parameters
+        ----------
+        active : array
+            bool ``(batch, tokens)``.
+        """
+        xp = namespace(self.mask)
+        batch, tokens = shape_of(active)
+        span, spans = self._rows_a_span(tokens), int(self.mask.shape[2])
+        missing = xp.zeros((batch, spans * span - tokens), dtype=xp.bool, device=active.device)
+        padded = xp.reshape(xp.concat([active, missing], axis=1), (batch, spans, span))
+        return xp.sum(xp.astype(padded, xp.float32), axis=-1)
+
     def loaded(self, active: Array, q_heads: int, kv_heads: int) -> Array:
         """Return the pages that a kernel loads, bool ``(batch, kv_heads, pages)``.
 
@@ -127,13 +142,8 @@ class Selection:
         if check_int("q_heads", q_heads, 1) % check_int("kv_heads", kv_heads, 1):
             raise InvalidArgumentError("q_heads", f"must be a multiple of kv_heads={kv_heads}", q_heads)
         xp = namespace(self.mask)
-        batch, tokens = shape_of(active)
-        span, spans = self._rows_a_span(tokens), int(self.mask.shape[2])
-        padded = xp.concat(
-            [active, xp.zeros((batch, spans * span - tokens), dtype=xp.bool, device=active.device)],
-            axis=1,
-        )
-        used = xp.any(xp.reshape(padded, (batch, spans, span)), axis=-1)
+        batch = int(active.shape[0])
+        used = self.rows_of_spans(active) > 0
         of_heads = xp.any(self.for_query_heads(q_heads) & used[:, None, :, None], axis=2)
         return xp.any(xp.reshape(of_heads, (batch, kv_heads, q_heads // kv_heads, self.pages)), axis=2)
 

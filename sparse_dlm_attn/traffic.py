@@ -70,6 +70,19 @@ class Traffic:
         return xp.where(total > 0, self.tokens_read / xp.where(total > 0, total, 1.0), 0.0)
 
     @property
+    def pairs(self) -> Array:
+        """float32 ``(batch,)``: pairs of an active row and a token it attends to, over query heads."""
+        xp = namespace(self.page_lengths)
+        mask = xp.astype(self.selection.for_query_heads(self.q_heads), xp.float32)
+        tokens = xp.sum(mask * xp.astype(self.page_lengths, xp.float32)[:, None, None, :], axis=(1, 3))
+        return xp.sum(tokens * self.selection.rows_of_spans(self.active), axis=-1)
+
+    @property
+    def dense_pairs(self) -> Array:
+        """float32 ``(batch,)``: `pairs` of a pass in which every row attends to every token."""
+        return self.context_tokens * (self.q_heads / self.kv_heads * int(self.active.shape[1]))
+
+    @property
     def page_bytes(self) -> Array:
         """float32 ``(batch,)``: bytes of the pages loaded."""
         return self.tokens_read * self.token_bytes

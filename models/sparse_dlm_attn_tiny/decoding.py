@@ -27,7 +27,7 @@ from sparse_dlm_attn.arrays import to_numpy
 from sparse_dlm_attn.policy import check_count
 from sparse_dlm_attn_tiny.cache import DEFAULT_PAGE_SIZE, PrefixCache
 from sparse_dlm_attn_tiny.config import MASK_ID
-from sparse_dlm_attn_tiny.full_sequence import decode_full_sequence
+from sparse_dlm_attn_tiny.full_sequence import computed_rows, decode_full_sequence
 from sparse_dlm_attn_tiny.model import BlockPass, TinyModel, as_tokens, check_block_length
 from sparse_dlm_attn_tiny.records import Decoded, PassRecord, text_before_stop
 from sparse_dlm_attn_tiny.schedule import Schedule, confidences
@@ -176,6 +176,8 @@ class _BlockRun:
         self.records: list[PassRecord] = []
         self.build_bytes = [0] * model.config.layers
         self._memories: Memories = None
+        self._previous: BlockPass | None = None  # whose rows stay if the policy does not compute them
+        self._computed = np.arange(schedule.tokens)
 
     def decode_block(self, known: Sequence[int]) -> bytes:
         """Decode one block that starts with the ``known`` tokens, save it, return its new bytes."""
@@ -218,8 +220,10 @@ class _BlockRun:
             step.index, step.is_save, asarray(step.decoded[None], dtype="bool"),
             asarray(step.newly[None], dtype="bool"), total_passes=step.planned,
         )
-        result = self.model.forward_block(
-            tokens.tolist(), self.cache.length, self.cache.contexts(), self.attention, info, self._memories
+        self._computed = computed_rows(self.attention, info, len(tokens))
+        result = self._previous = self.model.forward_block(
+            tokens.tolist(), self.cache.length, self.cache.contexts(), self.attention, info, self._memories,
+            computed=self._computed, previous=self._previous,
         )
         # Kept across blocks too: the driver drops what does not outlive a block.
         self._memories = result.memories
@@ -231,7 +235,7 @@ class _BlockRun:
         record = PassRecord.of(
             result.memories, block=self.blocks, index=step.index, is_save=step.is_save,
             tokens=tokens.tolist(), newly_decoded=np.flatnonzero(newly),
-            seconds=time.perf_counter() - started,
+            seconds=time.perf_counter() - started, computed_rows=len(self._computed),
         )
         self.records.append(record)
         if self.on_pass is not None:

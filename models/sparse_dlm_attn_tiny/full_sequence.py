@@ -1,35 +1,54 @@
-"""Decoding over the full sequence, as LLaDA does: every pass recomputes all tokens, both ways.
+"""Decoding over the full sequence, as LLaDA does: no causal order, every token sees every other.
 
-The whole sequence is one block over an empty context, so attention is dense: this is the case that
-policies of the prefix have nothing to decide about.
+The whole sequence is one block whose keys are its context (clause DRIVER-4), so policies decide about all
+of its rows. Masks are filled in window by window. Rows that a policy does not compute keep the keys and
+values that they have.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import numpy as np
 
-from sparse_dlm_attn import InvalidArgumentError, InvalidTypeError, PassInfo, PrefixAttention
+from sparse_dlm_attn import (
+    InvalidArgumentError,
+    InvalidTypeError,
+    LayerMemory,
+    PassInfo,
+    PrefixAttention,
+    PrefixAttentionPolicy,
+)
 from sparse_dlm_attn.arrays import to_numpy
-from sparse_dlm_attn.policy import check_count
+from sparse_dlm_attn.policy import check_choice, check_count
+from sparse_dlm_attn_tiny.cache import DEFAULT_PAGE_SIZE
 from sparse_dlm_attn_tiny.config import MASK_ID
 from sparse_dlm_attn_tiny.model import TinyModel, as_tokens
 from sparse_dlm_attn_tiny.records import Decoded, PassRecord, text_before_stop
 from sparse_dlm_attn_tiny.schedule import Schedule, confidences
+from sparse_dlm_attn_tiny.sequence import SequenceCache
 
-__all__ = ["decode_full_sequence"]
+__all__ = ["computed_rows", "decode_full_sequence"]
+
+Order = Literal["confidence", "random"]
+HostArray = np.ndarray[Any, Any]
 
 
 def decode_full_sequence(
     model: TinyModel,
     prompt: bytes | Sequence[int],
     *,
+    policy: str | PrefixAttentionPolicy[Any] = "dense",
     new_tokens: int = 16,
     steps: int | None = None,
     threshold: float | None = None,
     block_length: int | None = None,
+    page_size: int = DEFAULT_PAGE_SIZE,
+    order: Order = "confidence",
+    seed: int = 0,
     on_pass: Callable[[PassRecord], None] | None = None,
 ) -> Decoded:
     """Fill in masks behind a prompt, greedily, with attention over the whole sequence.
@@ -37,36 +56,49 @@ def decode_full_sequence(
     Parameters
     ----------
     model : TinyModel
-        The model; its backend computes, by the ``dense`` policy.
+        The model; its backend computes.
     prompt : bytes
         At least one byte. Prompt and new tokens must fit the model's context.
+    policy : str or PrefixAttentionPolicy
+        A registered name, ``"name:key=value,..."``, ``"module:attr"``, or an instance.
     new_tokens : int
         Masks behind the prompt.
     steps : int, optional
-        Passes, ``1..block_length``, for each block; default 8 unless a threshold is given.
+        Passes, ``1..block_length``, for each window; default 8 unless a threshold is given.
     threshold : float, optional
         Instead of a fixed number: decode all tokens with a confidence strictly above it.
     block_length : int, optional
-        Semi-autoregressive decoding: masks are filled in so many at a time, from the left; must divide
-        ``new_tokens``. Default: all at once.
+        Semi-autoregressive decoding: masks are filled in so many at a time, window by window from the left;
+        must divide ``new_tokens``. Default: all at once.
+    page_size : int
+        Tokens a page of the sequence.
+    order : {"confidence", "random"}
+        What is decoded first in a window: what the model is surest of, or a random order drawn before the
+        window begins, which the policy is told (``PassInfo.planned``). Random takes no threshold.
+    seed : int
+        Of the random order.
     on_pass : callable, optional
         Called with every `PassRecord` as soon as it exists.
 
     Returns
     -------
     Decoded
-        As from block-wise decoding; there are no save passes and no context reads. A record's tokens
-        are those behind the prompt, its positions count from there.
+        As from block-wise decoding; there are no save passes. Context reads are those of the whole sequence:
+        see `TrafficTotal.pair_share` and `TrafficTotal.row_share`, for here passes are bound by what they
+        compute. A record's tokens are those behind the prompt, its positions count from there.
 
     Raises
     ------
     InvalidArgumentError, InvalidTypeError
         If an argument breaks a rule; nothing has been computed then.
+    UnknownNameError, UnavailableError
+        If the policy cannot be had.
 
     Notes
     -----
-    The time of a pass grows with the square of the sequence, since nothing is cached. With
-    ``block_length``, decoding ends after the block that holds a stop byte.
+    With ``block_length``, decoding ends after the window that holds a stop byte. Passes are numbered over
+    all windows, as LLaDA numbers its steps; ``total_passes`` counts them all, with a threshold one for
+    each new token.
     """
     known = as_tokens("prompt", prompt)
     model.check_prompt(known)
@@ -81,61 +113,146 @@ def decode_full_sequence(
     if new_tokens % window:
         raise InvalidArgumentError("block_length", f"must divide new_tokens={new_tokens}", window)
     schedule = Schedule(window, steps, threshold)
+    check_count("page_size", page_size, 1)
+    check_choice("order", order, get_args(Order))
+    check_count("seed", seed)
+    if order == "random" and threshold is not None:
+        raise InvalidArgumentError("threshold", "must not be given with order='random'", threshold)
     if on_pass is not None and not callable(on_pass):
         raise InvalidTypeError("on_pass", "must be callable or None", type(on_pass).__name__)
     started = time.perf_counter()
-    tokens = np.asarray((*known, *[MASK_ID] * new_tokens))
-    records: list[PassRecord] = []
+    run = _SequenceRun(
+        model, PrefixAttention(policy, model.backend), known, new_tokens, schedule, page_size,
+        np.random.default_rng(seed) if order == "random" else None, on_pass,
+    )
     stopped, end = False, len(known)
-    while end < len(tokens) and not stopped:
-        tokens = _fill_window(model, tokens, len(known), end, schedule, records, on_pass)
+    while end < len(run.tokens) and not stopped:
+        run.fill_window(end)
         end += window
-        output, stopped = text_before_stop(bytes(tokens[len(known) : end].tolist()))
+        generated = bytes(run.tokens[len(known) : end].tolist())
+        output, stopped = text_before_stop(generated)
     return Decoded(
-        output=output, generated=bytes(tokens[len(known) : end].tolist()), stopped=stopped,
-        passes=tuple(records), block_length=window, page_size=1, prompt_tokens=len(known),
+        output=output, generated=generated, stopped=stopped, passes=tuple(run.records),
+        block_length=window, page_size=page_size, prompt_tokens=len(known),
         prefilled_tokens=0, build_bytes=0.0, prefill_seconds=0.0, seconds=time.perf_counter() - started,
     )
 
 
-def _fill_window(
-    model: TinyModel,
-    tokens: np.ndarray,
-    prompt_tokens: int,
-    start: int,
-    schedule: Schedule,
-    records: list[PassRecord],
-    on_pass: Callable[[PassRecord], None] | None,
-) -> np.ndarray:
-    """Return ``tokens`` with the masks of one window from ``start`` on filled in."""
-    attention = PrefixAttention("dense", model.backend)
-    contexts = model.empty_cache(page_size=1).contexts()
-    asarray = model.backend.asarray
-    window = slice(start, start + schedule.tokens)
-    newly = np.zeros(len(tokens), dtype=bool)
-    planned = schedule.planned_passes(schedule.tokens)
-    block, index = (start - prompt_tokens) // schedule.tokens, 0
-    while (masked := tokens[window] == MASK_ID).any():
+def computed_rows(attention: PrefixAttention, info: PassInfo, count: int) -> HostArray:
+    """Return the rows that a policy has the model compute in this pass.
+
+    Parameters
+    ----------
+    attention : PrefixAttention
+        Policy and backend.
+    info : PassInfo
+        Place in the denoising.
+    count : int
+        Rows of the block.
+
+    Returns
+    -------
+    numpy.ndarray
+        int64, ascending.
+    """
+    every = attention.backend.asarray(np.ones((1, count), dtype=bool), dtype="bool")
+    return np.flatnonzero(to_numpy(attention.policy.computed_tokens(info, every))[0])
+
+
+@dataclass(frozen=True, eq=False)
+class _Window:
+    """A window under way: where it lies, its pass, what was decoded before, what will be after."""
+
+    start: int
+    end: int
+    index: int
+    newly: HostArray
+    order: HostArray | None
+
+
+class _SequenceRun:
+    """A decoding under way: the only thing here that changes."""
+
+    def __init__(
+        self, model: TinyModel, attention: PrefixAttention, known: Sequence[int], new_tokens: int,
+        schedule: Schedule, page_size: int, rng: np.random.Generator | None,
+        on_pass: Callable[[PassRecord], None] | None,
+    ) -> None:
+        self.model, self.attention, self.schedule = model, attention, schedule
+        self.prompt_tokens, self.rng, self.on_pass = len(known), rng, on_pass
+        self.tokens = np.asarray((*known, *[MASK_ID] * new_tokens))
+        self.records: list[PassRecord] = []
+        self._cache = SequenceCache(
+            model.config, model.backend, tokens=len(self.tokens), prompt_tokens=len(known),
+            page_size=page_size,
+        )
+        self._memories: tuple[LayerMemory, ...] | None = None
+        per_window = schedule.planned_passes(schedule.tokens)
+        windows = new_tokens // schedule.tokens
+        self._planned = new_tokens if per_window is None else per_window * windows
+
+    def fill_window(self, start: int) -> None:
+        """Fill in the masks of the window that begins at ``start``."""
+        end = start + self.schedule.tokens
+        order = None if self.rng is None else self.rng.permutation(self.schedule.tokens)
+        newly = np.zeros(len(self.tokens), dtype=bool)
+        index = 0
+        while (self.tokens[start:end] == MASK_ID).any():
+            newly = self._run(_Window(start, end, index, newly, order))
+            index += 1
+
+    def _run(self, window: _Window) -> HostArray:
+        """Make one pass, decode some tokens and return which, bool over the sequence."""
         began = time.perf_counter()
-        decoded = (tokens != MASK_ID)[None]
-        info = PassInfo(
-            index, False, asarray(decoded, dtype="bool"), asarray(newly[None], dtype="bool"),
-            total_passes=planned,
+        part = slice(window.start, window.end)
+        masked = self.tokens[part] == MASK_ID
+        planned = self._next(window, masked)
+        info = self._info(window, planned)
+        rows = computed_rows(self.attention, info, len(self.tokens))
+        logits, self._memories = self.model.forward_sequence(
+            self.tokens.tolist(), rows, self._cache, window.end, self.attention, info, self._memories
         )
-        # Every row reads the context, which is empty: nothing could be carried to the next pass.
-        result = model.forward_block(tokens.tolist(), 0, contexts, attention, info)
-        best, confidence = confidences(to_numpy(result.logits)[window])
-        newly = np.zeros(len(tokens), dtype=bool)
-        newly[window] = schedule.choose(index, masked, confidence)
-        tokens = tokens.copy()
-        tokens[window] = np.where(newly[window], best, tokens[window])
+        best, confidence = confidences(to_numpy(logits)[part])
+        chosen = self.schedule.choose(window.index, masked, confidence) if planned is None else planned
+        newly = np.zeros(len(self.tokens), dtype=bool)
+        newly[part] = chosen
+        self.tokens = self.tokens.copy()
+        self.tokens[part] = np.where(chosen, best, self.tokens[part])
+        self._record(window, newly, len(rows), time.perf_counter() - began)
+        return newly
+
+    def _next(self, window: _Window, masked: HostArray) -> HostArray | None:
+        """Return the window's rows to be decoded after this pass, if that is known beforehand."""
+        if window.order is None:
+            return None
+        places = np.empty(len(masked))
+        places[window.order] = np.arange(len(masked))
+        return self.schedule.choose(window.index, masked, -places)
+
+    def _info(self, window: _Window, planned: HostArray | None) -> PassInfo:
+        def rows(values: HostArray) -> Any:
+            return self.model.backend.asarray(values[None], dtype="bool")
+
+        inside = np.zeros(len(self.tokens), dtype=bool)
+        inside[window.start : window.end] = True
+        following = None
+        if planned is not None:
+            following = np.zeros(len(self.tokens), dtype=bool)
+            following[window.start : window.end] = planned
+        return PassInfo(
+            len(self.records), False, rows(self.tokens != MASK_ID), rows(window.newly),
+            total_passes=self._planned, window=rows(inside), window_index=window.index,
+            planned=None if following is None else rows(following),
+        )
+
+    def _record(self, window: _Window, newly: HostArray, computed: int, seconds: float) -> None:
+        assert self._memories is not None
+        behind = slice(self.prompt_tokens, None)
         record = PassRecord.of(
-            result.memories, block=block, index=index, is_save=False,
-            tokens=tokens[prompt_tokens:].tolist(),
-            newly_decoded=np.flatnonzero(newly[prompt_tokens:]), seconds=time.perf_counter() - began,
+            self._memories, block=(window.start - self.prompt_tokens) // self.schedule.tokens,
+            index=window.index, is_save=False, tokens=self.tokens[behind].tolist(),
+            newly_decoded=np.flatnonzero(newly[behind]), seconds=seconds, computed_rows=computed,
         )
-        records.append(record)
-        if on_pass is not None:
-            on_pass(record)
-        index += 1
-    return tokens
+        self.records.append(record)
+        if self.on_pass is not None:
+            self.on_pass(record)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from sparse_dlm_attn.policy import check_count
 from sparse_dlm_attn_tiny.cache import DEFAULT_PAGE_SIZE, PrefixCache
 from sparse_dlm_attn_tiny.config import TinyConfig
 from sparse_dlm_attn_tiny.layers import Layer, block_causal_attention, rms_norm, rope_tables
+from sparse_dlm_attn_tiny.sequence import SequenceCache, scattered
 from sparse_dlm_attn_tiny.weights import Weights, load_weights
 
 __all__ = ["BLOCK_LENGTHS", "BlockPass", "TinyModel", "as_tokens", "check_block_length"]
@@ -172,6 +174,9 @@ class TinyModel:
         attention: PrefixAttention,
         info: PassInfo,
         memories: Sequence[LayerMemory | None] | None = None,
+        *,
+        computed: np.ndarray[Any, Any] | None = None,
+        previous: BlockPass | None = None,
     ) -> BlockPass:
         """Run one pass over a block.
 
@@ -189,20 +194,90 @@ class TinyModel:
             Place in the denoising; its layer numbers are filled in here.
         memories : sequence of LayerMemory, optional
             Those of the previous pass.
+        computed : numpy.ndarray, optional
+            int64: rows to compute; default all. The others keep the keys and values of ``previous``, and
+            their logits are 0.
+        previous : BlockPass, optional
+            The previous pass over this block; needed if not all rows are computed.
         """
-        cosine, sine = rope_tables(self.config, position, len(tokens), self.backend)
-        x = self._embed(tokens)
+        count = len(tokens)
+        rows = np.arange(count) if computed is None else computed
+        cosine, sine = self._angles(position, count, rows)
+        x = self._embed([tokens[row] for row in rows.tolist()])
         keys, values, kept = [], [], []
         for index, layer in enumerate(self._layers):
             q, k, v = layer.project(x, cosine, sine)
+            if len(rows) < count:
+                assert previous is not None
+                q = scattered(q, rows, count, 2)
+                k = _with_rows(previous.keys[index], rows, k)
+                v = _with_rows(previous.values[index], rows, v)
             of_layer = replace(info, layer=index, num_layers=self.config.layers)
             memory = None if memories is None else memories[index]
             attended, memory = attention(q, k, v, contexts[index], memory, of_layer)
-            x = layer.finish(x, attended)
+            x = layer.finish(x, attended if len(rows) == count else attended[:, :, rows, :])
             keys.append(k)
             values.append(v)
             kept.append(memory)
-        return BlockPass(self._logits(x), tuple(keys), tuple(values), tuple(kept))
+        logits = scattered(self._logits(x), rows, count, 0)
+        return BlockPass(logits, tuple(keys), tuple(values), tuple(kept))
+
+    def forward_sequence(
+        self,
+        tokens: Sequence[int],
+        rows: np.ndarray[Any, Any],
+        cache: SequenceCache,
+        window_end: int,
+        attention: PrefixAttention,
+        info: PassInfo,
+        memories: Sequence[LayerMemory | None] | None = None,
+    ) -> tuple[Array, tuple[LayerMemory, ...]]:
+        """Run one pass over a whole sequence that sees itself in both directions.
+
+        Parameters
+        ----------
+        tokens : sequence of int
+            The sequence: bytes, or the mask where not decoded yet.
+        rows : numpy.ndarray
+            int64 ``(computed,)``: rows to compute, ascending. Only their keys and values are written.
+        cache : SequenceCache
+            Keys and values of all rows.
+        window_end : int
+            Position behind the window that is being filled in.
+        attention : PrefixAttention
+            Policy and backend.
+        info : PassInfo
+            Place in the denoising; its layer numbers are filled in here.
+        memories : sequence of LayerMemory, optional
+            Those of the previous pass.
+
+        Returns
+        -------
+        logits : array
+            float32 ``(len(tokens), 256)``, 0 for rows that are not computed.
+        memories : tuple of LayerMemory
+            One a layer, for the next pass.
+        """
+        count = len(tokens)
+        cosine, sine = self._angles(0, count, rows)
+        contexts = cache.contexts(window_end)
+        x = self._embed([tokens[row] for row in rows.tolist()])
+        kept = []
+        for index, layer in enumerate(self._layers):
+            q, k, v = layer.project(x, cosine, sine)
+            cache.write(index, rows, k, v)
+            of_layer = replace(info, layer=index, num_layers=self.config.layers)
+            memory = None if memories is None else memories[index]
+            q = scattered(q, rows, count, 2)
+            attended, memory = attention(q, None, None, contexts[index], memory, of_layer)
+            x = layer.finish(x, attended if len(rows) == count else attended[:, :, rows, :])
+            kept.append(memory)
+        return scattered(self._logits(x), rows, count, 0), tuple(kept)
+
+    def _angles(self, position: int, count: int, rows: np.ndarray[Any, Any]) -> tuple[Array, Array]:
+        """Return the rotary tables of some rows of a block that begins at ``position``."""
+        cosine, sine = rope_tables(self.config, position, count, self.backend)
+        return (cosine, sine) if len(rows) == count else (cosine[rows, :], sine[rows, :])
 
     def _fill(self, cache: PrefixCache, tokens: Sequence[int]) -> None:
         """Write the KV of all tokens, layer by layer and some rows at a time."""
@@ -231,6 +306,13 @@ class TinyModel:
     def _logits(self, x: Array) -> Array:
         normed = rms_norm(x, self._final_norm, self.config.norm_eps)
         return normed @ namespace(x).matrix_transpose(self._head)
+
+
+def _with_rows(values: Array, rows: np.ndarray[Any, Any], fresh: Array) -> Array:
+    """Return a copy of ``(1, heads, tokens, head_dim)`` with some rows replaced."""
+    result = namespace(values).asarray(values, copy=True)
+    result[:, :, rows, :] = fresh
+    return result
 
 
 def as_tokens(name: str, text: object) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from sparse_dlm_attn_tiny.records import PassRecord
 
 if TYPE_CHECKING:
     from sparse_dlm_attn_tiny.evaluate import PolicyScore
+    from sparse_dlm_attn_tiny.tables import Cell
 
 __all__ = [
     "accuracy_picture",
@@ -25,6 +26,7 @@ __all__ = [
     "pass_name",
     "picture_path",
     "require_matplotlib",
+    "table_picture",
 ]
 
 SHADES = " .:-=+*#%@"
@@ -185,6 +187,61 @@ def _draw_accuracy(axis: Any, scores: Sequence[PolicyScore], later: bool) -> Non
             # Large markers first, so that policies with the same figures stay visible.
             markersize=max(10 - number, 4),
         )
+
+
+def table_picture(cells: Sequence[Cell], title: str) -> bytes:
+    """Draw a paper's table as PNG: lines over density where it has budgets, else bars by length.
+
+    Parameters
+    ----------
+    cells : sequence of Cell
+        The table.
+    title : str
+        Heading of the picture.
+
+    Raises
+    ------
+    UnavailableError
+        If matplotlib is not installed.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.8), layout="constrained")
+    figure.suptitle(title)
+    axis = figure.subplots()
+    by_label: dict[str, list[Cell]] = {}
+    for cell in cells:
+        by_label.setdefault(cell.label, []).append(cell)
+    if any(cell.budget is not None for cell in cells):
+        for number, (label, group) in enumerate(by_label.items()):
+            points = [(100 * cell.later_density, 100 * cell.exact / cell.prompts) for cell in group]
+            axis.plot(
+                *zip(*points, strict=True), label=label, alpha=0.8, marker=MARKERS[number % len(MARKERS)],
+                markersize=max(10 - number, 4), linestyle="-" if len(points) > 1 else "none",
+            )
+        axis.set_xlabel("context tokens loaded, % of dense (without pass 0 of each block)")
+        axis.set_ylabel("exact answers, %")
+        axis.set_ylim(-3, 103)
+    else:
+        _draw_bars(axis, by_label)
+    axis.grid(alpha=0.3)
+    figure.legend(*axis.get_legend_handles_labels(), fontsize=8, loc="outside right upper")
+    return _png(figure)
+
+
+def _draw_bars(axis: Any, by_label: dict[str, list[Cell]]) -> None:
+    lengths = sorted({cell.length for group in by_label.values() for cell in group})
+    height = 0.8 / len(lengths)
+    for number, length in enumerate(lengths):
+        here = [[cell for cell in group if cell.length == length] for group in by_label.values()]
+        shares = [100 * group[0].exact / group[0].prompts for group in here]
+        places = np.arange(len(here)) + (number - (len(lengths) - 1) / 2) * height
+        axis.barh(places, shares, height, label=f"{length} bytes")
+    axis.set_yticks(range(len(by_label)), list(by_label), fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel("exact answers, %")
+    axis.set_xlim(0, 103)
 
 
 def _png(figure: Any) -> bytes:

@@ -37,8 +37,13 @@ class PassRecord:
         read to choose them, bytes that the dense policy reads.
     metadata_reads : numpy.ndarray
         int64 ``(layers,)``: how often the policy read the page bounds.
+    pairs, dense_pairs : numpy.ndarray
+        float64 ``(layers,)``: pairs of a row and a context token it attended to, over query heads, and what
+        they are if every row attends to every token.
     active_rows : numpy.ndarray
         int64 ``(layers,)``: rows whose context part was computed.
+    computed_rows, rows : int
+        Rows that the model computed at all, and rows of the block.
     loaded : numpy.ndarray
         bool ``(layers, kv_heads, pages)``: pages loaded.
     seconds : float
@@ -56,7 +61,11 @@ class PassRecord:
     metadata_bytes: HostArray
     dense_bytes: HostArray
     metadata_reads: HostArray
+    pairs: HostArray
+    dense_pairs: HostArray
     active_rows: HostArray
+    computed_rows: int
+    rows: int
     loaded: HostArray
     seconds: float
 
@@ -77,14 +86,18 @@ class PassRecord:
         tokens: Sequence[int],
         newly_decoded: Iterable[int],
         seconds: float,
+        computed_rows: int | None = None,
     ) -> PassRecord:
-        """Read the traffic of a pass from its memories, to the host."""
+        """Read the traffic of a pass from its memories, to the host; by default all rows were computed."""
         traffic = [memory.traffic for memory in memories]
 
         def per_layer(name: str) -> HostArray:
             return np.asarray([float(to_numpy(getattr(item, name))[0]) for item in traffic])
 
+        rows = int(memories[0].active.shape[1])
         return cls(
+            rows=rows, computed_rows=rows if computed_rows is None else computed_rows,
+            pairs=per_layer("pairs"), dense_pairs=per_layer("dense_pairs"),
             block=block, index=index, is_save=is_save, seconds=seconds,
             tokens=tuple(int(token) for token in tokens),
             newly_decoded=tuple(int(position) for position in newly_decoded),
@@ -113,6 +126,10 @@ class TrafficTotal:
         Key bytes read to build the page bounds that the policy used; 0 in totals without pass 0.
     dense_bytes : float
         Bytes that the dense policy reads in these passes.
+    pairs, dense_pairs : float
+        Pairs of a row and a context token it attended to, over query heads, and those of the dense policy.
+    computed_rows, rows : float
+        Rows that the model computed, and rows that there were.
     """
 
     passes: int
@@ -122,6 +139,20 @@ class TrafficTotal:
     metadata_bytes: float
     build_bytes: float
     dense_bytes: float
+    pairs: float
+    dense_pairs: float
+    computed_rows: float
+    rows: float
+
+    @property
+    def pair_share(self) -> float:
+        """Pairs attended to / those of the dense policy; 0 for an empty context."""
+        return self.pairs / self.dense_pairs if self.dense_pairs else 0.0
+
+    @property
+    def row_share(self) -> float:
+        """Rows computed / rows there were; 0 without a pass."""
+        return self.computed_rows / self.rows if self.rows else 0.0
 
     @property
     def density(self) -> float:
@@ -206,6 +237,9 @@ class Decoded:
             context_tokens=total("context_tokens"), page_bytes=total("page_bytes"),
             metadata_bytes=total("metadata_bytes"),
             build_bytes=self.build_bytes if first_pass else 0.0, dense_bytes=total("dense_bytes"),
+            pairs=total("pairs"), dense_pairs=total("dense_pairs"),
+            computed_rows=float(sum(record.computed_rows for record in counted)),
+            rows=float(sum(record.rows for record in counted)),
         )
 
 

@@ -94,7 +94,8 @@ def record(loaded: np.ndarray, *, index: int = 0, is_save: bool = False) -> Pass
     return PassRecord(
         block=0, index=index, is_save=is_save, tokens=(), newly_decoded=(), tokens_read=zeros,
         context_tokens=zeros, page_bytes=zeros, metadata_bytes=zeros, dense_bytes=zeros,
-        metadata_reads=zeros, active_rows=zeros, loaded=loaded, seconds=0.0,
+        metadata_reads=zeros, active_rows=zeros, loaded=loaded, seconds=0.0, pairs=zeros, dense_pairs=zeros,
+        computed_rows=16, rows=16,
     )
 
 
@@ -116,7 +117,7 @@ def test_a_page_read_once_stays_visible_where_pages_share_a_column() -> None:
 
 
 def total(read: float, dense: float) -> TrafficTotal:
-    return TrafficTotal(9, read, dense, 4 * read, 2 * read, 0.0, 4 * dense)
+    return TrafficTotal(9, read, dense, 4 * read, 2 * read, 0.0, 4 * dense, read, dense, 144, 144)
 
 
 def result(exact: bool, read: float, dense: float = 100.0) -> PolicyResult:

@@ -10,6 +10,7 @@ import pytest
 from sparse_dlm_attn import (
     Backend,
     InvalidArgumentError,
+    LayerMemory,
     PassInfo,
     PassInputs,
     PrefixAttentionPolicy,
@@ -41,16 +42,26 @@ class Scripted(TinyModel):
 
     def forward_block(
         self, tokens: Sequence[int], position: int, contexts: Any, attention: Any, info: PassInfo,
-        memories: Any = None,
+        memories: Any = None, **skips: Any,
     ) -> BlockPass:
-        result = super().forward_block(tokens, position, contexts, attention, info, memories)
+        result = super().forward_block(tokens, position, contexts, attention, info, memories, **skips)
+        return replace(result, logits=self.scripted(tokens, position, info))
+
+    def forward_sequence(
+        self, tokens: Sequence[int], rows: Any, cache: Any, window_end: int, attention: Any, info: PassInfo,
+        memories: Any = None,
+    ) -> tuple[Any, tuple[LayerMemory, ...]]:
+        _, kept = super().forward_sequence(tokens, rows, cache, window_end, attention, info, memories)
+        return self.scripted(tokens, 0, info), kept
+
+    def scripted(self, tokens: Sequence[int], position: int, info: PassInfo) -> Any:
         self.infos.append(info)
         self.inputs.append(list(tokens))
         best, confidence = (np.asarray(part)[: len(tokens)] for part in self.wanted(position))
         rest = (1 - confidence) / 255
         logits = np.log(np.broadcast_to(rest[:, None], (len(tokens), 256))).copy()
         logits[np.arange(len(tokens)), best] = np.log(confidence)
-        return replace(result, logits=logits.astype(np.float32))
+        return logits.astype(np.float32)
 
 
 def always(best: Sequence[int], confidence: Sequence[float]) -> Wanted:
@@ -361,7 +372,9 @@ def test_the_full_sequence_is_filled_in_by_confidence(model: TinyModel, text: by
     assert len(result.generated) == 12
     assert MASK_ID not in result.passes[-1].tokens
     total = result.traffic()
-    assert (total.context_tokens, total.bytes_read, total.density) == (0, 0, 0)
+    layers, heads = model.config.layers, model.config.kv_heads
+    assert total.context_tokens == 5 * layers * heads * (21 + 12)  # the sequence is its own context
+    assert (total.density, total.pair_share, total.row_share, total.metadata_bytes) == (1, 1, 1, 0)
 
 
 def test_full_sequence_passes_see_all_tokens_at_once(model: TinyModel) -> None:

@@ -92,8 +92,10 @@ def test_the_two_variants_differ_where_the_generation_ranks_high() -> None:
     keys[4:] = np.abs(keys[4:]) + 1  # the generated half draws all rows
     context = replace(context, k_pages=keys)
     prompt_pages = {
-        variant: choose(SparseD(ratio=0.5, warmup=1, span=8, variant=variant), q, context)[..., :4].sum(axis=-1)  # type: ignore[arg-type]
-        for variant in ("code", "paper")
+        policy.variant: choose(policy, q, context)[..., :4].sum(axis=-1)
+        for policy in (
+            SparseD(ratio=0.5, warmup=1, span=8), SparseD(ratio=0.5, warmup=1, span=8, variant="paper")
+        )
     }
     assert (prompt_pages["paper"] == 2).all()  # half of the prompt's four
     assert (prompt_pages["code"] == 1).all()  # five of all eight, four of them not of the prompt

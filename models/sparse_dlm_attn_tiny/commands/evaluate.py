@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["evaluate"]
 
 DEFAULT_TASKS = ("single-key", "chained")
+DEFAULT_LENGTH = 4096
 MOST_PROMPTS, MOST_WORKERS = 10_000, 256
 FULL_PROMPTS, DEFAULT_PROMPTS = 20, 4
 FULL_BUDGETS, DEFAULT_BUDGETS = (16, 32, 64, 128, 256), (64, 256)
@@ -35,7 +36,9 @@ def evaluate(
         list[str] | None,
         typer.Option(help="Task; repeatable.", show_default="single-key and chained, with --full all"),
     ] = None,
-    length: Annotated[int, typer.Option(help="Bytes a prompt.")] = 4096,
+    length: Annotated[
+        int | None, typer.Option(help="Bytes a prompt.", show_default="4096, with --table its own")
+    ] = None,
     seed: Annotated[int, typer.Option(help="First seed; prompt n of a task has seed + n.")] = 0,
     policy: options.Policies = None,
     budget: Annotated[
@@ -50,6 +53,10 @@ def evaluate(
     steps: options.Steps = None,
     threshold: options.Threshold = None,
     page_size: options.PageSize = 16,
+    table: Annotated[
+        str | None,
+        typer.Option(help="Instead: a paper's comparison, sparsed or losa, which fixes tasks and policies."),
+    ] = None,
     full: Annotated[bool, typer.Option("--full", help="All tasks, more prompts, more budgets.")] = False,
     workers: Annotated[
         int | None, typer.Option(help="Processes.", show_default="one a core")
@@ -75,9 +82,24 @@ def evaluate(
 
     _check_range("--prompts", prompts, MOST_PROMPTS)
     _check_range("--workers", workers, MOST_WORKERS)
+    if table is not None:
+        from sparse_dlm_attn_tiny.commands.table import check_alone, evaluate_table
+        from sparse_dlm_attn_tiny.tables import table_named
+
+        check_alone(
+            task=task, policy=policy, budget=budget, steps=steps, threshold=threshold, full=full,
+            workers=workers, require=require,
+        )
+        table_named(table)
+        evaluate_table(
+            table, prompts=prompts, length=length, seed=seed, backend=backend, weights=weights, out=out,
+            picture=_check_targets(out, plot), as_json=as_json,
+        )
+        return
     evaluation = Evaluation(
         tasks=tuple(dict.fromkeys(task or (TASKS if full else DEFAULT_TASKS))),
-        prompts=prompts or (FULL_PROMPTS if full else DEFAULT_PROMPTS), length=length, seed=seed,
+        prompts=prompts or (FULL_PROMPTS if full else DEFAULT_PROMPTS),
+        length=DEFAULT_LENGTH if length is None else length, seed=seed,
         policies=tuple(policy or ()),
         budgets=tuple(dict.fromkeys(budget or (FULL_BUDGETS if full else DEFAULT_BUDGETS))),
         settings=options.check_settings(block_length, steps, threshold, page_size, None), backend=backend,

@@ -1,0 +1,197 @@
+"""fast-dllm, dkv-cache and sparse-dllm: which rows are computed, and what is kept of the others."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from policy_cases import Array, make_block
+
+from sparse_dlm_attn import Context, PassInfo, PrefixAttention, get_policy
+from sparse_dlm_attn.policies.dkv_cache import masked_neighbours
+from sparse_dlm_attn.policies.positions import band_pages
+from sparse_dlm_attn.policies.windows import pages_holding, pool_neighbours
+
+
+def rows(text: str) -> Array:
+    """Rows as marks: ``"..x"`` is the third of three."""
+    return np.array([[mark != "." for mark in text]])
+
+
+def computed(policy: str, info: PassInfo, tokens: int = 10) -> str:
+    found = get_policy(policy).computed_tokens(info, np.ones((1, tokens), bool))
+    return "".join("x" if row else "." for row in np.asarray(found)[0])
+
+
+WINDOW = rows("....xxx...")
+
+
+@pytest.mark.parametrize(
+    ("policy", "number", "expected"),
+    [("fast-dllm", 0, "xxxxxxxxxx"), ("fast-dllm", 1, "....xxx..."), ("fast-dllm", 7, "....xxx..."),
+     ("fast-dllm:mode=prefix", 0, "xxxxxxxxxx"), ("fast-dllm:mode=prefix", 1, "....xxxxxx"),
+     ("sparse-dllm", 1, "xxxxxxxxxx"), ("sparse-dllm", 2, "....xxx..."),
+     ("sparse-dllm:delay=0", 1, "....xxx..."), ("dense", 5, "xxxxxxxxxx")],
+)
+@pytest.mark.clause("POLICY-7")
+def test_rows_of_a_window_are_computed_alone_after_its_first_passes(
+    policy: str, number: int, expected: str
+) -> None:
+    assert computed(policy, PassInfo(20, window=WINDOW, window_index=number)) == expected
+    each = np.array([number], np.int32)
+    assert computed(policy, PassInfo(20, window=WINDOW, window_index=each)) == expected
+    assert computed(policy, PassInfo(number)) == "x" * 10  # the block is one window
+
+
+@pytest.mark.parametrize(
+    ("policy", "number", "expected"),
+    [("dkv-cache", 0, "xxxxxxxxxx"), ("dkv-cache", 1, "xxxxxxxxxx"), ("dkv-cache", 2, "....x.xxxx"),
+     ("dkv-cache", 8, "xxxxxxxxxx"), ("dkv-cache", 9, "....x.xxxx"), ("dkv-cache:reload=1", 5, "xxxxxxxxxx"),
+     ("dkv-cache:mode=greedy", 2, "xxxxxxxxxx"), ("dkv-cache:mode=greedy,neighbours=0", 3, "....x.x..."),
+     ("dkv-cache:mode=greedy,neighbours=2", 3, "....x.xxx."),
+     ("dkv-cache:mode=greedy,neighbours=9", 3, "....x.xxxx")],
+)
+@pytest.mark.clause("POLICY-7")
+def test_decoded_tokens_are_computed_once_more_and_then_cached(
+    policy: str, number: int, expected: str
+) -> None:
+    info = PassInfo(
+        20, decoded=rows("xxxxxx...."), newly_decoded=rows("....x....."), window=WINDOW,
+        window_index=number, planned=rows("......x..."),
+    )
+    assert computed(policy, info) == expected
+
+
+def test_greedy_without_a_plan_computes_every_masked_row_of_the_window() -> None:
+    info = PassInfo(3, decoded=rows("xxxxxx...."), newly_decoded=rows("....x....."), window=WINDOW)
+    assert computed("dkv-cache:mode=greedy", info) == "....x.x..."
+    assert computed("dkv-cache:mode=greedy", PassInfo(3)) == "x" * 10
+    saving = PassInfo(3, True, rows("xxxxxxxxxx"), rows("....x....."))
+    assert computed("dkv-cache", saving) == "x" * 10
+
+
+def neighbours_one_by_one(centres: Array, masked: Array, count: int) -> Array:
+    chosen = np.zeros_like(masked)
+    for centre in np.flatnonzero(centres & masked):
+        left = [p for p in range(centre - 1, -1, -1) if masked[p]]
+        right = [p for p in range(centre + 1, len(masked)) if masked[p]]
+        for turn in range(count):
+            side = left if (turn % 2 == 0 and left) or not right else right
+            if side:
+                chosen[side.pop(0)] = True
+    return chosen
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 9, 10**9])
+def test_neighbours_are_taken_from_left_and_right_in_turn(count: int) -> None:
+    rng = np.random.default_rng(count % 100)
+    for tokens in (1, 2, 5, 12):
+        for _ in range(20):
+            masked, centres = rng.random(tokens) < 0.6, rng.random(tokens) < 0.3
+            expected = neighbours_one_by_one(centres, masked, min(count, 40))
+            got = masked_neighbours(centres[None], masked[None], count)[0]
+            np.testing.assert_array_equal(got, expected)
+
+
+def whole_block(tokens: int, page_size: int, seed: int = 0) -> tuple[Array, Context]:
+    rng = np.random.default_rng(seed)
+    q = (rng.integers(-16, 17, (1, 4, tokens, 8)) / 8).astype(np.float32)
+    pages = -(-tokens // page_size)
+    k = (rng.integers(-16, 17, (1, 2, pages * page_size, 8)) / 8).astype(np.float32)
+    return q, Context.from_dense(k, k + 1, page_size, [tokens])
+
+
+@pytest.mark.parametrize("window", [slice(0, 4), slice(5, 9), slice(9, 13)])
+@pytest.mark.parametrize(("ratio", "kernel"), [(0.5, 3), (0.3, 1), (0.0, 3), (1.0, 5)])
+@pytest.mark.clause("POLICY-6", "DRIVER-4")
+def test_sparse_dllm_keeps_the_tokens_that_the_windows_rows_ask_for(
+    window: slice, ratio: float, kernel: int
+) -> None:
+    q, context = whole_block(13, 1)
+    inside = np.zeros((1, 13), bool)
+    inside[:, window] = True
+    attention, memory = PrefixAttention(f"sparse-dllm:ratio={ratio},kernel={kernel}"), None
+    for number in range(3):
+        info = PassInfo(4 + number, window=inside, window_index=number)
+        _, memory = attention(q, None, None, context, memory, info)
+    keys = np.asarray(context.k_pages)[:, :, 0].astype(float)  # (tokens, kv_heads, channels)
+    asked = q[0][:, window].mean(axis=1).astype(float)
+    importance = np.mean([keys[:, h // 2] @ asked[h] for h in range(4)], axis=0)
+    outside = np.flatnonzero(~inside[0])
+    padded = np.pad(importance[outside], kernel // 2, constant_values=-np.inf)
+    pooled = [padded[place : place + kernel].max() for place in range(len(outside))]
+    best = outside[np.argsort(-np.array(pooled), kind="stable")[: int(len(outside) * ratio)]]
+    expected = np.isin(np.arange(13), best) | inside[0]
+    np.testing.assert_array_equal(np.asarray(memory.selection.mask)[0, 0, 0], expected)
+    np.testing.assert_array_equal(memory.active, inside)
+
+
+def test_sparse_dllm_begins_again_with_each_window() -> None:
+    q, context = whole_block(12, 1)
+    attention, memory, dense = PrefixAttention("sparse-dllm"), None, []
+    for number in range(8):
+        inside = np.zeros((1, 12), bool)
+        inside[:, 4 + number // 4 * 4 : 8 + number // 4 * 4] = True
+        info = PassInfo(number, window=inside, window_index=number % 4)
+        _, memory = attention(q, None, None, context, memory, info)
+        dense.append(bool(np.asarray(memory.selection.mask).all()))
+    assert dense == [True, True, False, False] * 2
+
+
+@pytest.mark.parametrize(("tokens", "kept"), [(324, 162), (325, 162), (1, 0)])
+def test_sparse_dllm_keeps_the_floor(tokens: int, kept: int) -> None:
+    block = make_block(3, batch=1, page_size=1, pages=tokens, segments=False)
+    context = replace(block.context, page_lengths=np.ones((1, tokens), np.int32))
+    attention, memory = PrefixAttention("sparse-dllm:delay=0"), None
+    for number in range(2):
+        _, memory = attention(block.q[0], block.k, block.v, context, memory, PassInfo(number))
+    assert int(np.asarray(memory.selection.mask).sum()) == kept
+
+
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize("half", [0, 1, 2, 7])
+def test_pooling_steps_over_what_is_not_eligible(half: int, largest: bool) -> None:
+    rng = np.random.default_rng(half)
+    scores = rng.integers(-8, 9, (2, 3, 1, 9)).astype(np.float32)
+    eligible = rng.random((2, 9)) < 0.7
+    pooled = pool_neighbours(scores, eligible, half, largest=largest)
+    for b in range(2):
+        places = np.flatnonzero(eligible[b])
+        for number, page in enumerate(places):
+            near = scores[b, :, 0, places[max(number - half, 0) : number + half + 1]]
+            expected = near.max(axis=0) if largest else near.sum(axis=0)
+            np.testing.assert_array_equal(pooled[b, :, 0, page], expected)
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 4])
+def test_a_band_holds_the_pages_near_each_row_of_a_whole_sequence(page_size: int) -> None:
+    tokens = 14
+    _, context = whole_block(tokens, page_size)
+    for window, after, sinks in ((1, 0, 0), (3, 2, 0), (2, 0, 3), (99, 99, 0)):
+        got = band_pages(context, tokens, page_size, window=window, after=after, sinks=sinks)[0]
+        for row in range(tokens):
+            near = set(range(row - window + 1, row + after + 1)) | set(range(sinks))
+            wanted = {token // page_size for token in near if 0 <= token < tokens}
+            mine = set(np.flatnonzero(got[row // page_size]))
+            assert wanted <= mine
+            if page_size == 1:
+                assert wanted == mine
+    exact = np.asarray(PrefixAttention("sliding-window:window=3,after=2").policy.select_pages(
+        inputs_of(context, tokens), None).mask)
+    np.testing.assert_array_equal(exact[0, 0], band_pages(context, tokens, page_size, window=3, after=2)[0])
+
+
+def inputs_of(context: Context, tokens: int) -> Any:
+    from sparse_dlm_attn import PassInputs, get_backend
+
+    q = np.zeros((1, 4, tokens, 8), np.float32)
+    return PassInputs(get_backend("reference"), q, context, None, None, PassInfo(0), True, None, True)
+
+
+def test_pages_that_hold_a_row_are_found_whatever_their_lengths() -> None:
+    context = replace(whole_block(12, 4)[1], page_lengths=np.array([[4, 3, 4]], np.int32))
+    for row in range(11):
+        held = pages_holding(context, np.arange(12)[None] == row)
+        assert np.flatnonzero(held[0]).tolist() == [0 if row < 4 else 1 if row < 7 else 2]
