@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 
 import sparse_dlm_attn_tiny
 from sparse_dlm_attn.cli import main
+from sparse_dlm_attn_tiny import tables
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 SHORT = ("--task", "single-key", "--length", "256")
@@ -115,7 +117,15 @@ def test_the_number_of_passes_follows_steps(call: Call) -> None:
 
 def test_decoding_over_the_full_sequence(call: Call) -> None:
     out, _ = call("decode", "--full-sequence", *SHORT, "--json")
-    assert json.loads(out)["full_sequence"]["passes"] == 8
+    dense = json.loads(out)["full_sequence"]
+    assert (dense["policy"], dense["passes"], dense["row_share"], dense["pair_share"]) == ("dense", 8, 1, 1)
+    out, _ = call("decode", "--full-sequence", "--policy", "fast-dllm", *SHORT, "--json")
+    cached = json.loads(out)["full_sequence"]
+    assert (cached["policy"], cached["passes"]) == ("fast-dllm", 8)
+    assert cached["row_share"] == pytest.approx(cached["pair_share"])
+    assert cached["row_share"] < 0.5
+    out, _ = call("decode", "--full-sequence", "--policy", "sparsed:span=16", *SHORT)
+    assert "% of the row-key pairs" in out
 
 
 def test_the_demonstration_tells_its_story(call: Call) -> None:
@@ -266,6 +276,46 @@ def test_missing_matplotlib_is_named_with_its_remedy_before_any_work(
     for arguments in (["show"], ["evaluate", "--plot", "p.png"]):
         _, err = call(*arguments, code=2)
         assert "matplotlib is not installed" in err and "sparse_dlm_attn[plot]" in err
+
+
+@pytest.mark.parametrize(("name", "lines"), [("losa", 19), ("sparsed", 14)])
+def test_a_table_of_a_paper_is_numbers_json_and_a_picture(
+    call: Call, tmp_path: Path, name: str, lines: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = tables.TABLES[name]
+    monkeypatch.setitem(tables.TABLES, name, replace(whole, tasks=("single-key",)))
+    options = ("--table", name, "--prompts", "1", "--length", "128", "--out", "t.json")
+    out, _ = call("evaluate", *options, "--json")
+    cells = json.loads(out)
+    assert len(cells) == lines
+    by_label = {cell["label"]: cell for cell in cells if cell["budget"] in (None, 16)}
+    dense = by_label["dense"]
+    assert dense["exact"] == dense["prompts"] == 1
+    assert dense["density"] == dense["pair_share"] == dense["row_share"] == 1
+    report = json.loads((tmp_path / "t.json").read_text())
+    assert report["cells"] == cells
+    assert report["table"]["tasks"] == ["single-key"] and report["environment"]["numpy"]
+    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+    if name == "losa":
+        never = by_label["dense pass 0, never refreshed"]
+        assert never["later_density"] == 0 and never["density"] == pytest.approx(1 / 9, rel=0.02)
+        assert by_label["QUEST, dense pass 0"]["density"] > by_label["QUEST"]["density"]
+    else:
+        assert by_label["Fast-dLLM, dual"]["row_share"] <= by_label["Fast-dLLM, prefix"]["row_share"] < 1
+        assert by_label["SparseD"]["row_share"] == 1 > by_label["SparseD"]["pair_share"]
+        assert by_label["SparseD - skipping"]["pair_share"] < by_label["SparseD"]["pair_share"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--table", "quest"], "unknown table 'quest'"), (["--table", "losa", "--policy", "dense"], "--policy"),
+     (["--table", "losa", "--full"], "--full"), (["--table", "losa", "--budget", "8"], "--budget"),
+     (["--table", "sparsed", "--length", "7"], "length")],
+)
+def test_a_table_fixes_what_it_compares(call: Call, tmp_path: Path, options: list[str], message: str) -> None:
+    out, err = call("evaluate", *options, code=2)
+    assert out == "" and message in " ".join(err.split())
+    assert os.listdir(tmp_path) == []
 
 
 QUICK = ("--length", "256", "--prompts", "1", "--task", "single-key", "--budget", "64", "--workers", "1")

@@ -40,8 +40,9 @@ def decode(
     weights: options.Weights = None,
     full_sequence: Annotated[
         bool,
-        typer.Option("--full-sequence", help="Decode over the whole sequence at once, as LLaDA does: dense, "
-                     "nothing cached, slow. The default prompt has 1024 bytes then."),
+        typer.Option("--full-sequence", help="Decode over the whole sequence, as LLaDA does: every token "
+                     "sees every other, slow. With one --policy, dense by default; the default prompt has "
+                     "1024 bytes."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone on standard output.")] = False,
 ) -> None:
@@ -51,10 +52,9 @@ def decode(
     """
     from sparse_dlm_attn_tiny.policy_choice import choose_policies
 
-    if full_sequence and policy:
+    if full_sequence and policy and len(policy) > 1:
         raise InvalidArgumentError(
-            "--policy", "must not be given together with --full-sequence, where all is one block",
-            ", ".join(policy),
+            "--policy", "must be given once with --full-sequence", ", ".join(policy),
         )
     settings = options.check_settings(block_length, steps, threshold, page_size, max_blocks)
     choices = choose_policies(policy or (), budget, page_size)
@@ -65,7 +65,8 @@ def decode(
     )
     environment = options.environment_record(backend, weights)
     if full_sequence:
-        _decode_full_sequence(model, asked, settings, environment, as_json)
+        chosen = choose_policies(policy or ("dense",), budget, page_size, baseline=False)[0]
+        _decode_full_sequence(model, asked, settings, chosen, environment, as_json)
         return
     comparison = compare_with_progress(model, asked, choices, settings)
     if as_json:
@@ -132,16 +133,18 @@ def _print(comparison: Comparison, prompt: Prompt) -> None:
 
 
 def _decode_full_sequence(
-    model: Any, prompt: Prompt, settings: DecodeSettings, environment: dict[str, Any], as_json: bool
+    model: Any, prompt: Prompt, settings: DecodeSettings, choice: PolicyChoice, environment: dict[str, Any],
+    as_json: bool,
 ) -> None:
-    """Fill in masks behind the prompt, block by block from the left, and print what came out."""
+    """Fill in masks behind the prompt, window by window from the left, and print what came out."""
     from sparse_dlm_attn_tiny.full_sequence import decode_full_sequence
-    from sparse_dlm_attn_tiny.report import printable
+    from sparse_dlm_attn_tiny.report import printable, share_text
 
     with progress() as bars:
-        bar = bars.add_task(f"{len(prompt.text)} bytes, every pass anew", total=None)
+        bar = bars.add_task(f"{len(prompt.text)} bytes, {choice.label}", total=None)
         decoded = decode_full_sequence(
-            model, prompt.text, new_tokens=settings.blocks_for(prompt.answer) * settings.block_length,
+            model, prompt.text, policy=choice.policy, page_size=settings.page_size,
+            new_tokens=settings.blocks_for(prompt.answer) * settings.block_length,
             steps=settings.steps, threshold=settings.threshold, block_length=settings.block_length,
             on_pass=lambda record: bars.advance(bar),
         )
@@ -150,6 +153,8 @@ def _decode_full_sequence(
         print_json({
             "environment": environment, "prompt": prompt.as_json(), "settings": dataclasses.asdict(settings),
             "full_sequence": {
+                "policy": choice.label, "pair_share": decoded.traffic().pair_share,
+                "row_share": decoded.traffic().row_share,
                 "answer": decoded.output.decode("latin-1"), "exact": exact, "passes": len(decoded.passes),
                 "seconds": round(decoded.seconds, 4),
             },
@@ -159,5 +164,8 @@ def _decode_full_sequence(
     verdict = {None: "", True: "  (exact)", False: "  (NOT the expected answer)"}[exact]
     lines = [*prompt.story(), ("answer", printable(decoded.output) + verdict)]
     lines.append(("passes", f"{len(decoded.passes)} over the whole sequence, {decoded.seconds:.1f} s"))
+    total = decoded.traffic()
+    shares = share_text(total.row_share), share_text(total.pair_share)
+    lines.append(("computed", "{} of the rows, {} of the row-key pairs".format(*shares)))
     for heading, text in lines:
         console.print(f"{heading:>9}  {text}", markup=False, soft_wrap=True)
