@@ -229,5 +229,5 @@ def test_decisions_over_a_whole_sequence_are_those_on_the_reference(
     ):
         what = f"in pass {number} of a whole sequence, against the reference"
         expect_same_bits(host(mine[3].active), host(theirs[3].active), f"active rows {what}", "POLICY-1")
-        pages = [rows_of(one[0], one[3]) for one in (mine, theirs)]
-        expect_same_bits(*pages, f"pages {what}", "POLICY-1")
+        pages, wanted = (rows_of(one[0], one[3]) for one in (mine, theirs))
+        expect_same_bits(pages, wanted, f"pages {what}", "POLICY-1")
