@@ -96,7 +96,7 @@ def choose_policy(text: str, budget: int, page_size: int) -> PolicyChoice:
 
     Notes
     -----
-    Policies that choose by content have a parameter ``budget``. A window gets the budget less what the
+    Policies that choose by content have a parameter ``budget`` (``snapkv``: ``capacity``). A window gets the budget less what the
     attention sinks take: they are rounded up to whole pages, as the policies do.
     """
     check_count("--budget", budget, 1)
@@ -116,8 +116,9 @@ def _budget_parameter(
     policy: PrefixAttentionPolicy[Any], budget: int, page_size: int
 ) -> tuple[str | None, int]:
     fields = _fields_of(policy)
-    if "budget" in fields:
-        return "budget", budget
+    for name in ("budget", "capacity"):
+        if name in fields:
+            return name, budget
     if "window" in fields:
         sinks = -(-int(getattr(policy, "sinks", 0)) // page_size) * page_size
         return "window", max(budget - sinks, 1)

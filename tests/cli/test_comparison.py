@@ -25,6 +25,7 @@ from sparse_dlm_attn_tiny.records import PassRecord, TrafficTotal
         ("sliding-window", "sliding-window:window=64"),
         ("streaming-llm", "streaming-llm:window=48"),  # four sinks cost one page of 16
         ("streaming-llm:sinks=20", "streaming-llm:sinks=20,window=32"),
+        ("snapkv:window=16", "snapkv:window=16,capacity=64"),
         ("flashblock", "flashblock"),
         ("dense", "dense"),
     ],
