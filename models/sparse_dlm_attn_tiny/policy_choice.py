@@ -96,8 +96,8 @@ def choose_policy(text: str, budget: int, page_size: int) -> PolicyChoice:
 
     Notes
     -----
-    Policies that choose by content have a parameter ``budget`` (``snapkv``: ``capacity``). A window gets the budget less what the
-    attention sinks take: they are rounded up to whole pages, as the policies do.
+    Policies that choose by content have a parameter ``budget`` (``snapkv``: ``capacity``). A window gets the
+    budget less what the attention sinks take: they are rounded up to whole pages, as the policies do.
     """
     check_count("--budget", budget, 1)
     name, colon, rest = text.partition(":")
