@@ -208,8 +208,8 @@ def table_picture(cells: Sequence[Cell], title: str) -> bytes:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.8), layout="constrained")
-    figure.suptitle(title)
     axis = figure.subplots()
+    axis.set_title(title, fontsize=11)
     by_label: dict[str, list[Cell]] = {}
     for cell in cells:
         by_label.setdefault(cell.label, []).append(cell)

@@ -129,7 +129,7 @@ class Cell:
 def sparsed_rows(length: int) -> tuple[Row, ...]:
     """Return SparseD's accuracy table and its ablation for prompts of ``length`` bytes."""
     side, sinks = length // 4, length // 10
-    sparse = "span=32"
+    sparse, scarce = "span=32", "span=32,ratio=0.05"  # the ablation needs a share at which pages are short
     return (
         Row("dense", "dense", page_size=32),
         Row("sliding window", f"sliding-window:window={side},after={side}"),
@@ -142,9 +142,10 @@ def sparsed_rows(length: int) -> tuple[Row, ...]:
         Row("Sparse-dLLM", "sparse-dllm", page_size=1),
         Row("SparseD", f"sparsed:{sparse}", page_size=32),
         Row("SparseD, paper's counts", f"sparsed:{sparse},variant=paper", page_size=32),
-        Row("SparseD - skipping", f"sparsed:{sparse},warmup=0", page_size=32),
-        Row("SparseD - reusing", f"sparsed:{sparse},frozen=false", page_size=32),
-        Row("SparseD - isolated", f"sparsed:{sparse},isolated=false", page_size=32),
+        Row("SparseD, share 0.05", f"sparsed:{scarce}", page_size=32),
+        Row("0.05 - skipping", f"sparsed:{scarce},warmup=0", page_size=32),
+        Row("0.05 - reusing", f"sparsed:{scarce},frozen=false", page_size=32),
+        Row("0.05 - isolated", f"sparsed:{scarce},isolated=false", page_size=32),
     )
 
 
