@@ -15,6 +15,8 @@ from sparse_dlm_attn.values import PassInfo
 
 __all__ = ["SparseDLLM", "SparseDLLMMemory"]
 
+ROWS_AT_ONCE = 64  # rows scored together: a whole sequence must not take a matrix of rows x pages
+
 
 @dataclass(frozen=True, eq=False)
 class SparseDLLMMemory:
@@ -148,10 +150,14 @@ class SparseDLLM(PrefixAttentionPolicy[SparseDLLMMemory]):
         if inputs.whole and inputs.info.window is not None:
             rows = xp.asarray(inputs.info.window, device=inputs.q.device)
         outside = context.exists if own is None else context.exists & ~own
-        scores: Any = ops.page_scores(inputs.q, ops.page_bounds(context), active=rows)
-        scores = xp.where(rows[:, None, :, None], scores, xp.zeros_like(scores))
-        # The sum ranks as the mean does, and no division can round two scores into a tie.
-        scores = xp.sum(scores, axis=(1, 2), keepdims=True)
+        bounds = ops.page_bounds(context)
+        scores: Any = xp.zeros((context.batch, 1, 1, context.pages), dtype=xp.float32, device=inputs.q.device)
+        for start in range(0, inputs.tokens, ROWS_AT_ONCE):
+            part = slice(start, min(start + ROWS_AT_ONCE, inputs.tokens))
+            some = ops.page_scores(inputs.q[:, :, part, :], bounds, active=rows[:, part])
+            some = xp.where(rows[:, None, part, None], some, xp.zeros_like(some))
+            # The sum ranks as the mean does, and no division can round two scores into a tie.
+            scores = scores + xp.sum(some, axis=(1, 2), keepdims=True)
         half = self.kernel // 2 // context.page_size
         scores = pool_neighbours(scores, outside, half, largest=True)
         pages = xp.astype(xp.sum(xp.astype(outside, xp.int32), axis=-1), xp.float64)

@@ -195,3 +195,21 @@ def test_pages_that_hold_a_row_are_found_whatever_their_lengths() -> None:
     for row in range(11):
         held = pages_holding(context, np.arange(12)[None] == row)
         assert np.flatnonzero(held[0]).tolist() == [0 if row < 4 else 1 if row < 7 else 2]
+
+
+def test_sparse_dllm_scores_a_long_sequence_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparse_dlm_attn.policies import sparse_dllm
+
+    q, context = whole_block(40, 2)
+    inside = (np.arange(40) >= 24)[None] & (np.arange(40) < 32)[None]
+
+    def choose() -> Array:
+        attention, memory = PrefixAttention("sparse-dllm:delay=0"), None
+        for number in range(2):
+            info = PassInfo(number, window=inside, window_index=number)
+            _, memory = attention(q, None, None, context, memory, info)
+        return np.asarray(memory.selection.mask)
+
+    at_once = choose()
+    monkeypatch.setattr(sparse_dllm, "ROWS_AT_ONCE", 3)
+    np.testing.assert_array_equal(choose(), at_once)
