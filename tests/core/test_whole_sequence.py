@@ -142,3 +142,30 @@ def test_a_state_is_known_to_remember_alone() -> None:
     q, k, v = block(10, tokens=TOKENS)
     _, memory = PrefixAttention(Watching())(q, k, v, ragged_context(11))
     assert seen == [None, memory.state]
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_pairs_count_what_active_rows_attend_to(heads: int) -> None:
+    rng = np.random.default_rng(heads)
+    context = ragged_context(12)
+    q, k, v = block(13, tokens=TOKENS)
+    spans = -(-TOKENS // 4)
+    chosen = Selection(rng.random((2, heads, spans, context.pages)) < 0.5, 4)
+
+    class Given(EvenRows):
+        def computed_tokens(self, info: PassInfo, rows: Any) -> Any:
+            return rows
+
+        def active_set(self, inputs: PassInputs[None]) -> Any:
+            return np.arange(TOKENS)[None].repeat(2, axis=0) % 3 != 1
+
+        def select_pages(self, inputs: PassInputs[None], active: Any) -> Selection:
+            return chosen
+
+    _, memory = PrefixAttention(Given())(q, k, v, context)
+    expected = np.zeros(2)
+    for b, h, row in np.ndindex(2, 4, TOKENS):
+        if row % 3 != 1:
+            expected[b] += context.page_lengths[b][chosen.mask[b, h * heads // 4, row // 4]].sum()
+    np.testing.assert_array_equal(memory.traffic.pairs, expected)
+    np.testing.assert_array_equal(memory.traffic.dense_pairs, context.page_lengths.sum(axis=1) * 4 * TOKENS)
