@@ -6,7 +6,7 @@ synchronise with a device nor launch anything. Rules that the driver shares are 
 
 from __future__ import annotations
 
-from sparse_dlm_attn.arrays import Array, dtype_name, shape_of
+from sparse_dlm_attn.arrays import Array, dtype_name, shape_of, to_numpy
 from sparse_dlm_attn.context import Context
 from sparse_dlm_attn.errors import InvalidArgumentError, InvalidTypeError
 from sparse_dlm_attn.selection import Selection
@@ -23,6 +23,7 @@ from sparse_dlm_attn.values import (
 __all__ = [
     "check_attend_block",
     "check_attend_pages",
+    "check_block",
     "check_cached",
     "check_context",
     "check_library",
@@ -32,8 +33,11 @@ __all__ = [
     "check_query_change",
     "check_reuse",
     "check_row_changes",
+    "check_rows",
+    "check_rows_are_tokens",
     "check_states",
     "check_top_pages",
+    "check_whole_sequence",
 ]
 
 RANKED = (*FLOATS, "int8", "int16", "int32", "int64")
@@ -211,3 +215,65 @@ def check_reuse(active: Array, fresh: AttentionState, cached: AttentionState) ->
     check_state("fresh", fresh, fresh)
     check_state("cached", cached, fresh)
     check_active(active, fresh.out)
+
+
+def check_block(q: Array, k: Array, v: Array, context: Context) -> None:
+    """Raise unless the block's q, k and v fit each other and the context.
+
+    Raises
+    ------
+    InvalidTypeError
+        For a wrong type or dtype, or arrays of different libraries.
+    InvalidArgumentError
+        For a wrong shape, head count or device.
+    """
+    check_context(context)
+    check_array("q", q, ("batch", "q_heads", "tokens", "head_dim"))
+    batch, _, tokens, head_dim = shape_of(q)
+    check_array("k", k, (batch, context.kv_heads, tokens, head_dim), (dtype_name(q),))
+    check_array("v", v, shape_of(k), (dtype_name(q),))
+    check_queries_fit(q, context)
+    for name, array in (("k", k), ("v", v)):
+        check_same_place(name, array, "q", q)
+
+
+def check_whole_sequence(q: Array, context: Context) -> None:
+    """Raise unless queries of a whole sequence fit its context."""
+    check_context(context)
+    check_array("q", q, ("batch", "q_heads", "tokens", "head_dim"))
+    check_queries_fit(q, context)
+
+
+def check_rows_are_tokens(q: Array, context: Context) -> None:
+    """Raise unless every sequence of ``context`` holds as many tokens as ``q`` has rows; reads lengths."""
+    tokens = to_numpy(context.tokens)
+    if (tokens != q.shape[2]).any():
+        raise InvalidArgumentError(
+            "context", f"must hold exactly the block's {int(q.shape[2])} tokens where k and v are None",
+            f"{tokens.tolist()} tokens",
+        )
+
+
+def check_rows(name: str, rows: Array, q: Array) -> None:
+    """Raise unless ``rows`` is bool ``(batch, tokens)`` of the queries."""
+    check_array(name, rows, (q.shape[0], q.shape[2]), ("bool", "bool_"))
+    check_same_place(name, rows, "q", q)
+
+
+def check_queries_fit(q: Array, context: Context) -> None:
+    """Raise unless queries of known form fit the heads, channels, dtype and place of ``context``."""
+    batch, q_heads, tokens, head_dim = shape_of(q)
+    if head_dim != context.head_dim or dtype_name(q) != dtype_name(context.k_pages):
+        raise InvalidArgumentError(
+            "context.k_pages", f"must have head_dim {head_dim} and dtype {dtype_name(q)}, as q has",
+            f"head_dim {context.head_dim}, dtype {dtype_name(context.k_pages)}",
+        )
+    if context.batch != batch:
+        raise InvalidArgumentError("context", f"must hold {batch} sequences, as q does", context.batch)
+    if q_heads == 0 or q_heads % context.kv_heads:
+        raise InvalidArgumentError(
+            "q", f"must have a multiple of kv_heads={context.kv_heads} query heads", f"{q_heads} heads"
+        )
+    if tokens == 0:
+        raise InvalidArgumentError("q", "must have at least one row", f"shape {shape_of(q)}")
+    check_same_place("context.k_pages", context.k_pages, "q", q)

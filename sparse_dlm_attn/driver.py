@@ -10,6 +10,7 @@ import numpy as np
 
 from sparse_dlm_attn.arrays import Array, device_of, dtype_name, is_host, namespace, shape_of, to_numpy
 from sparse_dlm_attn.backend import Backend, Problem
+from sparse_dlm_attn.checks import check_block, check_rows, check_rows_are_tokens, check_whole_sequence
 from sparse_dlm_attn.context import Context
 from sparse_dlm_attn.errors import InvalidArgumentError, InvalidTypeError, StaleMemoryError, UnsupportedError
 from sparse_dlm_attn.policy import PassInputs, PrefixAttentionPolicy
@@ -20,12 +21,10 @@ from sparse_dlm_attn.values import (
     AttentionState,
     PageBounds,
     PassInfo,
-    check_array,
-    check_same_place,
     softmax_scale,
 )
 
-__all__ = ["LayerMemory", "PrefixAttention", "check_block"]
+__all__ = ["LayerMemory", "PrefixAttention"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,11 +197,11 @@ class PrefixAttention:
         """Return the active rows: the policy's, among those that the model computes (clause DRIVER-3)."""
         q = inputs.q
         active = self.policy.active_set(inputs)
-        _check_rows("active_set()", active, q)
+        check_rows("active_set()", active, q)
         if self._computes_all:
             return active
         computed = self.policy.computed_tokens(inputs.info, inputs.all_rows())
-        _check_rows("computed_tokens()", computed, q)
+        check_rows("computed_tokens()", computed, q)
         return active & computed
 
     def _checked(
@@ -217,7 +216,7 @@ class PrefixAttention:
                 )
             info = PassInfo(0)
         if k is None and v is None:
-            _check_whole(q, context)
+            check_whole_sequence(q, context)
         else:
             check_block(q, k, v, context)
         softmax_scale(int(q.shape[3]), scale)
@@ -229,7 +228,7 @@ class PrefixAttention:
         if read:
             context.check_contents()
             if k is None:
-                _check_rows_are_tokens(q, context)
+                check_rows_are_tokens(q, context)
         if memory is not None:
             _check_memory(self.policy, q, context, memory, info)
         return info
@@ -269,73 +268,6 @@ class PrefixAttention:
             operators.as_backend(), q, context, policy_memory, cached, info, restarts, scale, whole
         )
         return inputs, operators
-
-
-def check_block(q: Array, k: Array, v: Array, context: Context) -> None:
-    """Raise unless the block's q, k and v fit each other and the context.
-
-    Raises
-    ------
-    InvalidTypeError
-        For a wrong type or dtype, or arrays of different libraries.
-    InvalidArgumentError
-        For a wrong shape, head count or device.
-    """
-    _check_context_type(context)
-    check_array("q", q, ("batch", "q_heads", "tokens", "head_dim"))
-    batch, _, tokens, head_dim = shape_of(q)
-    check_array("k", k, (batch, context.kv_heads, tokens, head_dim), (dtype_name(q),))
-    check_array("v", v, shape_of(k), (dtype_name(q),))
-    _check_queries_fit(q, context)
-    for name, array in (("k", k), ("v", v)):
-        check_same_place(name, array, "q", q)
-
-
-def _check_context_type(context: object) -> None:
-    if not isinstance(context, Context):
-        raise InvalidTypeError(
-            "context", "must be a Context", type(context).__name__,
-            "Build one with Context.from_dense(k, v, page_size).",
-        )
-
-
-def _check_whole(q: Array, context: Context) -> None:
-    """Raise unless queries of a whole sequence fit its context."""
-    _check_context_type(context)
-    check_array("q", q, ("batch", "q_heads", "tokens", "head_dim"))
-    _check_queries_fit(q, context)
-
-
-def _check_rows_are_tokens(q: Array, context: Context) -> None:
-    tokens = to_numpy(context.tokens)
-    if (tokens != q.shape[2]).any():
-        raise InvalidArgumentError(
-            "context", f"must hold exactly the block's {int(q.shape[2])} tokens where k and v are None",
-            f"{tokens.tolist()} tokens",
-        )
-
-
-def _check_rows(name: str, rows: Array, q: Array) -> None:
-    check_array(name, rows, (q.shape[0], q.shape[2]), ("bool", "bool_"))
-    check_same_place(name, rows, "q", q)
-
-
-def _check_queries_fit(q: Array, context: Context) -> None:
-    batch, q_heads, tokens, head_dim = shape_of(q)
-    if head_dim != context.head_dim or dtype_name(q) != dtype_name(context.k_pages):
-        raise InvalidArgumentError(
-            "context.k_pages", f"must have head_dim {head_dim} and dtype {dtype_name(q)}, as q has",
-            f"head_dim {context.head_dim}, dtype {dtype_name(context.k_pages)}",
-        )
-    if context.batch != batch:
-        raise InvalidArgumentError("context", f"must hold {batch} sequences, as q does", context.batch)
-    if q_heads == 0 or q_heads % context.kv_heads:
-        raise InvalidArgumentError(
-            "q", f"must have a multiple of kv_heads={context.kv_heads} query heads", f"{q_heads} heads"
-        )
-    if tokens == 0:
-        raise InvalidArgumentError("q", "must have at least one row", f"shape {shape_of(q)}")
-    check_same_place("context.k_pages", context.k_pages, "q", q)
 
 
 def _type_name(array: Array) -> str:
