@@ -34,10 +34,10 @@ def dkv_keeps_the_key_of_a_mask(self: Any, right: Any, info: PassInfo, rows: Any
     return chosen & ~info.newly_decoded
 
 
-@broken(DKVCache, "computed_tokens", "POLICY-6", reload=4)
+@broken(DKVCache, "computed_tokens", "POLICY-6", reload=2)
 def dkv_reloads_one_pass_late(self: Any, right: Any, info: PassInfo, rows: Any) -> Any:
     number = info.pass_in_window
-    if not isinstance(number, int) or number < 3:
+    if not isinstance(number, int) or number < 2:
         return right(info, rows)
     return right(PassInfo(number - 1, info.is_save, info.decoded, info.newly_decoded), rows)
 
