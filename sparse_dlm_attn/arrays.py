@@ -28,19 +28,29 @@ __all__ = [
 Array: TypeAlias = Any
 
 
+_namespaces: dict[type, Any] = {}  # of array types met so far: a type has one namespace
+
+
 def namespace(*arrays: Array) -> Any:
     """Return the array API namespace that all ``arrays`` share."""
-    return array_namespace(*arrays)
+    kind = type(arrays[0]) if arrays else None
+    if kind in _namespaces and all(type(array) is kind for array in arrays):
+        # Looked up in every operator; and torch.compile warns about the library's cached helpers.
+        return _namespaces[kind]
+    found = array_namespace(*arrays)
+    if all(type(array) is kind for array in arrays):
+        _namespaces[type(arrays[0])] = found
+    return found
 
 
 def is_array(value: object) -> bool:
     """Return whether ``value`` is an array of a known library."""
-    return bool(is_array_api_obj(value))
+    return type(value) in _namespaces or bool(is_array_api_obj(value))
 
 
 def device_of(array: Array) -> Any:
     """Return the device of ``array`` as its own library names it."""
-    return device(array)
+    return array.device if hasattr(array, "detach") else device(array)  # PyTorch: no need to ask around
 
 
 def device_kind(array: Array) -> str:
@@ -48,7 +58,7 @@ def device_kind(array: Array) -> str:
 
     Libraries spell the processor in their own ways ("cpu", "TFRT_CPU_0", "Device('CPU_DEVICE')").
     """
-    name = str(device(array)).lower()
+    name = str(device_of(array)).lower()
     return "cpu" if "cpu" in name else name.split(":")[0]
 
 

@@ -112,9 +112,10 @@ def get_backend(backend: str | Backend, **options: Any) -> Backend:
     Parameters
     ----------
     backend : str or Backend
-        A registered name, ``"module:attr"``, or an instance (returned as it is).
+        A registered name, ``"name:key=value,key=value"``, ``"module:attr"``, or an instance (returned as
+        it is).
     **options
-        Keyword arguments of the backend's class or factory.
+        Keyword arguments of the backend's class or factory; they override those in the string.
 
     Raises
     ------
@@ -125,6 +126,9 @@ def get_backend(backend: str | Backend, **options: Any) -> Backend:
     InvalidTypeError
         If what was found is not a backend, or refuses the options.
     """
+    if isinstance(backend, str):
+        backend, written = _split_parameters("backend", backend)
+        options = {**written, **options}
     return _build("backend", BACKEND_GROUP, Backend, backend, options)  # type: ignore[no-any-return]
 
 
@@ -155,7 +159,7 @@ def get_policy(
     3
     """
     if isinstance(policy, str):
-        policy, written = _split_parameters(policy)
+        policy, written = _split_parameters("policy", policy)
         parameters = {**written, **parameters}
     return _build("policy", POLICY_GROUP, PrefixAttentionPolicy, policy, parameters)  # type: ignore[no-any-return]
 
@@ -270,7 +274,7 @@ def _check_options(kind: str, name: str, target: Any, options: dict[str, Any]) -
             raise UnknownNameError(f"parameter of {kind} {name!r}", option, parameters)
 
 
-def _split_parameters(text: str) -> tuple[str, dict[str, Any]]:
+def _split_parameters(kind: str, text: str) -> tuple[str, dict[str, Any]]:
     """Split ``"name:key=value,..."``; a last part without "=" belongs to the name."""
     head, separator, tail = text.rpartition(":")
     if not separator or "=" not in tail:
@@ -280,10 +284,10 @@ def _split_parameters(text: str) -> tuple[str, dict[str, Any]]:
         key, equals, value = item.partition("=")
         if not equals or not key.strip() or not value.strip():
             raise InvalidArgumentError(
-                "policy", "must be written name:key=value,key=value", repr(text)
+                kind, "must be written name:key=value,key=value", repr(text)
             )
         if key.strip() in parameters:
-            raise InvalidArgumentError("policy", "must give each parameter once", repr(text))
+            raise InvalidArgumentError(kind, "must give each parameter once", repr(text))
         parameters[key.strip()] = _literal(value.strip())
     return head, parameters
 

@@ -1,7 +1,8 @@
-"""The PyTorch backend: plain tensor operations that read only what was selected.
+"""The PyTorch backend: eager, under `torch.compile` and in CUDA graphs, on a CPU or a GPU.
 
-It computes on the CPU today; GPU paths (FlexAttention, flash-attn) are not part of it yet, and it
-refuses CUDA tensors instead of running something untested.
+How attention over pages is computed is a parameter, never a silent choice: "gather" copies the selected
+pages (CPU), "flex" drives FlexAttention with page lists (GPU), "masked" is the plain way that computes
+everything everywhere. See docs/backends/torch.md.
 """
 
 from __future__ import annotations
@@ -16,9 +17,23 @@ from sparse_dlm_attn import (
     InvalidArgumentError,
     InvalidTypeError,
     PageBounds,
+    Problem,
     Selection,
     UnavailableError,
 )
+from sparse_dlm_attn.arrays import compute_dtype, dtype_name, namespace
+from sparse_dlm_attn.checks import (
+    check_attend_block,
+    check_attend_pages,
+    check_cached,
+    check_context,
+    check_library,
+    check_page_scores,
+    check_pooled_scores,
+    check_states,
+    check_top_pages,
+)
+from sparse_dlm_attn.values import softmax_scale
 
 try:
     import torch
@@ -27,12 +42,14 @@ except ImportError as error:
         "backend 'torch'", [str(error)], "Install it: pip install 'sparse_dlm_attn[torch]'."
     ) from error
 
-from sparse_dlm_attn_torch import gather, metadata
+from sparse_dlm_attn_torch import choice, flex, ops
+from sparse_dlm_attn_torch.states import merged
 
 __all__ = ["TorchBackend"]
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
-OLDEST = (2, 5)
+OTHERS = ("int8", "int32", "int64", "bool")
+HALVES = ("bfloat16", "float16")
 
 
 class TorchBackend(Backend):
@@ -41,53 +58,138 @@ class TorchBackend(Backend):
     Parameters
     ----------
     device : str
-        Where `asarray` puts tensors: "cpu".
+        Where it computes, and where `asarray` puts tensors: "cpu", "cuda" (any GPU) or "cuda:1" (that one).
+    attention : {"auto", "gather", "masked", "flex"}
+        How selected pages are attended to. "auto" is "gather" on a CPU; on a GPU it is "flex" for the
+        problems that FlexAttention takes and "masked" for the others.
+    dense : {"auto", "matmul", "flash"}
+        How the block is attended to. "auto" is "matmul"; "flash" is flash-attn 2, 3 or 4.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If an argument has no such value.
+    UnavailableError
+        If PyTorch is too old, or the GPU or flash-attn is not there.
+    UnsupportedError
+        If the way asked for cannot be gone on this device.
     """
 
     name: ClassVar[str] = "torch"
 
-    def __init__(self, device: str = "cpu") -> None:
-        version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-        if version < OLDEST:
-            raise UnavailableError(
-                "backend 'torch'", [f"PyTorch {torch.__version__} is older than 2.5"],
-                "Upgrade it: pip install -U torch.",
-            )
-        if device != "cpu":
-            raise InvalidArgumentError(
-                "device", "must be 'cpu'", repr(device), "GPU paths are not part of this backend yet."
-            )
-        self.device = device
+    def __init__(self, device: str = "cpu", attention: str = "auto", dense: str = "auto") -> None:
+        choice.check_version()
+        self._device = choice.check_device(device)
+        self.device = str(self._device)
+        self.attention = choice.check_attention(attention, self._device)
+        self.dense = choice.check_dense(dense, self._device)
+        namespace(torch.empty(0))  # looked up before torch.compile can see the look-up
+
+    def __repr__(self) -> str:
+        return f"TorchBackend(device={self.device!r}, attention={self.attention!r}, dense={self.dense!r})"
 
     @property
     def capabilities(self) -> Capabilities:
-        """Any shape; half, single and double precision; CPU."""
+        """Any shape; half, single and double precision; the device it was made for."""
+        paths = {"cpu": "gather", "cuda": "flex where it can, else masked"}
+        attention = paths[self._device.type] if self.attention == "auto" else self.attention
+        dense = "matmul" if self.dense == "auto" else self.dense
         return Capabilities(
-            dtypes=DTYPES, devices=("cpu",), deterministic=True, batch_invariant=False,
-            notes="Gathers the selected pages and multiplies; float32 or float64 inside.",
+            dtypes=HALVES if self.dense == "flash" else DTYPES, devices=(self._device.type,),
+            deterministic=True, batch_invariant=False,
+            notes=f"device={self.device}, attention={attention}, dense={dense}; computes in float32 or "
+            "float64.",
         )
+
+    def why_not(self, problem: Problem) -> list[str]:
+        """Return every reason against a problem, with what to do about it; empty if it is supported."""
+        kind = self._device.type
+        reasons = [
+            f"{reason}; move the tensors to {self.device!r} or make the backend with "
+            f"device={problem.device!r}"
+            if reason.startswith("device ") and problem.device in ("cpu", "cuda") else reason
+            for reason in self.capabilities.why_not(problem)
+        ]
+        if self.attention == "flex" and kind == "cuda":
+            reasons += [
+                f"{reason}; attention='masked' computes it"
+                for reason in flex.why_not(problem.dtype, problem.head_dim, problem.page_size)
+            ]
+        return reasons
+
+    def path_for(self, problem: Problem) -> str:
+        """Return the attention path that a problem takes.
+
+        Parameters
+        ----------
+        problem : Problem
+            The facts about a call.
+
+        Returns
+        -------
+        str
+            "gather", "masked" or "flex".
+        """
+        return self._path(problem.dtype, problem.head_dim, problem.page_size)
+
+    def _path(self, dtype: str, head_dim: int, page_size: int) -> str:
+        if self.attention != "auto":
+            return self.attention
+        if self._device.type == "cpu":
+            return "gather"
+        return "masked" if flex.why_not(dtype, head_dim, page_size) else "flex"
 
     def asarray(self, values: Any, *, dtype: str | None = None) -> torch.Tensor:
         """Convert host values to tensors (a copy, so that the caller's array stays untouched)."""
-        if dtype is not None and str(dtype) not in (*DTYPES, "int8", "int32", "int64", "bool"):
+        if dtype is not None and str(dtype) not in (*DTYPES, *OTHERS):
             raise InvalidTypeError(
                 "dtype", f"must be one of {', '.join(DTYPES)}, an integer dtype or bool", repr(dtype)
             )
         kind = getattr(torch, dtype) if dtype is not None else None
         try:
-            return torch.tensor(values, dtype=kind, device=self.device)
+            if isinstance(values, torch.Tensor):
+                return values.detach().to(device=self._device, dtype=kind, copy=True)
+            return torch.tensor(values, dtype=kind, device=self._device)
         except (TypeError, ValueError, RuntimeError) as error:
             raise InvalidTypeError(
                 "values", f"must be numbers that fit dtype {dtype or 'of their own'}", repr(values)[:80]
             ) from error
 
     def page_bounds(self, context: Context) -> PageBounds:
-        return metadata.page_bounds(context)
+        check_context(context)
+        self._check_place("context", context.k_pages)
+        return PageBounds(*ops.page_bounds(context.k_pages, context.page_table, context.page_lengths))
 
     def page_scores(
         self, q: torch.Tensor, bounds: PageBounds, *, active: torch.Tensor | None = None
     ) -> torch.Tensor:
-        return metadata.page_scores(q, bounds, active)
+        check_page_scores(q, bounds, active)
+        self._check_place("q", q)
+        scores: torch.Tensor = ops.page_scores(q, bounds.lower, bounds.upper, active)
+        return scores
+
+    def pooled_scores(
+        self, q: torch.Tensor, context: Context, *, span: int, scale: float | None = None,
+        lse: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        check_pooled_scores(q, context, span, scale, lse)
+        self._check_place("q", q)
+        scores: torch.Tensor = ops.pooled_scores(
+            q, context.k_pages, context.page_table, context.page_lengths, min(span, max(q.shape[2], 1)),
+            softmax_scale(q.shape[3], scale), lse,
+        )
+        return scores
+
+    def top_pages(
+        self, scores: torch.Tensor, count: int | torch.Tensor, *, eligible: torch.Tensor
+    ) -> torch.Tensor:
+        check_top_pages(scores, count, eligible)
+        self._check_place("scores", scores)
+        if not isinstance(count, torch.Tensor):  # any int is legal, but not in every integer dtype
+            most = min(max(int(count), 0), scores.shape[-1])
+            count = torch.full((), most, dtype=torch.int64, device=scores.device)
+        mask: torch.Tensor = ops.top_pages(scores, count.to(scores.device), eligible)
+        return mask
 
     def attend_pages(
         self,
@@ -98,9 +200,69 @@ class TorchBackend(Backend):
         *,
         scale: float | None = None,
     ) -> AttentionState:
-        return gather.attend_pages(q, context, selection, active, scale=scale)
+        check_attend_pages(q, context, selection, active, scale)
+        self._check_place("q", q)
+        return AttentionState(*ops.attend_pages(q, *self._chosen(q, context, selection, active, scale)))
 
     def attend_block(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None = None
     ) -> AttentionState:
-        return gather.attend_block(q, k, v, scale=scale)
+        check_attend_block(q, k, v, scale)
+        self._check_place("q", q)
+        return AttentionState(*ops.attend_block(q, k, v, softmax_scale(q.shape[3], scale), self._dense))
+
+    def merge(self, *states: AttentionState) -> AttentionState:
+        check_states(*states)
+        self._check_place("states", states[0].out)
+        dtype = compute_dtype(states[0].out)
+        outs, lses = ([getattr(state, side).to(dtype) for state in states] for side in ("out", "lse"))
+        out, lse = merged(outs, lses)
+        return AttentionState(out.to(states[0].out.dtype), lse.to(torch.float32))
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        context: Context,
+        selection: Selection,
+        active: torch.Tensor,
+        cached: AttentionState | None,
+        *,
+        scale: float | None = None,
+    ) -> tuple[torch.Tensor, AttentionState]:
+        check_attend_pages(q, context, selection, active, scale)
+        check_attend_block(q, k, v, scale)
+        if cached is not None:
+            check_cached(cached, q)
+        self._check_place("q", q)
+        kept = (None, None) if cached is None else (cached.out, cached.lse)
+        chosen = self._chosen(q, context, selection, active, scale)
+        out, *state = ops.attend(q, k, v, *chosen, self._dense, *kept)
+        return out, AttentionState(*state)
+
+    @property
+    def _dense(self) -> str:
+        return "matmul" if self.dense == "auto" else self.dense
+
+    def _chosen(
+        self, q: torch.Tensor, context: Context, selection: Selection, active: torch.Tensor,
+        scale: float | None,
+    ) -> tuple[Any, ...]:
+        """Return the context, the selection and the way, as the custom operators take them."""
+        head_dim = context.head_dim
+        path = self._path(dtype_name(q), head_dim, context.page_size)
+        return (
+            context.k_pages, context.v_pages, context.page_table, context.page_lengths, selection.mask,
+            min(selection.span, max(q.shape[2], 1)), active, softmax_scale(head_dim, scale), path,
+        )
+
+    def _check_place(self, name: str, tensor: torch.Tensor) -> None:
+        """Raise unless a tensor is PyTorch's and lies on this backend's device."""
+        check_library(name, tensor, torch.Tensor, "torch")
+        place = tensor.device
+        if place.type != self._device.type or self._device.index not in (None, place.index):
+            raise InvalidArgumentError(
+                name, f"must be on device {self.device!r}, as this backend is", f"one on {place}",
+                f"Move it: tensor.to({self.device!r}), or make the backend with device={str(place)!r}.",
+            )
