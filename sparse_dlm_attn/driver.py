@@ -230,7 +230,7 @@ class PrefixAttention:
             if k is None:
                 check_rows_are_tokens(q, context)
         if memory is not None:
-            _check_memory(self.policy, q, context, memory, info)
+            _check_memory(self.policy, q, context, memory, info, read)
         return info
 
     def _inputs(
@@ -245,7 +245,7 @@ class PrefixAttention:
             )
             return inputs, operators
         if isinstance(info.index, int):
-            restarts: bool | Array = info.index == 0
+            restarts: bool | Array = bool(info.index == 0)
         else:
             restarts = info.of_sequences("index", q) == 0
         # A whole sequence's keys are written anew in every pass, so bounds of the previous one are stale.
@@ -296,18 +296,22 @@ def _check_info(info: PassInfo, q: Array) -> None:
 
 
 def _check_memory(
-    policy: PrefixAttentionPolicy[Any], q: Array, context: Context, memory: LayerMemory, info: PassInfo
+    policy: PrefixAttentionPolicy[Any], q: Array, context: Context, memory: LayerMemory, info: PassInfo,
+    read: bool,
 ) -> None:
-    """Refuse memory of another policy, layer, block shape or context (clause MEMORY-2)."""
+    """Refuse memory of another policy, layer, block shape or context (clause MEMORY-2).
+
+    The values of page tables are compared only where ``read`` allows it.
+    """
     if not isinstance(memory, LayerMemory):
         raise InvalidTypeError(
             "memory", "must be what this layer's previous pass returned, or None", type(memory).__name__
         )
-    restart = info.index == 0 if isinstance(info.index, int) else False
+    restart = bool(info.index == 0) if isinstance(info.index, int) else False
     if restart and policy.memory_scope == "block":
         return  # it is dropped, so it cannot be stale
     advice = "Pass memory=None to start the block again."
-    if memory.policy != policy:
+    if memory.policy is not policy and memory.policy != policy:
         raise StaleMemoryError(f"memory was made by {memory.policy!r}, not by {policy!r}. {advice}")
     if memory.layer != info.layer:
         raise StaleMemoryError(
@@ -326,12 +330,12 @@ def _check_memory(
             f"memory holds a {_type_name(state)} of {dtype_name(state)} on {device_of(state)}, q is a "
             f"{_type_name(q)} of {dtype_name(q)} on {device_of(q)}. {advice}"
         )
-    changed = _changed_context(context, memory, info)
+    changed = _changed_context(context, memory, info, read)
     if changed:
         raise StaleMemoryError(f"the context changed since the memory was made: {changed}. {advice}")
 
 
-def _changed_context(context: Context, memory: LayerMemory, info: PassInfo) -> str:
+def _changed_context(context: Context, memory: LayerMemory, info: PassInfo, read: bool) -> str:
     """Say how a running block's context changed, "" if it did not (or cannot be read)."""
     uniform = isinstance(info.index, int)
     if uniform and memory.version != context.version:
@@ -343,7 +347,7 @@ def _changed_context(context: Context, memory: LayerMemory, info: PassInfo) -> s
             continue
         if uniform and shape_of(old) != shape_of(new):
             return f"{name} had shape {shape_of(old)}, now {shape_of(new)}"
-        if is_host(new) and is_host(old):
+        if read and is_host(new) and is_host(old):
             width = min(old.shape[1], new.shape[1])
             running = to_numpy(info.of_sequences("index", new)) > 0
             before, after = to_numpy(old)[running], to_numpy(new)[running]

@@ -62,21 +62,24 @@ def check_array(
     InvalidArgumentError
         If the number of axes or a fixed size differs.
     """
-    wanted = "(" + ", ".join(map(str, axes)) + ")"
     if not is_array(value):
         raise InvalidTypeError(
-            name, f"must be an array of shape {wanted}", type(value).__name__,
+            name, f"must be an array of shape {_written(axes)}", type(value).__name__,
             "Convert it with the backend's asarray().",
         )
     shape = shape_of(value)
     if len(shape) != len(axes) or any(
         isinstance(axis, int) and axis != size for axis, size in zip(axes, shape, strict=False)
     ):
-        raise InvalidArgumentError(name, f"must have shape {wanted}", f"shape {shape}")
+        raise InvalidArgumentError(name, f"must have shape {_written(axes)}", f"shape {shape}")
     if dtype_name(value) not in dtypes:
         raise InvalidTypeError(
             name, f"must have dtype {' or '.join(dtypes)}", f"dtype {dtype_name(value)}"
         )
+
+
+def _written(axes: tuple[int | str, ...]) -> str:
+    return "(" + ", ".join(map(str, axes)) + ")"
 
 
 def check_int(name: str, value: object, minimum: int | None = None) -> int:

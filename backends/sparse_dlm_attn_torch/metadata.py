@@ -185,6 +185,10 @@ def _top(
     else:
         ranked = keys.topk(max(most, 1), dim=-1).values
     cut = ranked.gather(-1, (wanted - 1).clamp(min=0))
+    if most is not None:  # on the host: where nothing ties with the cut, all is decided
+        reached = eligible & (keys >= cut) & (wanted > 0)
+        if bool((reached.sum(-1, keepdim=True) == wanted).all()):
+            return reached
     above, equal = eligible & (keys > cut), eligible & (keys == cut)
     room = wanted - above.sum(-1, keepdim=True)
     return (above | (equal & (equal.cumsum(-1) <= room))) & (wanted > 0)

@@ -11,16 +11,17 @@ everything else in float32; in half precision the softmax weights are rounded to
 they multiply V, and the result is rounded to it.
 
 The **band** keeps a lucky simulation from making the budget unfair. With ``u`` the spacing of 1 in
-the computing precision, ``n`` keys and ``c = scale * max_j sum_c |q_c k_jc|`` (the condition of the
-scores: rounding errors of a dot product grow with it, however small the product itself is):
+the computing precision, ``n`` keys, ``d`` channels and ``c = scale * max_j sum_c |q_c k_jc|`` (the
+condition of the scores: rounding errors of a dot product grow with it, however small the product itself
+is, and with the root of its terms where one channel outweighs the others):
 
 ======  ==========================================================================
-out     ``(eps(out dtype) + u * (c + sqrt(n))) * max|V|``: an output is a convex
+out     ``(eps(out dtype) + u * (sqrt(d) c + sqrt(n))) * max|V|``: an output is a convex
         combination of values, so ``max|V|`` is its natural scale
-lse     ``eps(float32) * (1 + max|score|) + u * (c + sqrt(n))``
-merge   the same with ``c = max|lse|``
-scores  ``(u + eps(float32)) * max over the row of sum_c max(|q_c lower_c|, |q_c upper_c|)``
-mass    ``eps(float32) + u * (c + sqrt(n))``
+lse     ``eps(float32) * (1 + max|score|) + u * (sqrt(d) c + sqrt(n))``
+merge   the same with ``c = max|lse|`` and ``d = 1``
+scores  ``(sqrt(d) u + eps(float32)) * max over the row of sum_c max(|q_c lower_c|, |q_c upper_c|)``
+mass    ``eps(float32) + u * (sqrt(d) c + sqrt(n))``
 change  ``(eps(float32) + u * sqrt(n)) * change``
 ======  ==========================================================================
 
@@ -96,7 +97,9 @@ def attention(arrays: Arrays, keys: KeySet, *, rounded_parts: int = 0) -> Expect
     with np.errstate(invalid="ignore"):
         out_error = np.abs(simulated.out - oracle.out).max(axis=3, initial=0.0)
         lse_error = np.abs(simulated.lse - oracle.lse)
-    out, lse = state_budget(dtype, condition, scores, magnitude, count, out_error, np.nan_to_num(lse_error))
+    out, lse = state_budget(
+        dtype, condition, scores, magnitude, count, out_error, np.nan_to_num(lse_error), arrays.q.shape[3]
+    )
     through_lse = EPS["float32"] * (1.0 + scores + np.log1p(count))  # parts are weighted by a float32 lse
     out = out + FACTOR * rounded_parts * (EPS[dtype] + through_lse) * magnitude
     lse = lse + FACTOR * rounded_parts * through_lse
@@ -111,9 +114,10 @@ def state_budget(
     count: Host,
     out_error: Host,
     lse_error: Host,
+    terms: int = 1,
 ) -> tuple[Host, Host]:
-    """Return the budgets of ``out`` and ``lse`` (see the module's docstring)."""
-    spread = computing(dtype) * (condition + np.sqrt(count))
+    """Return the budgets of ``out`` and ``lse`` (see the module's docstring); ``terms`` is ``d``."""
+    spread = computing(dtype) * (np.sqrt(terms) * condition + np.sqrt(count))
     out = FACTOR * (out_error + (EPS[dtype] + spread) * magnitude)
     lse = FACTOR * (lse_error + EPS["float32"] * (1.0 + scores) + spread)
     ceiling = CEILING["float32"] * (1.0 + condition)
@@ -152,12 +156,12 @@ def scores_budget(dtype: str, q: Host, lower: Host, upper: Host) -> Host:
     group = q.shape[1] // lower.shape[1]
     largest = np.repeat(np.maximum(np.abs(lower), np.abs(upper)), group, axis=1)
     magnitude = np.einsum("bhtd,bhpd->bhtp", np.abs(q), largest).max(axis=3, keepdims=True, initial=0.0)
-    return np.asarray(FACTOR * (computing(dtype) + EPS["float32"]) * magnitude)
+    return np.asarray(FACTOR * (np.sqrt(q.shape[3]) * computing(dtype) + EPS["float32"]) * magnitude)
 
 
 def pooled_budget(arrays: Arrays, keys: KeySet) -> float:
     """Return the budget of pooled scores: one number, since a mean mixes all rows of a span."""
-    condition = _condition(arrays.q, keys, scale_of(arrays)).max(initial=0.0)
+    condition = np.sqrt(arrays.q.shape[3]) * _condition(arrays.q, keys, scale_of(arrays)).max(initial=0.0)
     count = keys.allowed.shape[3]
     return float(FACTOR * (EPS["float32"] + computing(arrays.dtype) * (condition + np.sqrt(count))))
 

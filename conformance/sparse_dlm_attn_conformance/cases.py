@@ -76,6 +76,12 @@ def fill(rng: np.random.Generator, regime: str, shape: tuple[int, ...], *, score
     return values
 
 
+def unpacked(masks: tuple[int, ...], width: int) -> HostArray:
+    """Return bitmasks of any width as bool rows ``(len(masks), width)``."""
+    rows = [[(mask >> bit) & 1 for bit in range(width)] for mask in masks]
+    return np.asarray(rows, dtype=bool).reshape(len(masks), width)
+
+
 @dataclass(frozen=True, repr=False)
 class Case:
     """One problem of the specification, as drawn.
@@ -166,6 +172,9 @@ class Case:
             f"poison {self.poison}": self.poison != "zero",
             "page size 1": self.page_size == 1,
             "page size not a power of two": self.page_size & (self.page_size - 1) != 0,
+            "head size not a power of two": self.head_dim & (self.head_dim - 1) != 0,
+            "more than 32 rows": self.tokens > 32,
+            "more than 64 pages": self.pages > 64,
             "ragged batch": len({sum(row) for row in self.lengths}) > 1,
             "empty context": not any(flat),
             "absent page": 0 in flat,
@@ -183,13 +192,11 @@ class Case:
         heads = {"one": 1, "kv": self.kv_heads, "query": self.q_heads}[self.heads]
         spans = -(-self.tokens // self.span)
         numbers = np.arange(self.batch * heads * spans) % len(self.masks)
-        chosen = np.asarray(self.masks, dtype=np.int64)[numbers].reshape(self.batch, heads, spans, 1)
-        return np.asarray((chosen >> np.arange(self.pages)) & 1, dtype=bool)
+        return unpacked(self.masks, self.pages)[numbers].reshape(self.batch, heads, spans, self.pages)
 
     def active_rows(self) -> HostArray:
         """Return the active rows, bool ``(batch, tokens)``."""
-        bits = np.asarray(self.active, dtype=np.int64)[:, None]
-        return np.asarray((bits >> np.arange(self.tokens)) & 1, dtype=bool)
+        return unpacked(self.active, self.tokens)
 
     def arrays(self, dtype: str) -> Arrays:
         """Return the values of this case, all of them representable in ``dtype``."""

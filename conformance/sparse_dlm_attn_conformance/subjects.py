@@ -101,35 +101,47 @@ class Subject:
         name = dtype or self.dtype
         return frozen(self.backend.asarray(transport(values, name), dtype=name))
 
-    def ints(self, values: Host) -> Array:
-        """Convert int8, int32 or bool host values, keeping their dtype."""
+    def ints(self, values: Host, *, gapped: bool = False) -> Array:
+        """Convert int8, int32 or bool host values, keeping their dtype.
+
+        ``gapped`` cuts them out of a wider array, as an engine's table for the longest sequence is.
+        """
+        if gapped:
+            wide = np.ones((*values.shape[:-1], values.shape[-1] + 3), dtype=values.dtype)
+            wide[..., : values.shape[-1]] = values
+            return frozen(self.ints(wide)[..., : values.shape[-1]])
         return frozen(self.backend.asarray(values, dtype=values.dtype.name))
 
-    def state(self, state: HostState) -> AttentionState:
-        """Convert an attention state."""
-        return AttentionState(self.floats(state.out), self.floats(state.lse, "float32"))
+    def state(self, state: HostState, layout: str = "plain") -> AttentionState:
+        """Convert an attention state, in plain, token-major or gapped memory."""
+        lse = self.floats(state.lse, "float32")
+        if layout == "gapped":  # the last axis stays contiguous, the rows lie apart
+            wide = np.full((*state.lse.shape[:-1], 2 * state.lse.shape[-1]), np.nan)
+            wide[..., : state.lse.shape[-1]] = state.lse
+            lse = frozen(self.floats(wide, "float32")[..., : state.lse.shape[-1]])
+        return AttentionState(self._laid_out(state.out, layout), lse)
 
-    def bounds(self, bounds: PageBounds) -> PageBounds:
-        """Convert page bounds."""
-        return PageBounds(self.floats(bounds.lower), self.floats(bounds.upper))
+    def bounds(self, bounds: PageBounds, layout: str = "plain") -> PageBounds:
+        """Convert page bounds, in plain, token-major (here page-major) or gapped memory."""
+        return PageBounds(self._laid_out(bounds.lower, layout), self._laid_out(bounds.upper, layout))
 
     def load(self, arrays: Arrays) -> Loaded:
         """Convert a whole problem, in the memory layout that it asks for."""
-        segments = arrays.page_segments
+        segments, gapped = arrays.page_segments, arrays.layout == "gapped"
         context = Context(
             self._laid_out(arrays.k_pages, arrays.layout),
             self._laid_out(arrays.v_pages, arrays.layout),
-            self.ints(arrays.page_table),
-            self.ints(arrays.page_lengths),
-            None if segments is None else self.ints(segments),
+            self.ints(arrays.page_table, gapped=gapped),
+            self.ints(arrays.page_lengths, gapped=gapped),
+            None if segments is None else self.ints(segments, gapped=gapped),
         )
         rows = {
             name: self._laid_out(getattr(arrays, name), arrays.layout) for name in ("q", "q_other", "k", "v")
         }
         return Loaded(
             context=context,
-            selection=Selection(self.ints(arrays.mask), arrays.span),
-            active=self.ints(arrays.active),
+            selection=Selection(self.ints(arrays.mask, gapped=gapped), arrays.span),
+            active=self.ints(arrays.active, gapped=gapped),
             **rows,
         )
 

@@ -62,14 +62,6 @@ def test_attend_pages_equals_the_reference(subject: Subject, case: Case) -> None
     expect_state_close(host(state.out), host(state.lse), expected, "attend_pages", "ATTEND-1")
 
 
-@pytest.mark.clause("ATTEND-1", "ACCURACY-2")
-@law(case=cases(max_batch=2, min_pages=20, max_pages=48, layouts=("plain",)), share=0.3)
-def test_long_contexts_equal_one_masked_softmax(subject: Subject, case: Case) -> None:
-    """Hundreds of keys: kernels go through them in tiles, and must carry peak and sum from tile to tile."""
-    arrays = case.arrays(subject.dtype)
-    close_to_oracle(subject, arrays, attend(subject, arrays), "ATTEND-1", "attend_pages")
-
-
 @pytest.mark.clause("STATE-4")
 @law(case=cases(), share=0.3)
 def test_out_has_the_dtype_of_the_inputs_and_lse_is_float32(subject: Subject, case: Case) -> None:

@@ -57,7 +57,8 @@ def test_a_nan_key_gives_nan_bounds_in_its_channel(subject: Subject, case: Case)
 
 def scores_of(subject: Subject, arrays: Arrays) -> Host:
     shape = (*arrays.q.shape[:3], arrays.page_lengths.shape[1])
-    scores = subject.backend.page_scores(subject.load(arrays).q, subject.bounds(arrays.bounds()))
+    bounds = subject.bounds(arrays.bounds(), arrays.layout)
+    scores = subject.backend.page_scores(subject.load(arrays).q, bounds)
     return expect_array(subject, scores, "page_scores", shape, "float32", "SCORES-1")
 
 

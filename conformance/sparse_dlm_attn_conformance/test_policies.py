@@ -86,7 +86,8 @@ def output_budget(arrays: Arrays) -> Host:
     keys = context_keys(everything).joined(block_keys(everything))
     largest = np.abs(keys.values).max(initial=0.0)
     condition = np.abs(keys.keys).sum(axis=3).max(initial=0.0) * np.abs(arrays.q).max(initial=0.0)
-    spread = accuracy.computing(arrays.dtype) * (condition + np.sqrt(keys.keys.shape[2]))
+    terms, count = keys.keys.shape[3], keys.keys.shape[2]
+    spread = accuracy.computing(arrays.dtype) * (np.sqrt(terms) * condition + np.sqrt(count))
     return np.asarray(
         2
         * (3 * accuracy.EPS[arrays.dtype] + 3 * spread + accuracy.EPS["float32"] * (1 + condition))

@@ -212,3 +212,22 @@ def test_reuse_does_not_mix_in_rows_that_were_not_chosen(subject: Subject, table
     for active, fresh, cached in ((everyone, state, rotten), (~everyone, rotten, state)):
         kept = subject.backend.reuse(subject.ints(active), subject.state(fresh), subject.state(cached))
         expect_same_state(kept, subject.state(state), "reuse beside NaN", "REUSE-1")
+
+
+@pytest.mark.clause("MERGE-1", "REUSE-1", "CONTEXT-1")
+@law(table=merge_tables(states=(2, 3)), share=0.5)
+def test_strides_of_states_are_free(subject: Subject, table: MergeTable) -> None:
+    """Kernels hand out states in token-major memory, or as rows of something larger."""
+    states = table.states(subject.dtype)
+    active = np.random.default_rng(table.seed).integers(0, 2, (table.batch, table.tokens)).astype(bool)
+    for layout in ("token_major", "gapped"):
+        laid = [subject.state(state, layout) for state in states]
+        got = expect_state(subject, subject.backend.merge(*laid), "merge", states[0].out.shape)
+        expect_merged(subject, states, got, "MERGE-1")
+        rows = subject.ints(active, gapped=layout == "gapped")
+        expect_same_state(
+            subject.backend.reuse(rows, *laid[:2]),
+            subject.backend.reuse(subject.ints(active), *(subject.state(state) for state in states[:2])),
+            f"reuse of {layout} states",
+            "REUSE-1",
+        )
