@@ -51,14 +51,15 @@ def bounds_kernel(
 def scores_kernel(
     q, lower, upper, reference, scores, changes, union,
     stride_qb, stride_qh, stride_qt, stride_lb, stride_lh, stride_lp, stride_ub, stride_uh, stride_up,
-    stride_rb, stride_rh, stride_rt, kv_heads, tokens, pages, unions,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, CHANGES: tl.constexpr, PDL: tl.constexpr,
+    stride_rb, stride_rh, stride_rt, kv_heads, pages, unions,
+    TOKENS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, TILES: tl.constexpr,
+    CHANGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of pages, a tile of rows and a KV head: ``relu(q) . upper + min(q, 0) . lower``.
 
-    Beside the scores, for the pass that `select_kernel` decides: the first tile of pages sums the squared
-    changes of its rows, and every program empties its part of the union.
+    Beside the scores, for the pass that `select_kernel` decides: programs behind the last tile of pages sum
+    the squared changes of their rows, and the others empty their part of the union.
     """
     if PDL:
         gdc_wait()
@@ -66,36 +67,41 @@ def scores_kernel(
     tile, part, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence, head = (pair // kv_heads).to(tl.int64), pair % kv_heads
     row = part * BLOCK_M + tl.arange(0, BLOCK_M)  # all query heads of the group, one after the other
-    query_head, token = head * GROUP + row // tokens, row % tokens
+    of_group, token = row // TOKENS, row % TOKENS
+    exists = row < GROUP * TOKENS
     channel = tl.arange(0, BLOCK_D)
-    there = (row < GROUP * tokens)[:, None] & (channel < HEAD_DIM)[None, :]
+    there = exists[:, None] & (channel < HEAD_DIM)[None, :]
+    from_q = q + sequence * stride_qb + head * GROUP * stride_qh
+    from_q += of_group[:, None] * stride_qh + token[:, None] * stride_qt
+    queries = tl.load(from_q + channel[None, :], mask=there, other=0.0)
+    of_row = pair * (GROUP * TOKENS) + row
+    if tile == TILES:
+        from_old = reference + sequence * stride_rb + head * GROUP * stride_rh
+        from_old += of_group[:, None] * stride_rh + token[:, None] * stride_rt
+        before = tl.load(from_old + channel[None, :], mask=there, other=0.0)
+        moved = queries.to(tl.float32) - before.to(tl.float32)
+        tl.store(changes + of_row, tl.sum(moved * moved, axis=1), mask=exists)
+        return
     page = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     stored = (page < pages)[:, None] & (channel < HEAD_DIM)[None, :]
-    from_q = q + sequence * stride_qb + query_head[:, None] * stride_qh + token[:, None] * stride_qt
-    queries = tl.load(from_q + channel[None, :], mask=there, other=0.0)
-    at = lower + sequence * stride_lb + head * stride_lh + page[:, None].to(tl.int64) * stride_lp
-    low = tl.load(at + channel[None, :], mask=stored, other=0.0)
-    at = upper + sequence * stride_ub + head * stride_uh + page[:, None].to(tl.int64) * stride_up
-    high = tl.load(at + channel[None, :], mask=stored, other=0.0)
+    from_lower = lower + sequence * stride_lb + head * stride_lh + page[:, None] * stride_lp
+    low = tl.load(from_lower + channel[None, :], mask=stored, other=0.0)
+    from_upper = upper + sequence * stride_ub + head * stride_uh + page[:, None] * stride_up
+    high = tl.load(from_upper + channel[None, :], mask=stored, other=0.0)
     # Written so that a NaN query is in both parts: a maximum with 0 might hide it.
-    positive, negative = tl.where(queries < 0, 0.0, queries), tl.where(queries > 0, 0.0, queries)
-    best = tl.dot(positive.to(queries.dtype), tl.trans(high), input_precision=PRECISION)
-    best = tl.dot(negative.to(queries.dtype), tl.trans(low), acc=best, input_precision=PRECISION)
-    into = scores + ((sequence * kv_heads * GROUP + query_head) * tokens + token)[:, None] * pages
-    tl.store(into + page[None, :], best, mask=(row < GROUP * tokens)[:, None] & (page < pages)[None, :])
+    nothing = tl.zeros_like(queries)
+    positive = tl.where(queries < nothing, nothing, queries)
+    negative = tl.where(queries > nothing, nothing, queries)
+    best = tl.dot(positive, tl.trans(high), input_precision=PRECISION)
+    best = tl.dot(negative, tl.trans(low), acc=best, input_precision=PRECISION)
+    into = scores + of_row.to(tl.int64)[:, None] * pages + page[None, :]
+    tl.store(into, best, mask=exists[:, None] & (page < pages)[None, :])
     if CHANGES:
         if part == 0:  # the union has one row for a KV head, a query head or a query row
             rows_each = unions // kv_heads
             for i in range(rows_each):
                 at_union = union + (sequence * unions + head * rows_each + i) * pages + page
                 tl.store(at_union, tl.zeros((BLOCK_P,), tl.int8), mask=page < pages)
-        if tile == 0:
-            before = reference + sequence * stride_rb + query_head[:, None] * stride_rh
-            before = tl.load(before + token[:, None] * stride_rt + channel[None, :], mask=there, other=0.0)
-            moved = queries.to(tl.float32) - before.to(tl.float32)
-            change = tl.sum(moved * moved, axis=1)
-            at_change = changes + (sequence * kv_heads * GROUP + query_head) * tokens + token
-            tl.store(at_change, change, mask=row < GROUP * tokens)
 
 
 @triton.jit
@@ -110,20 +116,32 @@ def _ordered(scores):
 def _best(keys, eligible, wanted):
     """Return the mask of the ``wanted`` largest eligible keys, the lowest index first among equals.
 
-    Bisection over the values: at least ``wanted`` keys reach ``low``, fewer reach ``high``. It ends early
-    where a cut with exactly ``wanted`` keys above it is met, which is the rule unless scores tie.
+    A search for the cut: at least ``wanted`` keys reach ``low``, fewer reach ``high``. Each turn counts above
+    two values between them, in one sum. It ends early where exactly ``wanted`` keys reach one of them, which
+    is the rule unless scores tie.
     """
     low = tl.min(tl.where(eligible, keys, 0x7FFFFFFE), axis=0)
     high = tl.max(tl.where(eligible, keys, -0x7FFFFFFF), axis=0) + 1
     while low + 1 < high:
-        middle = (low >> 1) + (high >> 1) + (low & high & 1)  # their sum may not fit
-        reached = tl.sum((eligible & (keys >= middle)).to(tl.int32), axis=0)
-        low = tl.where(reached > wanted, middle, tl.where(reached == wanted, middle - 1, low))
-        high = tl.where(reached <= wanted, middle, high)
+        width = high.to(tl.int64) - low
+        third = tl.maximum((width * 0x5555) >> 16, 1)
+        first = (low + third).to(tl.int32)
+        second = tl.maximum(low + 2 * third, first).to(tl.int32)
+        reach = tl.where(keys >= first, 1, 0) + tl.where(keys >= second, 0x10000, 0)
+        counts = tl.sum(tl.where(eligible, reach, 0), axis=0)
+        one, two = counts & 0xFFFF, counts >> 16
+        # Which of the three parts holds the cut; a part of width 1 if a value is the cut itself.
+        low, high = (
+            tl.where(two > wanted, second, tl.where(two == wanted, second - 1,
+                     tl.where(one > wanted, first, tl.where(one == wanted, first - 1, low)))),
+            tl.where(two > wanted, high, tl.where(two == wanted, second,
+                     tl.where(one > wanted, second, first))),
+        )  # fmt: skip
     above, equal = eligible & (keys >= high), eligible & (keys == low)
     room = wanted - tl.sum(above.to(tl.int32), axis=0)
-    first = tl.cumsum(equal.to(tl.int32), axis=0) <= room
-    return above | (equal & first)
+    if room > 0:  # some that tie with the last one taken are left out
+        above = above | (equal & (tl.cumsum(equal.to(tl.int32), axis=0) <= room))
+    return above
 
 
 @triton.jit
@@ -174,38 +192,39 @@ def _changed(
 @triton.jit
 def select_kernel(
     scores, changes, page_lengths, active, union,
-    q_heads, tokens, pages, unions, numbers, count, mass, budget, bought,
-    BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BY_MASS: tl.constexpr,
+    q_heads, pages, unions, numbers, count, mass, budget, bought,
+    TOKENS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BY_MASS: tl.constexpr,
     ALL_ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program a query row and head: is it active, and which pages does it want.
+    """One program an active row and query head: which pages does it want.
 
-    Every program finds the active rows for itself, from a few hundred numbers. A page wanted is written as 1
-    into the union, which `scores_kernel` has emptied: programs that write the same 1 need no order.
+    Every program finds the active rows for itself, from a few hundred numbers, and takes one of them. A page
+    wanted is written as 1 into the union, which `scores_kernel` has emptied: programs that write the same 1
+    need no order.
     """
+    number, query_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    page = tl.arange(0, BLOCK_P)
+    length = tl.load(page_lengths + sequence * pages + page, mask=page < pages, other=0)
+    there = length > 0
+    existing = tl.sum(there.to(tl.int32), axis=0)
+    # A context that fits into the budget is read whole.
+    wanted = tl.where(tl.sum(length, axis=0) <= budget, existing, tl.minimum(bought, existing))
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    mine, query_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     token = tl.arange(0, BLOCK_T)
     if ALL_ROWS:
-        rows = token < tokens
+        rows = token < TOKENS
     else:
-        rows = _changed(
-            changes, sequence, q_heads, tokens, numbers, count, mass, BLOCK_H, BLOCK_T, BY_MASS
-        )
-    if (query_head == 0) & (mine == 0):
-        tl.store(active + sequence * tokens + token, rows.to(tl.int8), mask=token < tokens)
-    if tl.max((rows & (token == mine)).to(tl.int32), axis=0) > 0:
-        page = tl.arange(0, BLOCK_P)
-        length = tl.load(page_lengths + sequence * pages + page, mask=page < pages, other=0)
-        there = length > 0
-        existing = tl.sum(there.to(tl.int32), axis=0)
-        # A context that fits into the budget is read whole.
-        wanted = tl.where(tl.sum(length, axis=0) <= budget, existing, tl.minimum(bought, existing))
-        row = (sequence * q_heads + query_head) * tokens + mine
-        keys = _ordered(tl.load(scores + row * pages + page, mask=page < pages, other=0.0))
+        rows = _changed(changes, sequence, q_heads, TOKENS, numbers, count, mass, BLOCK_H, BLOCK_T, BY_MASS)
+    if (query_head == 0) & (number == 0):
+        tl.store(active + sequence * TOKENS + token, rows.to(tl.int8), mask=token < TOKENS)
+    mine = rows & (tl.cumsum(rows.to(tl.int32), axis=0) - 1 == number)
+    row = tl.max(tl.where(mine, token, -1), axis=0)
+    if row >= 0:
+        of_scores = (sequence * q_heads + query_head) * TOKENS + row
+        keys = _ordered(tl.load(scores + of_scores * pages + page, mask=page < pages, other=0.0))
         best = _best(keys, there, wanted)
         # unions is kv_heads, q_heads or q_heads * tokens rows
-        of_row = (query_head * tokens + mine) * unions // (q_heads * tokens)
+        of_row = (query_head * TOKENS + row) * unions // (q_heads * TOKENS)
         tl.store(union + (sequence * unions + of_row) * pages + page, (best * 0 + 1).to(tl.int8), mask=best)

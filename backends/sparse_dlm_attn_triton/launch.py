@@ -19,7 +19,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Whether Triton interprets kernels on CPU tensors, as it decided when it was imported."""
 MOST_RANKED = 16384
 """Most pages that one program ranks in registers."""
+MOST_LISTED = 2048
+"""Most pages that one turn of a page list takes."""
 LOG2_E = 1.4426950408889634
+FINISH_WARPS, SELECT_WARPS, SCORES_WARPS, SCORES_PAGES = 1, 4, 4, 64
 Tensor = torch.Tensor
 
 
@@ -32,6 +35,8 @@ class Settings:
     stages: int = 3
     programs: int = 264
     """Programs to aim for: two for each multiprocessor of an H100."""
+    least_m: int = 16
+    """Fewest rows of a tile; 64 of them fill the wider tensor-core instruction of Hopper."""
 
 
 def power_of_two(number: int, least: int = 16) -> int:
@@ -97,16 +102,18 @@ def _scores(
         return scores
     group, wide = q_heads // kv_heads, q.dtype == torch.float32
     block_m = min(power_of_two(group * tokens), 32 if wide else 64)
-    block_p = min(power_of_two(pages), 32 if wide or head_dim > 128 else 64)
-    grid = (triton.cdiv(pages, block_p), triton.cdiv(group * tokens, block_m), batch * kv_heads)
+    block_p = min(power_of_two(pages), 32 if wide or head_dim > 128 else SCORES_PAGES)
+    # One more tile of programs sums the changes of queries.
+    tiles = triton.cdiv(pages, block_p)
+    grid = (tiles + (changes is not None), triton.cdiv(group * tokens, block_m), batch * kv_heads)
     none = q if reference is None else lined(reference)
     scores_kernel[grid](
         q, lower, upper, none, scores, scores if changes is None else changes,
         bytes_of(torch.empty(0, dtype=torch.bool, device=q.device)) if union is None else bytes_of(union),
         *q.stride()[:3], *lower.stride()[:3], *upper.stride()[:3], *none.stride()[:3],
-        kv_heads, tokens, pages, unions,
-        GROUP=group, HEAD_DIM=head_dim, BLOCK_M=block_m, BLOCK_P=block_p, BLOCK_D=power_of_two(head_dim),
-        PRECISION=precision(q), CHANGES=union is not None, num_warps=4, **launched(q.device),
+        kv_heads, pages, unions,
+        TOKENS=tokens, GROUP=group, HEAD_DIM=head_dim, BLOCK_M=block_m, BLOCK_P=block_p, BLOCK_D=power_of_two(head_dim),
+        PRECISION=precision(q), TILES=tiles, CHANGES=union is not None, num_warps=SCORES_WARPS, **launched(q.device),
     )  # fmt: skip
     return scores
 
@@ -158,7 +165,7 @@ class Part:
     most_active: int
 
 
-def settings_for(dtype: torch.dtype, head_dim: int, block_m: int) -> Settings:
+def settings_for(dtype: torch.dtype, head_dim: int, block_m: int, page_size: int) -> Settings:
     """Return the tile for a problem."""
     if INTERPRETED:
         return Settings(block_n=32, programs=8)
@@ -166,7 +173,7 @@ def settings_for(dtype: torch.dtype, head_dim: int, block_m: int) -> Settings:
         return Settings(block_n=32, stages=2)
     if head_dim > 128:
         return Settings(block_n=32, warps=4 if block_m <= 64 else 8, stages=2)
-    return Settings(warps=4 if block_m <= 64 else 8)
+    return Settings(warps=4 if block_m <= 64 else 8, stages=2, least_m=64)
 
 
 def _rows_of_tile(dtype: torch.dtype, head_dim: int, rows: int) -> int:
@@ -174,41 +181,70 @@ def _rows_of_tile(dtype: torch.dtype, head_dim: int, rows: int) -> int:
     return min(power_of_two(rows), most)
 
 
-def _splits(q: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor, int]:
-    """Launch attention over the listed pages; return the parts, their LSE and how many there are."""
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """States of splits, the block's behind them: ``out`` and ``lse`` (log2 units), and how many splits."""
+
+    out: Tensor
+    lse: Tensor
+    splits: int
+
+
+def _splits(q: Tensor, block: tuple[Tensor, Tensor] | None, part: Part | None, scale: float) -> Parts:
+    """Launch attention over the listed pages and over the block."""
     batch, q_heads, tokens, head_dim = q.shape
-    _, kv_heads, page_size, _ = part.k_pages.shape
-    pages, (_, heads, spans, _) = part.page_table.shape[1], part.mask.shape
-    group = q_heads // kv_heads
-    rows = max(min(part.most_active, tokens), 1)
+    kv_heads = block[0].shape[1] if part is None else part.k_pages.shape[1]  # type: ignore[index]
+    k, v = map(lined, block) if block is not None else (q, q)
+    if part is None or part.page_table.shape[1] == 0 or part.k_pages.shape[0] == 0:
+        part, has_pages = _no_pages(q, kv_heads), False
+    else:
+        has_pages = True
+    page_size, (_, heads, spans, pages) = part.k_pages.shape[2], part.mask.shape
+    group, rows = q_heads // kv_heads, max(min(part.most_active, tokens), 1)
     block_m = _rows_of_tile(q.dtype, head_dim, group * rows)
-    settings = settings_for(q.dtype, head_dim, block_m)
-    tiles = triton.cdiv(group * rows, block_m)
-    most = max(min(triton.cdiv(pages * page_size, settings.block_n), pages, 128), 1)
-    splits = min(max(settings.programs // (batch * kv_heads * tiles), 1), most)
-    splits = 1 << (splits.bit_length() - 1)
-    capacity = triton.cdiv(pages, splits)
+    settings = settings_for(q.dtype, head_dim, block_m, page_size)
+    block_m = max(block_m, settings.least_m)
+    tiles, splits = triton.cdiv(group * rows, block_m), 0
+    if has_pages:
+        most = max(min(triton.cdiv(pages * page_size, settings.block_n), pages, 128), 1)
+        splits = min(max(settings.programs // (batch * kv_heads * tiles), 1), most)
+        splits = 1 << (splits.bit_length() - 1)
+    slots = splits + (block is not None)
     options = {"dtype": torch.float32, "device": q.device}
-    part_out = torch.empty((batch, q_heads, tokens, splits, head_dim), **options)
-    part_lse = torch.empty((batch, q_heads, tokens, splits), **options)
+    parts = Parts(
+        torch.empty((batch, q_heads, tokens, slots, head_dim), **options),
+        torch.empty((batch, q_heads, tokens, slots), **options), splits,
+    )
+    capacity = triton.cdiv(pages, max(splits, 1))
     scratch = torch.empty(
         batch * kv_heads * tiles * splits * 3 * capacity, dtype=torch.int32, device=q.device
     )
     mask = lined(part.mask)
     mask_rows = group if heads == q_heads and heads != kv_heads else 1
-    of_head, of_row = mask.stride(1) * (heads > 1), mask.stride(1)
-    splits_kernel[(splits, tiles, batch * kv_heads)](
+    splits_kernel[(slots, tiles, batch * kv_heads)](
         q, part.k_pages, part.v_pages, part.page_table.contiguous(), part.page_lengths.contiguous(),
-        bytes_of(mask), bytes_of(part.active.contiguous()), part_out, part_lse, scratch,
+        bytes_of(mask), bytes_of(part.active.contiguous()), k, v, parts.out, parts.lse, scratch,
         *q.stride()[:3], *part.k_pages.stride()[:3], *part.v_pages.stride()[:3],
-        mask.stride(0), of_head * mask_rows, of_row, mask.stride(2), scale * LOG2_E,
-        kv_heads, tokens, pages, spans, min(part.span, tokens), capacity,
-        GROUP=group, ROWS=rows, SPLITS=splits, MASK_ROWS=mask_rows, OWN=mask_rows > 1 or spans > 1,
-        PAGE_SIZE=page_size, HEAD_DIM=head_dim, BLOCK_M=block_m, BLOCK_N=settings.block_n,
-        BLOCK_P=min(power_of_two(pages), 2048), BLOCK_T=power_of_two(tokens), BLOCK_D=power_of_two(head_dim),
-        PRECISION=precision(q), STAGES=settings.stages, num_warps=settings.warps, **launched(q.device),
+        mask.stride(0), mask.stride(1) * (heads > 1) * mask_rows, mask.stride(1), mask.stride(2),
+        *k.stride()[:3], *v.stride()[:3], scale * LOG2_E,
+        kv_heads, pages, spans, min(part.span, tokens), capacity, k.shape[2] if block is not None else 0,
+        TOKENS=tokens, GROUP=group, ROWS=rows, SPLITS=splits, SLOTS=slots, MASK_ROWS=mask_rows,
+        OWN=mask_rows > 1 or spans > 1, PAGE_SIZE=page_size, HEAD_DIM=head_dim, BLOCK_M=block_m,
+        BLOCK_N=settings.block_n, BLOCK_K=min(power_of_two(k.shape[2]), 32),
+        BLOCK_P=min(power_of_two(pages), MOST_LISTED), BLOCK_T=power_of_two(tokens),
+        BLOCK_D=power_of_two(head_dim), LONG=pages > MOST_LISTED, PRECISION=precision(q), STAGES=settings.stages, num_warps=settings.warps, **launched(q.device),
     )  # fmt: skip
-    return part_out, part_lse, splits
+    return parts
+
+
+def _no_pages(q: Tensor, kv_heads: int) -> Part:
+    """Return a context of no pages, for kernels that are asked about the block alone."""
+    batch, _, tokens, head_dim = q.shape
+    pages = q.new_empty((1, kv_heads, 1, head_dim))
+    table = torch.empty((batch, 0), dtype=torch.int32, device=q.device)
+    mask = torch.empty((batch, 1, 1, 0), dtype=torch.bool, device=q.device)
+    active = torch.empty((batch, tokens), dtype=torch.bool, device=q.device)
+    return Part(pages, pages, table, table, mask, tokens, active, tokens)
 
 
 def attend(
@@ -255,24 +291,17 @@ def attend(
     kept = torch.empty_like(state_out) if keep else nothing
     if state_out.numel() == 0:
         return out, state_out, state_lse, kept
-    has_pages = part is not None and part.page_table.shape[1] > 0 and part.k_pages.shape[0] > 0
-    splits, part_out, part_lse = 1, state_lse, state_lse
-    if part is not None and has_pages:
-        part_out, part_lse, splits = _splits(q, part, scale)
-    elif part is not None:
-        part_lse = torch.full((batch, q_heads, tokens), -torch.inf, device=q.device)
-    k, v = map(lined, block) if block is not None else (q, q)
+    parts = _splits(q, block, part, scale)
     old = tuple(map(lined, cached)) if cached is not None else (q, state_lse)
     before = q if reference is None else lined(reference)
-    group = q_heads // k.shape[1]
+    active = q if part is None else bytes_of(part.active.contiguous())
     finish_kernel[(tokens, q_heads, batch)](
-        q, k, v, bytes_of(part.active.contiguous()) if part is not None else q, part_out, part_lse, *old,
-        before, out, state_out, state_lse, kept,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *old[0].stride()[:3], *old[1].stride()[:2],
-        *before.stride()[:3], scale * LOG2_E, q_heads, tokens, k.shape[2],
-        GROUP=group, SPLITS=splits, HEAD_DIM=head_dim, BLOCK_S=power_of_two(splits, 1),
-        BLOCK_K=min(power_of_two(k.shape[2]), 32), BLOCK_D=power_of_two(head_dim), CONTEXT=part is not None,
-        CACHED=cached is not None, BLOCK=block is not None, KEEP=keep, num_warps=4, **launched(q.device),
+        q, active, parts.out, parts.lse, *old, before, out, state_out, state_lse, kept,
+        *q.stride()[:3], *old[0].stride()[:3], *old[1].stride()[:2], *before.stride()[:3], q_heads,
+        TOKENS=tokens, SPLITS=parts.splits, SLOTS=parts.lse.shape[3], HEAD_DIM=head_dim,
+        BLOCK_S=power_of_two(parts.splits, 1), BLOCK_D=power_of_two(head_dim), CONTEXT=part is not None,
+        CACHED=cached is not None, BLOCK=block is not None, KEEP=keep, num_warps=FINISH_WARPS,
+        **launched(q.device),
     )  # fmt: skip
     return out, state_out, state_lse, kept
 
@@ -312,11 +341,12 @@ def rank(
     changes = torch.empty((batch, q_heads, tokens), dtype=torch.float32, device=q.device)
     scores = _scores(q, *bounds, reference, changes, mask, heads * spans)
     limit = _constant(float(mass or 0.0), q.device)
-    select_kernel[(tokens, q_heads, batch)](
+    most = tokens if reference is None or count is None else min(max(count, 1), tokens)
+    select_kernel[(most, q_heads, batch)](
         scores, changes, page_lengths.contiguous(), bytes_of(active), bytes_of(mask),
-        q_heads, tokens, pages, heads * spans, q_heads * q.shape[3], count or 0, limit, budget, bought,
-        BLOCK_H=power_of_two(q_heads, 1), BLOCK_T=power_of_two(tokens, 1), BLOCK_P=power_of_two(pages),
-        BY_MASS=mass is not None, ALL_ROWS=reference is None, num_warps=4 if pages <= 4096 else 8,
+        q_heads, pages, heads * spans, q_heads * q.shape[3], count or 0, limit, budget, bought,
+        TOKENS=tokens, BLOCK_H=power_of_two(q_heads, 1), BLOCK_T=power_of_two(tokens, 1), BLOCK_P=power_of_two(pages),
+        BY_MASS=mass is not None, ALL_ROWS=reference is None, num_warps=SELECT_WARPS if pages <= 4096 else 8,
         **launched(q.device),
     )  # fmt: skip
     return active, mask
