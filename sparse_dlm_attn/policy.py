@@ -142,9 +142,9 @@ def certain(condition: bool) -> bool:
     A compiler that traces integers as symbols leaves their comparisons symbolic, even through `bool`; a
     branch makes it decide.
     """
-    if condition:
+    if condition:  # noqa: SIM103, as it has to be a branch
         return True
-    return False  # noqa: SIM103, because it has to be a branch
+    return False
 
 
 def either(left: bool | Array, right: bool | Array) -> bool | Array:

@@ -12,7 +12,6 @@ would leave most of a GPU idle.
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 import math
 import types
@@ -20,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.nn.attention import flex_attention
 from torch.nn.functional import pad
 
 from sparse_dlm_attn.arrays import compute_dtype
@@ -42,6 +42,13 @@ HEADS_AT_MOST = 1024  # in one axis of the kernel's grid, which ends at 65,535
 LARGEST_OFFSET = 2**31
 """Elements of K, or of V, that the kernel can address."""
 
+# Asked for here, because what is compiled cannot look them up.
+INDEX_OPTIONS = {
+    name: False for name in ("compute_q_blocks",)  # lists that only a backward pass needs
+    if name in inspect.signature(flex_attention.BlockMask.from_kv_blocks).parameters
+}
+RETURNS_AUX = hasattr(flex_attention, "AuxRequest")
+
 compiler: Any = "inductor"
 """What compiles the kernel; tests put a counter here."""
 
@@ -57,7 +64,7 @@ def why_not(dtype: str, head_dim: int, page_size: int) -> list[str]:
         Channels a head, tokens a page.
     """
     reasons = []
-    if not _index_options():
+    if not INDEX_OPTIONS:
         reasons.append(f"PyTorch {torch.__version__} cannot build a BlockMask from page lists alone, as "
                        "attention='flex' needs (2.9 can)")
     if dtype == "float64":
@@ -219,16 +226,20 @@ def _listed_attention(
     mask_mod: Callable[..., torch.Tensor], block: tuple[int, int], scale: float, options: dict[str, int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend to the listed blocks; the mask is made in here, so that its length may be symbolic too."""
-    module = importlib.import_module("torch.nn.attention.flex_attention")
     none = torch.zeros_like(counts)
-    mask = module.BlockMask.from_kv_blocks(
+    mask = flex_attention.BlockMask.from_kv_blocks(
         none, torch.zeros_like(lists), counts, lists, BLOCK_SIZE=block, mask_mod=mask_mod,
-        seq_lengths=(q.shape[2], k.shape[2]), **_index_options(),
+        seq_lengths=(q.shape[2], k.shape[2]), **INDEX_OPTIONS,
     )
-    out, aux = module.flex_attention(
-        q, k, v, block_mask=mask, scale=scale, enable_gqa=True, kernel_options=options, **_lse_options()
+    if RETURNS_AUX:
+        out, aux = flex_attention.flex_attention(
+            q, k, v, block_mask=mask, scale=scale, enable_gqa=True, kernel_options=options,
+            return_aux=flex_attention.AuxRequest(lse=True),
+        )
+        return out, aux.lse
+    return flex_attention.flex_attention(  # type: ignore[return-value]
+        q, k, v, block_mask=mask, scale=scale, enable_gqa=True, kernel_options=options, return_lse=True
     )
-    return out, getattr(aux, "lse", aux)
 
 
 @torch.no_grad()  # whether gradients are recorded is part of what is compiled
@@ -288,19 +299,3 @@ def _mask_of(
         return chosen[b, h, key // page_size]
 
     return mask_mod
-
-
-@functools.cache
-def _index_options() -> dict[str, Any]:
-    """Return the argument that leaves the backward pass's lists out, where this version has it."""
-    module = importlib.import_module("torch.nn.attention.flex_attention")
-    parameters = inspect.signature(module.BlockMask.from_kv_blocks).parameters
-    return {"compute_q_blocks": False} if "compute_q_blocks" in parameters else {}
-
-
-@functools.cache
-def _lse_options() -> dict[str, Any]:
-    """Ask for the log-sum-exp as this version of PyTorch wants to be asked."""
-    module = importlib.import_module("torch.nn.attention.flex_attention")
-    request = getattr(module, "AuxRequest", None)
-    return {"return_lse": True} if request is None else {"return_aux": request(lse=True)}
