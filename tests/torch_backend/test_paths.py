@@ -13,7 +13,6 @@ torch = pytest.importorskip("torch", reason="the PyTorch backend needs PyTorch")
 from sparse_dlm_attn import (  # noqa: E402
     Context,
     Problem,
-    Selection,
     UnsupportedError,
     get_backend,
 )
