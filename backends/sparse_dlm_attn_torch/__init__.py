@@ -20,6 +20,7 @@ from sparse_dlm_attn import (
     Problem,
     Selection,
     UnavailableError,
+    UnsupportedError,
 )
 from sparse_dlm_attn.arrays import compute_dtype, dtype_name, namespace
 from sparse_dlm_attn.checks import (

@@ -108,6 +108,17 @@ def test_caches_that_flexattention_cannot_address_are_not_copied() -> None:
     assert "4294967296 elements" in flex.why_not_pages(huge, huge)[0]
 
 
+def test_flexattention_refuses_such_caches_where_it_was_asked_for() -> None:
+    backend = get_backend("torch")
+    backend.attention = "flex"  # as on a GPU
+    by_token = torch.zeros(4, 16, 2, 32).transpose(1, 2)
+    table = torch.arange(4, dtype=torch.int32)[None]
+    context = Context(by_token, by_token, table, torch.full((1, 4), 16, dtype=torch.int32))
+    everyone = torch.ones(1, 3, dtype=torch.bool)
+    with pytest.raises(UnsupportedError, match="side by side.*attention='masked' computes it"):
+        backend.attend_pages(torch.zeros(1, 4, 3, 32), context, Selection.all_pages(context, 3), everyone)
+
+
 @pytest.mark.parametrize(
     ("options", "rule"),
     [
