@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch", reason="the PyTorch backend needs PyTorch")
 from sparse_dlm_attn import (  # noqa: E402
     Context,
     Problem,
+    Selection,
     UnsupportedError,
     get_backend,
 )
@@ -115,7 +116,7 @@ def test_flexattention_refuses_such_caches_where_it_was_asked_for() -> None:
     table = torch.arange(4, dtype=torch.int32)[None]
     context = Context(by_token, by_token, table, torch.full((1, 4), 16, dtype=torch.int32))
     everyone = torch.ones(1, 3, dtype=torch.bool)
-    with pytest.raises(UnsupportedError, match="side by side.*attention='masked' computes it"):
+    with pytest.raises(UnsupportedError, match=r"side by side.*attention='masked' computes it"):
         backend.attend_pages(torch.zeros(1, 4, 3, 32), context, Selection.all_pages(context, 3), everyone)
 
 
