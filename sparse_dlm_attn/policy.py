@@ -101,7 +101,7 @@ class PassInputs(Generic[MemoryT]):
         index = self.info.index
         if isinstance(index, int):
             return certain(predicate(index))
-        return predicate(self.info.of_sequences("index", self.q))  # type: ignore[no-any-return]
+        return predicate(self.info.of_sequences("index", self.q))
 
     def saves(self) -> bool | Array:
         """Return whether this is the save pass, as `passes` does."""

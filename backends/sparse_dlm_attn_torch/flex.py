@@ -43,7 +43,7 @@ LARGEST_OFFSET = 2**31
 """Elements of K, or of V, that the kernel can address."""
 
 # Asked for here, because what is compiled cannot look them up.
-INDEX_OPTIONS = {
+INDEX_OPTIONS: dict[str, Any] = {
     name: False for name in ("compute_q_blocks",)  # lists that only a backward pass needs
     if name in inspect.signature(flex_attention.BlockMask.from_kv_blocks).parameters
 }
@@ -223,7 +223,7 @@ def kernel(form: tuple[Any, ...], backend: Any = "inductor") -> Callable[..., An
 
 def _listed_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: torch.Tensor, counts: torch.Tensor,
-    mask_mod: Callable[..., torch.Tensor], block: tuple[int, int], scale: float, options: dict[str, int],
+    mask_mod: Callable[..., torch.Tensor], block: tuple[int, int], scale: float, options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend to the listed blocks; the mask is made in here, so that its length may be symbolic too."""
     none = torch.zeros_like(counts)
@@ -237,7 +237,7 @@ def _listed_attention(
             return_aux=flex_attention.AuxRequest(lse=True),
         )
         return out, aux.lse
-    return flex_attention.flex_attention(  # type: ignore[return-value]
+    return flex_attention.flex_attention(
         q, k, v, block_mask=mask, scale=scale, enable_gqa=True, kernel_options=options, return_lse=True
     )
 
