@@ -13,7 +13,7 @@ from sparse_dlm_attn.backend import Backend, Problem
 from sparse_dlm_attn.checks import check_block, check_rows, check_rows_are_tokens, check_whole_sequence
 from sparse_dlm_attn.context import Context
 from sparse_dlm_attn.errors import InvalidArgumentError, InvalidTypeError, StaleMemoryError, UnsupportedError
-from sparse_dlm_attn.policy import PassInputs, PrefixAttentionPolicy
+from sparse_dlm_attn.policy import PassInputs, PrefixAttentionPolicy, certain
 from sparse_dlm_attn.registry import get_backend, get_policy
 from sparse_dlm_attn.selection import Selection
 from sparse_dlm_attn.traffic import RecordingOperators, Traffic
@@ -273,7 +273,7 @@ class PrefixAttention:
             )
             return inputs, operators
         if isinstance(info.index, int):
-            restarts: bool | Array = bool(info.index == 0)
+            restarts: bool | Array = certain(info.index == 0)
         else:
             restarts = info.of_sequences("index", q) == 0
         # A whole sequence's keys are written anew in every pass, so bounds of the previous one are stale.
@@ -335,7 +335,7 @@ def _check_memory(
         raise InvalidTypeError(
             "memory", "must be what this layer's previous pass returned, or None", type(memory).__name__
         )
-    restart = bool(info.index == 0) if isinstance(info.index, int) else False
+    restart = isinstance(info.index, int) and certain(info.index == 0)
     if restart and policy.memory_scope == "block":
         return  # it is dropped, so it cannot be stale
     advice = "Pass memory=None to start the block again."

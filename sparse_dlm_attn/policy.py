@@ -23,6 +23,7 @@ from sparse_dlm_attn.values import AttentionState, PassInfo
 __all__ = [
     "PassInputs",
     "PrefixAttentionPolicy",
+    "certain",
     "check_choice",
     "check_count",
     "check_flag",
@@ -102,8 +103,9 @@ class PassInputs(Generic[MemoryT]):
     def passes(self, predicate: Callable[[Any], Any]) -> bool | Array:
         """Evaluate ``predicate`` on the pass index: a bool, or bool ``(batch,)`` if sequences differ."""
         index = self.info.index
-        return bool(predicate(index)) if isinstance(index, int) else predicate(
-            self.info.of_sequences("index", self.q))
+        if isinstance(index, int):
+            return certain(predicate(index))
+        return predicate(self.info.of_sequences("index", self.q))
 
     def saves(self) -> bool | Array:
         """Return whether this is the save pass, as `passes` does."""
@@ -126,6 +128,8 @@ class PassInputs(Generic[MemoryT]):
 
     def dense_where(self, condition: bool | Array, select: Callable[[], Selection]) -> Selection:
         """Return all pages for sequences where ``condition`` holds, else ``select()``."""
+        if isinstance(condition, bool):
+            condition = certain(condition)
         if condition is True:
             return Selection.all_pages(self.context, self.tokens)
         chosen = select()
@@ -134,6 +138,17 @@ class PassInputs(Generic[MemoryT]):
         everything = self.context.exists[:, None, None, :]
         mask = self.xp.where(condition[:, None, None, None], everything, chosen.mask)
         return Selection(mask, chosen.span)
+
+
+def certain(condition: bool) -> bool:
+    """Return a bool that ``is True`` or ``is False``.
+
+    A compiler that traces integers as symbols leaves their comparisons symbolic, even through `bool`; a
+    branch makes it decide.
+    """
+    if condition:  # noqa: SIM103, as it has to be a branch
+        return True
+    return False
 
 
 def either(left: bool | Array, right: bool | Array) -> bool | Array:
