@@ -64,6 +64,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="how many problems each law gets (default: quick)",
     )
     group.addoption(
+        "--sda-share",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="that part of the profile's problems, e.g. 0.2 for a backend that takes long (default: 1)",
+    )
+    group.addoption(
         "--sda-known-failures", default=None, metavar="FILE", help="ledger of known failures (TOML)"
     )
     group.addoption(
@@ -76,9 +83,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--sda-seconds",
         type=float,
-        default=60.0,
+        default=120.0,
         metavar="S",
-        help="time limit of one problem in seconds, 0 for none (default: 60)",
+        help="time limit of one problem in seconds, compilation included; 0 for none (default: 120)",
     )
     group.addoption(
         "--sda-database",

@@ -25,8 +25,9 @@ from sparse_dlm_attn_reference import ReferenceBackend
 
 LONG_BLOCKS = (33, 40, 64, 65, 130)
 LONG = cases(
-    max_batch=2, blocks=LONG_BLOCKS, head_dims=(2, 8, 16, 3), spans=(1, 32, 130), max_elements=32768, max_pages=4
-)
+    max_batch=2, blocks=LONG_BLOCKS, head_dims=(2, 8, 16, 3), spans=(1, 32, 130), max_elements=32768,
+    max_pages=4,
+)  # fmt: skip
 FAR = 70_000
 """Physical pages of a large pool: their numbers do not fit into 16 bits."""
 
@@ -41,7 +42,7 @@ def test_long_contexts_equal_one_masked_softmax(subject: Subject, case: Case) ->
 
 @pytest.mark.clause("ATTEND-1", "POOLED-1", "SCORES-1", "BOUNDS-1")
 @law(
-    case=cases(min_pages=65, max_pages=140, page_sizes=(1, 2, 3), head_dims=(2, 4, 8, 3), max_batch=2),
+    case=cases(min_pages=65, max_pages=300, page_sizes=(1, 2, 3), head_dims=(2, 4, 8, 3), max_batch=2),
     share=0.25,
 )
 def test_more_pages_than_a_word_has_bits(subject: Subject, case: Case) -> None:
@@ -82,7 +83,12 @@ def test_long_blocks_attend_to_themselves(subject: Subject, case: Case) -> None:
 
 
 @pytest.mark.clause("GQA-1", "GQA-2", "ATTEND-1", "SCORES-1", "BOUNDS-1")
-@law(case=cases(max_batch=5, kv_heads=(4, 5, 8), head_dims=(2, 4, 16, 3), max_pages=3), share=0.3)
+@law(
+    case=cases(
+        max_batch=5, kv_heads=(4, 5, 8, 1), groups=(1, 2, 4, 8, 16), head_dims=(2, 4, 16, 3), max_pages=3
+    ),
+    share=0.3,
+)
 def test_many_heads_and_sequences(subject: Subject, case: Case) -> None:
     arrays = case.arrays(subject.dtype)
     close_to_oracle(subject, arrays, attend(subject, arrays), "ATTEND-1", "attend_pages with many heads")
