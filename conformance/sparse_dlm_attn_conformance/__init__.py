@@ -20,6 +20,7 @@ __all__ = [
     "cases",
     "check_backend",
     "reproduce",
+    "reproduce_denoising",
 ]
 
 _HOMES = {
@@ -32,6 +33,7 @@ _HOMES = {
     "cases": "strategies",
     "check_backend": "programmatic",
     "reproduce": "programmatic",
+    "reproduce_denoising": "programmatic",
 }
 
 

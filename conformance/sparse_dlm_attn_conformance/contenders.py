@@ -64,9 +64,7 @@ PARAMETERS: dict[str, dict[str, tuple[Any, ...]]] = {
 def policy_texts(draw: Any, /) -> str:
     """Draw a published policy with parameters, as `sparse_dlm_attn.get_policy` reads it."""
     name = draw(st.sampled_from(tuple(PARAMETERS)), label="policy")
-    chosen = [
-        f"{key}={draw(st.sampled_from(values), label=key)}" for key, values in PARAMETERS[name].items()
-    ]
+    chosen = [f"{key}={draw(st.sampled_from(values), label=key)}" for key, values in PARAMETERS[name].items()]
     return f"{name}:{','.join(chosen)}"
 
 

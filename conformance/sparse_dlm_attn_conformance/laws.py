@@ -313,9 +313,9 @@ def require_loaded(subject: Subject) -> None:
 
 
 def is_ours(error: BaseException) -> bool:
-    """Return whether an exception steers the run (a skip, an interrupt, a time limit) instead of failing it."""
-    steering = (KeyboardInterrupt, TimeLimitExceeded, NothingDeclared)
-    return isinstance(error, steering) or type(error).__module__.split(".")[0] in ("hypothesis", "_pytest")
+    """Return whether an exception steers the run: a skip, an interrupt, a time limit."""
+    steering = (KeyboardInterrupt, TimeLimitExceeded, NothingDeclared, pytest.skip.Exception)
+    return isinstance(error, steering) or type(error).__module__.split(".")[0] == "hypothesis"
 
 
 def foreign(error: BaseException) -> str:

@@ -41,13 +41,13 @@ def _digest(state: Any) -> int:
     return hash((state[1].tobytes(), *state[2:]))
 
 
-def changed_settings(before: dict[str, Any]) -> list[str]:
+def changed_settings(before: dict[str, Any], *, random_states: bool = True) -> list[str]:
     """Say which settings differ from ``before``, and how; states of random numbers are too long to show."""
     now = settings_of_the_process()
-    return [
-        name if name.startswith("the state") else f"{name} was {value}, now {now[name]}"
-        for name, value in before.items()
-        if now.get(name, value) != value
+    changed = [name for name, value in before.items() if now.get(name, value) != value]
+    states = [name for name in changed if name.startswith("the state")]
+    return (states if random_states else []) + [
+        f"{name} was {before[name]}, now {now[name]}" for name in changed if name not in states
     ]
 
 

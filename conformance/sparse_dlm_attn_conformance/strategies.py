@@ -198,8 +198,8 @@ def score_tables(draw: Any, *, special: bool = True) -> ScoreTable:
 def change_tables(draw: Any, *, special: bool = False, dyadic: bool = True) -> ChangeTable:
     """Draw changes to rank; ``special`` adds NaN."""
     tokens, batch = draw(st.integers(1, 12), label="tokens"), draw(st.integers(1, 3), label="batch")
-    # Beside 2 ** 24 a sum in float32 does not see the other changes any more.
-    numbers: tuple[float, ...] = (0.0, 1.0, 2.0, 0.5, 0.125, 3.75, 8.0, 2.0**24)
+    # Beside 2 ** 24 a sum in float32 does not see the other changes any more, beside 2 ** 34 no tolerance.
+    numbers: tuple[float, ...] = (0.0, 1.0, 2.0, 0.5, 0.125, 3.75, 8.0, 2.0**24, 2.0**34)
     if special:
         numbers = (*numbers, float("nan"))
     value = st.sampled_from(numbers) if dyadic else st.floats(0, 1024, width=32, allow_subnormal=False)

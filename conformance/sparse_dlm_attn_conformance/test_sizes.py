@@ -23,10 +23,10 @@ from sparse_dlm_attn_conformance.subjects import Subject, host
 from sparse_dlm_attn_conformance.test_attention import attend, close_to_oracle
 from sparse_dlm_attn_reference import ReferenceBackend
 
-LONG_BLOCKS = (33, 40, 64, 65, 130)
+LONG_BLOCKS = (130, 33, 65, 40, 64)
 LONG = cases(
-    max_batch=2, blocks=LONG_BLOCKS, head_dims=(2, 8, 16, 3), spans=(1, 32, 130), max_elements=32768,
-    max_pages=4,
+    max_batch=2, blocks=LONG_BLOCKS, head_dims=(2, 8, 16, 3), spans=(130, 1, 32), max_elements=32768,
+    min_pages=2, max_pages=4,
 )  # fmt: skip
 FAR = 70_000
 """Physical pages of a large pool: their numbers do not fit into 16 bits."""
@@ -85,7 +85,7 @@ def test_long_blocks_attend_to_themselves(subject: Subject, case: Case) -> None:
 @pytest.mark.clause("GQA-1", "GQA-2", "ATTEND-1", "SCORES-1", "BOUNDS-1")
 @law(
     case=cases(
-        max_batch=5, kv_heads=(4, 5, 8, 1), groups=(1, 2, 4, 8, 16), head_dims=(2, 4, 16, 3), max_pages=3
+        max_batch=5, kv_heads=(1, 4, 5, 8), groups=(16, 1, 8, 2, 4), head_dims=(4, 256, 16, 3), max_pages=3
     ),
     share=0.3,
 )
