@@ -329,6 +329,7 @@ def foreign(error: BaseException) -> str:
 def snippet(body: Callable[..., None], subject: Subject, values: dict[str, Any]) -> str:
     """Return Python lines that run the law again on this very problem."""
     module = body.__module__.rpartition(".")[2]
+    values = {name: str(value) if name == "policy" else value for name, value in values.items()}
     arguments = "".join(f",\n      {name}={value!r}" for name, value in values.items())
     return (
         "  from math import inf, nan\n"

@@ -87,6 +87,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="S",
         help="time limit of one problem in seconds, compilation included; 0 for none (default: 120)",
     )
+    group.addoption("--sda-finished", default=None, metavar="FILE", help="file to make when the run is over")
     group.addoption(
         "--sda-database",
         default=".hypothesis/sda-nightly",
@@ -246,6 +247,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if conformance is None or hasattr(session.config, "workerinput") or session.config.option.collectonly:
         return
     problem = conformance.finish()
+    if session.config.getoption("--sda-finished"):
+        Path(session.config.getoption("--sda-finished")).touch()
     if problem and exitstatus in (0, 5):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

@@ -89,7 +89,7 @@ def cases(
     head_dim = _pick(draw, _allowed(head_dims, "head_dims", 256), "head_dim")
     page_size = _pick(draw, _allowed(page_sizes, "page_sizes", 128), "page_size")
     most_rows = max(1, max_elements // (heads_kv * group * head_dim))
-    longest = getattr(_limits.get(), "max_block_length", None) or blocks[-1]
+    longest = getattr(_limits.get(), "max_block_length", None) or max(blocks)
     tokens = _pick(draw, tuple(n for n in blocks if n <= min(most_rows, longest)) or (1,), "tokens")
     fitting = max(2, max_elements // (heads_kv * page_size * head_dim))
     most = max(min_pages, min(max_pages, fitting))

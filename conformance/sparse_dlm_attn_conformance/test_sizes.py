@@ -52,6 +52,21 @@ def test_more_pages_than_a_word_has_bits(subject: Subject, case: Case) -> None:
     others_over_context(subject, arrays)
 
 
+@pytest.mark.clause("ATTEND-1", "CONTEXT-2", "BOUNDS-1", "SCORES-1", "POOLED-1")
+@law(
+    case=cases(
+        page_sizes=(128, 100, 64), head_dims=(256, 8, 96, 3), max_batch=2, min_pages=1, max_pages=3,
+        regimes=("generic", "dyadic", "mixed_scale"),
+    ),
+    share=0.3,
+)  # fmt: skip
+def test_large_pages_and_wide_heads(subject: Subject, case: Case) -> None:
+    """A page longer than a tile, a length that does not fit into eight bits, channels beyond the usual."""
+    arrays = case.arrays(subject.dtype)
+    close_to_oracle(subject, arrays, attend(subject, arrays), "ATTEND-1", "attend_pages over large pages")
+    others_over_context(subject, arrays)
+
+
 @pytest.mark.clause("ATTEND-1", "SELECTION-1", "POOLED-1", "SCORES-1", "CHANGE-1")
 @law(case=LONG, share=0.3)
 def test_long_blocks_equal_one_masked_softmax(subject: Subject, case: Case) -> None:
@@ -85,7 +100,7 @@ def test_long_blocks_attend_to_themselves(subject: Subject, case: Case) -> None:
 @pytest.mark.clause("GQA-1", "GQA-2", "ATTEND-1", "SCORES-1", "BOUNDS-1")
 @law(
     case=cases(
-        max_batch=5, kv_heads=(1, 4, 5, 8), groups=(16, 1, 8, 2, 4), head_dims=(4, 256, 16, 3), max_pages=3
+        max_batch=5, kv_heads=(1, 4, 5, 8), groups=(16, 1, 8, 2, 4), head_dims=(4, 2, 16, 3), max_pages=3
     ),
     share=0.3,
 )

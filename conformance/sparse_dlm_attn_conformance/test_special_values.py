@@ -90,7 +90,7 @@ def test_keys_that_score_minus_infinity_do_not_count(subject: Subject, case: Cas
     keys = type(keys)(
         np.where(np.isinf(keys.keys), 0.0, keys.keys),
         keys.values,
-        keys.allowed & np.isfinite(keys.keys).all(axis=3, keepdims=True).swapaxes(2, 3),
+        keys.allowed & np.asarray(np.isfinite(keys.keys).all(axis=3))[:, :, None],
     )
     expected = accuracy.attention(rows, keys)
     what = "attend_pages with keys that score -inf"
