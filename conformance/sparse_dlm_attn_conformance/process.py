@@ -53,7 +53,10 @@ def changed_settings(before: dict[str, Any], *, random_states: bool = True) -> l
 
 @contextmanager
 def restored() -> Iterator[None]:
-    """Put back, after the block, every setting of the process that would spoil later computations."""
+    """Put back, after the block, every setting of the process that would spoil later computations.
+
+    Warnings are silent inside it, whatever the filters of the run.
+    """
     modes, folder = np.geterr(), os.getcwd()
     torch: Any = sys.modules.get("torch")
     torch = torch if hasattr(torch, "set_default_device") else None
@@ -66,6 +69,7 @@ def restored() -> Iterator[None]:
         )
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # foreign code may warn about NaN, and that is no failure
             yield
     finally:
         np.seterr(**modes)
