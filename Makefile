@@ -20,7 +20,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 export OPENBLAS_NUM_THREADS ?= 1
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test bench lint types docs conformance wheel clean help
+.PHONY: demo test bench lint types docs conformance wheel clean help conformance-seeds conformance-matrix
 
 help:
 	@echo "make demo | test | bench | lint | types | docs | conformance | wheel | clean"
@@ -47,6 +47,20 @@ docs: $(VENV)/.dev
 
 conformance: $(VENV)/.dev
 	$(BIN)/sparse-dlm-attn conformance --backend reference --profile quick
+
+# Other problems in each of many runs: `make conformance-seeds SEEDS=20 WORKERS=16 BACKENDS="reference torch"`.
+SEEDS ?= 20
+WORKERS ?= 2
+BACKENDS ?= reference
+SEED_ARGS ?= --profile ci
+conformance-seeds: $(VENV)/.dev
+	$(BIN)/python -m sparse_dlm_attn_conformance.seeds --seeds $(SEEDS) --workers $(WORKERS) \
+	  $(addprefix --backend ,$(BACKENDS)) $(SEED_ARGS)
+
+# The page of the documentation that shows which clause holds where.
+conformance-matrix: $(VENV)/.dev
+	$(BIN)/sparse-dlm-attn conformance --backend reference --backend torch --profile ci --workers 2 \
+	  --report docs/conformance-matrix.md
 
 # Through the source distribution, so that a file missing from it shows.
 wheel: $(VENV)/.dev

@@ -10,10 +10,12 @@ another one. First- and third-party distributions register in the same way::
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import inspect
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any
 
 from sparse_dlm_attn.backend import Backend
@@ -178,11 +180,29 @@ def _plugins(kind: str, group: str) -> dict[str, Plugin]:
 
 
 def _entries(group: str) -> tuple[EntryPoint, ...]:
-    return tuple(entry_points(group=group))
+    found = tuple(entry_points(group=group))
+    if any(entry.dist is not None and entry.dist.name == __package__ for entry in found):
+        return found
+    return (*found, *_entries_of_checkout(group))
+
+
+@functools.cache
+def _entries_of_checkout(group: str) -> tuple[EntryPoint, ...]:
+    """Return our own entry points where nothing is installed: a checkout on the Python path."""
+    path = Path(__file__).parents[1] / "pyproject.toml"
+    if not path.is_file():
+        return ()
+    import tomllib
+
+    project = tomllib.loads(path.read_text(encoding="utf-8")).get("project", {})
+    if project.get("name") != __package__:
+        return ()
+    entries = project.get("entry-points", {}).get(group, {})
+    return tuple(EntryPoint(name, target, group) for name, target in entries.items())
 
 
 def _distribution(entry: EntryPoint) -> str:
-    return entry.dist.name if entry.dist is not None else "an unnamed distribution"
+    return entry.dist.name if entry.dist is not None else "this checkout"
 
 
 def _build(kind: str, group: str, base: type, name: Any, options: dict[str, Any]) -> Any:

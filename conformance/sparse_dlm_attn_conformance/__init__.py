@@ -14,24 +14,28 @@ __all__ = [
     "Case",
     "ChangeTable",
     "ConformanceFailure",
+    "Episode",
     "MergeTable",
     "ScoreTable",
     "Subject",
     "cases",
     "check_backend",
     "reproduce",
+    "reproduce_denoising",
 ]
 
 _HOMES = {
     "Case": "cases",
     "ChangeTable": "tables",
     "ConformanceFailure": "checks",
+    "Episode": "episodes",
     "MergeTable": "tables",
     "ScoreTable": "tables",
     "Subject": "subjects",
     "cases": "strategies",
     "check_backend": "programmatic",
     "reproduce": "programmatic",
+    "reproduce_denoising": "programmatic",
 }
 
 

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from sparse_dlm_attn import PrefixAttentionPolicy, SparseAttentionError, get_policy
 from sparse_dlm_attn.registry import policies
+from sparse_dlm_attn_conformance.process import restored
+from sparse_dlm_attn_conformance.timing import time_limit
 
 __all__ = ["VARIANTS", "Contender", "contenders", "policy_texts"]
 
@@ -62,9 +64,7 @@ PARAMETERS: dict[str, dict[str, tuple[Any, ...]]] = {
 def policy_texts(draw: Any, /) -> str:
     """Draw a published policy with parameters, as `sparse_dlm_attn.get_policy` reads it."""
     name = draw(st.sampled_from(tuple(PARAMETERS)), label="policy")
-    chosen = [
-        f"{key}={draw(st.sampled_from(values), label=key)}" for key, values in PARAMETERS[name].items()
-    ]
+    chosen = [f"{key}={draw(st.sampled_from(values), label=key)}" for key, values in PARAMETERS[name].items()]
     return f"{name}:{','.join(chosen)}"
 
 
@@ -88,19 +88,20 @@ class Contender:
         return self.instance
 
 
-def contenders(wanted: list[str]) -> list[Contender]:
+def contenders(wanted: list[str], seconds: float = 120.0) -> list[Contender]:
     """Return the wanted policies, by default all registered ones.
 
     A registered name stands for its small variants (`VARIANTS`); anything else is taken as it is.
     """
     names = list(dict.fromkeys(wanted)) or list(policies())
-    return [load(spec) for name in names for spec in VARIANTS.get(name, (name,))]
+    return [load(spec, seconds) for name in names for spec in VARIANTS.get(name, (name,))]
 
 
-def load(spec: str) -> Contender:
+def load(spec: str, seconds: float = 120.0) -> Contender:
     """Load one policy, whatever foreign code does meanwhile."""
     try:
-        return Contender(spec, get_policy(spec))
+        with restored(), time_limit(seconds, f"loading policy {spec}"):
+            return Contender(spec, get_policy(spec))
     except KeyboardInterrupt:
         raise
     except SparseAttentionError as error:

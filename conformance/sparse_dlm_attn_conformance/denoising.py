@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from hypothesis import note
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
@@ -169,7 +168,6 @@ class Denoising(RuleBasedStateMachine):
         record = RECORD.get()
         if record is not None:
             record.examples += 1
-        note(f"pass {self.number} on {side.subject}")
         with time_limit(OPTIONS.get().seconds, f"pass {self.number} on {side.subject}"):
             return side.run(arrays, self.number, info, self.version)
 

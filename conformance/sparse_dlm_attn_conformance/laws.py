@@ -29,6 +29,7 @@ from hypothesis.strategies import SearchStrategy
 
 from sparse_dlm_attn_conformance.checks import ConformanceFailure
 from sparse_dlm_attn_conformance.ledger import KnownFailure, Ledger
+from sparse_dlm_attn_conformance.process import restored
 from sparse_dlm_attn_conformance.strategies import within
 from sparse_dlm_attn_conformance.subjects import Subject
 from sparse_dlm_attn_conformance.timing import TimeLimitExceeded, time_limit
@@ -63,7 +64,7 @@ class LawOptions:
     """
 
     ledger: Ledger = field(default_factory=Ledger)
-    seconds: float = 60.0
+    seconds: float = 120.0
     profile: settings | None = None
     shrink: bool = True
 
@@ -233,13 +234,13 @@ class LawRun:
                 self.record.features[feature] += 1
                 event(feature)  # for --hypothesis-show-statistics
         try:
-            with time_limit(OPTIONS.get().seconds, self.body.__name__):
+            with restored(), time_limit(OPTIONS.get().seconds, self.body.__name__):
                 self.body(self.subject, **self.fixed, **drawn)
         except ConformanceFailure as error:
             return self.explained(error.clause, str(error).partition(": ")[2], drawn)
-        except hypothesis_errors.HypothesisException:
-            raise
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
+            if is_ours(error):
+                raise
             return self.explained(self.clauses[0], foreign(error), drawn)
         return None
 
@@ -247,9 +248,9 @@ class LawRun:
         """Leave out problems that the backend says it does not compute."""
         for value in drawn.values():
             if hasattr(value, "problem"):
-                reasons = self.subject.backend.why_not(
-                    value.problem(self.subject.dtype, self.subject.device_kind)
-                )
+                with time_limit(OPTIONS.get().seconds, "why_not"):
+                    problem = value.problem(self.subject.dtype, self.subject.device_kind)
+                    reasons = self.subject.backend.why_not(problem)
                 if not reasons or not isinstance(reasons, list | tuple):  # a law of CAPS-1 checks the type
                     continue
                 self.record.refused["; ".join(map(str, reasons))] += 1
@@ -311,6 +312,12 @@ def require_loaded(subject: Subject) -> None:
         pytest.skip(f"backend {subject.spec!r} did not load")
 
 
+def is_ours(error: BaseException) -> bool:
+    """Return whether an exception steers the run: a skip, an interrupt, a time limit."""
+    steering = (KeyboardInterrupt, TimeLimitExceeded, NothingDeclared, pytest.skip.Exception)
+    return isinstance(error, steering) or type(error).__module__.split(".")[0] == "hypothesis"
+
+
 def foreign(error: BaseException) -> str:
     """Describe an exception of the code under test, with its own last frames."""
     frames = traceback.extract_tb(error.__traceback__)
@@ -322,6 +329,7 @@ def foreign(error: BaseException) -> str:
 def snippet(body: Callable[..., None], subject: Subject, values: dict[str, Any]) -> str:
     """Return Python lines that run the law again on this very problem."""
     module = body.__module__.rpartition(".")[2]
+    values = {name: str(value) if name == "policy" else value for name, value in values.items()}
     arguments = "".join(f",\n      {name}={value!r}" for name, value in values.items())
     return (
         "  from math import inf, nan\n"

@@ -64,6 +64,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="how many problems each law gets (default: quick)",
     )
     group.addoption(
+        "--sda-share",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="that part of the profile's problems, e.g. 0.2 for a backend that takes long (default: 1)",
+    )
+    group.addoption(
         "--sda-known-failures", default=None, metavar="FILE", help="ledger of known failures (TOML)"
     )
     group.addoption(
@@ -76,10 +83,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--sda-seconds",
         type=float,
-        default=60.0,
+        default=120.0,
         metavar="S",
-        help="time limit of one problem in seconds, 0 for none (default: 60)",
+        help="time limit of one problem in seconds, compilation included; 0 for none (default: 120)",
     )
+    group.addoption("--sda-finished", default=None, metavar="FILE", help="file to make when the run is over")
     group.addoption(
         "--sda-database",
         default=".hypothesis/sda-nightly",
@@ -239,6 +247,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if conformance is None or hasattr(session.config, "workerinput") or session.config.option.collectonly:
         return
     problem = conformance.finish()
+    if session.config.getoption("--sda-finished"):
+        Path(session.config.getoption("--sda-finished")).touch()
     if problem and exitstatus in (0, 5):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

@@ -20,7 +20,7 @@ from sparse_dlm_attn_conformance.laws import OPTIONS, clauses_of
 from sparse_dlm_attn_conformance.session import register_profiles
 from sparse_dlm_attn_conformance.subjects import Subject, load_backend
 
-__all__ = ["Finding", "check_backend", "laws", "reproduce"]
+__all__ = ["Finding", "check_backend", "laws", "reproduce", "reproduce_denoising"]
 
 
 @dataclass(frozen=True)
@@ -162,3 +162,29 @@ def reproduce(backend: str | Backend, law: str, *, dtype: str, **arguments: Any)
         arguments["policy"] = Contender(arguments["policy"], get_policy(arguments["policy"]))
     subject = Subject(backend if isinstance(backend, str) else instance.name, dtype, instance)
     found[law].body(subject, **arguments)
+
+
+def reproduce_denoising(backend: str | Backend, policy: str, *, dtype: str) -> Any:
+    """Return the state machine over denoising, to take the steps that a failure prints.
+
+    Parameters
+    ----------
+    backend : str or Backend
+        Name, ``"module:attr"`` or instance.
+    policy : str
+        Policy by name, with its parameters.
+    dtype : str
+        Dtype of q, K and V.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the backend does not load.
+    """
+    from sparse_dlm_attn_conformance.denoising import Denoising
+
+    instance, error = load_backend(backend)
+    if instance is None:
+        raise InvalidArgumentError("backend", "must load", error)
+    subject = Subject(backend if isinstance(backend, str) else instance.name, dtype, instance)
+    return type("Machine", (Denoising,), {"subject": subject, "policy": get_policy(policy)})()

@@ -9,6 +9,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -143,10 +144,16 @@ class Report:
         matrix = self.matrix()
         columns = sorted({column for row in matrix.values() for column in row})
         lines = [
-            "# Conformance",
+            "# Conformance matrix",
             "",
             f"Specification {sparse_dlm_attn.SPEC_VERSION}, sparse_dlm_attn {sparse_dlm_attn.__version__}, "
-            f"profile `{self.profile}`, Python {platform.python_version()}, NumPy {np.__version__}.",
+            f"profile `{self.profile}`, Python {platform.python_version()}, NumPy {np.__version__}, "
+            f"{platform.system()} {platform.machine()}, {date.today()}.",
+            "",
+            "Written by `sparse-dlm-attn conformance "
+            + " ".join(f"--backend {name}" for name in self.backends)
+            + f" --profile {self.profile.replace(' x ', ' --share ')} --report FILE.md`. Laws of policies "
+            "and of rankings run in one dtype, since nothing in them depends on it.",
             "",
             "| clause | says | " + " | ".join(columns) + " |",
             "|---|---|" + "---|" * len(columns),

@@ -54,9 +54,11 @@ def register_profiles(database: str = ".hypothesis/sda-nightly") -> None:
     )
 
 
-def subjects_of(spec: str, dtypes: tuple[str, ...] = (), **options: Any) -> list[Subject]:
+def subjects_of(
+    spec: str, dtypes: tuple[str, ...] = (), *, seconds: float = 120.0, **options: Any
+) -> list[Subject]:
     """Return a subject for each wanted dtype that a backend declares; one that says why if it has none."""
-    backend, error = load_backend(spec, **options)
+    backend, error = load_backend(spec, seconds=seconds, **options)
     if backend is None:
         return [Subject(spec, "any", None, error)]
     declared = [name for name in DTYPES if name in backend.capabilities.dtypes]
@@ -116,12 +118,14 @@ class ConformanceSession:
         subjects = [
             subject
             for spec in dict.fromkeys(option("--sda-backend"))
-            for subject in subjects_of(spec, tuple(option("--sda-dtype")), **options)
+            for subject in subjects_of(
+                spec, tuple(option("--sda-dtype")), seconds=option("--sda-seconds"), **options
+            )
         ]
         described = {subject.spec: describe(subject) for subject in subjects}
         return cls(
             subjects,
-            contenders(option("--sda-policy")),
+            contenders(option("--sda-policy"), option("--sda-seconds")),
             clauses,
             Report(profile, described),
             tuple(option("--sda-report")),
@@ -213,12 +217,18 @@ def load_profile(config: pytest.Config) -> str:
     own = config.getoption("--hypothesis-profile", None)
     if wanted is None and own:
         return str(own)
-    name = f"sda-{wanted or 'quick'}"
-    settings.load_profile(name)
+    changes: dict[str, Any] = {}
     if config.getoption("--hypothesis-seed", None) is not None:
-        settings.register_profile("sda-seeded", settings.get_profile(name), derandomize=False)
-        settings.load_profile("sda-seeded")
-    return wanted or "quick"
+        changes["derandomize"] = False
+    share = config.getoption("--sda-share")
+    if not share > 0:
+        raise InvalidArgumentError("--sda-share", "must be above 0", share)
+    profile = settings.get_profile(f"sda-{wanted or 'quick'}")
+    if share != 1:
+        changes["max_examples"] = max(1, round(profile.max_examples * share))
+    settings.register_profile("sda-wanted", profile, **changes)
+    settings.load_profile("sda-wanted")
+    return f"{wanted or 'quick'}{'' if share == 1 else f' x {share:g}'}"
 
 
 def describe(subject: Subject) -> dict[str, Any]:

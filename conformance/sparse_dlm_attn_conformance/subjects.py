@@ -10,7 +10,9 @@ import numpy as np
 from sparse_dlm_attn import AttentionState, Backend, Context, PageBounds, Selection, get_backend
 from sparse_dlm_attn.arrays import Array, device_of, is_array, namespace, to_numpy
 from sparse_dlm_attn_conformance.cases import Arrays, Host, transport
+from sparse_dlm_attn_conformance.process import restored
 from sparse_dlm_attn_conformance.tables import HostState
+from sparse_dlm_attn_conformance.timing import time_limit
 
 __all__ = ["DTYPES", "Loaded", "Subject", "load_backend"]
 
@@ -96,9 +98,13 @@ class Subject:
         """Return the same subject with another backend object, for example one that watches calls."""
         return Subject(self.spec, self.dtype, backend)
 
-    def floats(self, values: Host, dtype: str | None = None) -> Array:
-        """Convert host values to an array of this dtype (or of ``dtype``)."""
+    def floats(self, values: Host, dtype: str | None = None, *, gapped: bool = False) -> Array:
+        """Convert host values to an array of this dtype (or of ``dtype``); ``gapped`` as for `ints`."""
         name = dtype or self.dtype
+        if gapped:
+            wide = np.full((*values.shape[:-1], 2 * values.shape[-1]), np.nan)
+            wide[..., : values.shape[-1]] = values
+            return frozen(self.floats(wide, name)[..., : values.shape[-1]])
         return frozen(self.backend.asarray(transport(values, name), dtype=name))
 
     def ints(self, values: Host, *, gapped: bool = False) -> Array:
@@ -114,11 +120,7 @@ class Subject:
 
     def state(self, state: HostState, layout: str = "plain") -> AttentionState:
         """Convert an attention state, in plain, token-major or gapped memory."""
-        lse = self.floats(state.lse, "float32")
-        if layout == "gapped":  # the last axis stays contiguous, the rows lie apart
-            wide = np.full((*state.lse.shape[:-1], 2 * state.lse.shape[-1]), np.nan)
-            wide[..., : state.lse.shape[-1]] = state.lse
-            lse = frozen(self.floats(wide, "float32")[..., : state.lse.shape[-1]])
+        lse = self.floats(state.lse, "float32", gapped=layout == "gapped")
         return AttentionState(self._laid_out(state.out, layout), lse)
 
     def bounds(self, bounds: PageBounds, layout: str = "plain") -> PageBounds:
@@ -178,14 +180,17 @@ def host(array: Array) -> Host:
     return np.array(to_numpy(array))
 
 
-def load_backend(spec: str | Backend, **options: Any) -> tuple[Backend | None, str]:
+def load_backend(
+    spec: str | Backend, *, seconds: float = 120.0, **options: Any
+) -> tuple[Backend | None, str]:
     """Return ``(backend, "")``, or ``(None, why)``, whatever foreign code does while it loads.
 
-    A backend loads if it can be built and says what it supports.
+    A backend loads if it can be built and says what it supports, within ``seconds``.
     """
     try:
-        backend = get_backend(spec, **options)
-        declared = backend.capabilities
+        with restored(), time_limit(seconds, f"loading {spec}"):
+            backend = get_backend(spec, **options)
+            declared = backend.capabilities
         unknown = [name for name in declared.dtypes if name not in DTYPES]
         if unknown or not declared.dtypes:
             return None, f"capabilities.dtypes must name some of {', '.join(DTYPES)}; got {declared.dtypes}"

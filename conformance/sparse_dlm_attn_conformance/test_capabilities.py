@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,31 @@ def test_why_not_gives_every_reason_without_running_a_kernel(subject: Subject, c
     )
     expect(len(reasons) >= 2, "CAPS-1", f"why_not must give every reason (dtype and device); got {reasons!r}")
     expect(watched.calls == [], "CAPS-1", "why_not must run no kernel")
+
+
+@pytest.mark.clause("CAPS-1")
+@law(case=cases(), share=0.3)
+def test_what_is_not_declared_is_refused(subject: Subject, case: Case) -> None:
+    """`why_not` may be stricter than the capabilities, never laxer."""
+    declared, backend = subject.backend.capabilities, subject.backend
+    problem = case.problem(subject.dtype, subject.device_kind)
+    others: dict[str, Problem] = {"dtypes": replace(problem, dtype="int4")}
+    others["devices"] = replace(problem, device="abacus")
+    if declared.head_dims is not None:
+        others["head_dims"] = replace(problem, head_dim=max(declared.head_dims) + 1)
+    if declared.page_sizes is not None:
+        others["page_sizes"] = replace(problem, page_size=max(declared.page_sizes) + 1)
+    if declared.groups is not None:
+        others["groups"] = replace(problem, q_heads=problem.kv_heads * (max(declared.groups) + 1))
+    if declared.max_block_length is not None:
+        others["max_block_length"] = replace(problem, block_length=declared.max_block_length + 1)
+    for name, other in others.items():
+        reasons = backend.why_not(other)
+        expect(
+            isinstance(reasons, list) and len(reasons) > 0,
+            "CAPS-1",
+            f"why_not must refuse what capabilities.{name} leave out; got {reasons!r} for {other}",
+        )
 
 
 @pytest.mark.clause("CAPS-1", "DRIVER-1")

@@ -119,9 +119,7 @@ def test_computed_rows_hold_all_that_must_be_computed(
     for b in range(decoded.shape[0]):
         for uniform in (True, False):
             one = slice(b, b + 1)
-            alone = computed(
-                subject, chosen, filling.info(subject, one, uniform=uniform), decoded[one].shape
-            )
+            alone = computed(subject, chosen, filling.info(subject, one, uniform=uniform), decoded[one].shape)
             expect_same_bits(alone[0], rows[b], f"computed rows of sequence {b} alone", "POLICY-2")
 
 
@@ -143,7 +141,10 @@ def whole(arrays: Arrays) -> Arrays:
     if arrays.page_segments is not None:
         segments = np.broadcast_to(np.arange(pages) * 2 // max(pages, 1), (batch, pages)).astype(np.int8)
     return arrays.but(
-        k_pages=paged(arrays.k), v_pages=paged(arrays.v), page_table=table, page_segments=segments,
+        k_pages=paged(arrays.k),
+        v_pages=paged(arrays.v),
+        page_table=table,
+        page_segments=segments,
         page_lengths=np.ascontiguousarray(np.broadcast_to(lengths, (batch, pages))),
     )
 
@@ -192,7 +193,10 @@ def test_a_whole_sequence_is_attention_of_active_rows_over_their_pages(
         )
         state = memory.state
         expect_state_close(
-            host(state.out)[chosen], host(state.lse)[chosen], kept, f"active rows in pass {number}",
+            host(state.out)[chosen],
+            host(state.lse)[chosen],
+            kept,
+            f"active rows in pass {number}",
             "DRIVER-4",
         )
         expect_close(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import errors as hypothesis_errors
 from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 
@@ -14,6 +15,7 @@ from sparse_dlm_attn_conformance.laws import (
     RECORD,
     clauses_of,
     foreign,
+    is_ours,
     law_settings,
     require_loaded,
 )
@@ -39,23 +41,47 @@ def test_denoising_goes_as_on_the_reference(subject: Subject, policy: Contender)
             run_state_machine_as_test(machine, settings=chosen)
         except ConformanceFailure as error:
             raise told(error, subject, policy) from None
+        except hypothesis_errors.Flaky as error:
+            text = f"the same steps gave another result when they were taken again.{found_in(error)}"
+            raise told(ConformanceFailure("POLICY-1", text), subject, policy, error) from None
         except TimeLimitExceeded as error:
             raise ConformanceFailure("POLICY-1", f"{error}; it was interrupted") from None
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
+            if is_ours(error) and not isinstance(error, Exception):
+                raise
             raise told(ConformanceFailure("POLICY-1", foreign(error)), subject, policy, error) from None
+
+
+def found_in(error: BaseException) -> str:
+    """Return what failed before the steps were taken again."""
+    found = [part for part in getattr(error, "exceptions", ()) if isinstance(part, ConformanceFailure)]
+    return "".join(f" The failure was: {part}" for part in found[:1])
 
 
 def told(
     failure: ConformanceFailure, subject: Subject, policy: Contender, cause: BaseException | None = None
 ) -> ConformanceFailure:
-    """Return the failure with the steps that lead to it, which Hypothesis keeps as notes."""
-    steps = "\n".join(f"  {line}" for line in getattr(cause or failure, "__notes__", []))
+    """Return the failure with the steps that lead to it, as Python that takes them again."""
     text = str(failure).partition(": ")[2]
     return ConformanceFailure(
         failure.clause,
         f"{text}\nlaw: test_denoising_goes_as_on_the_reference\nbackend: {subject.spec}, "
-        f"dtype {subject.dtype}\npolicy: {policy.spec}\nsteps:\n{steps}",
+        f"dtype {subject.dtype}\npolicy: {policy.spec}\nreproduce with:\n"
+        "  from sparse_dlm_attn_conformance import *\n"
+        f"  state = reproduce_denoising({subject.spec!r}, {policy.spec!r}, dtype={subject.dtype!r})\n"
+        + "".join(f"  {line}\n" for line in steps(getattr(cause or failure, "__notes__", []))),
     )
+
+
+def steps(notes: list[str]) -> list[str]:
+    """Return the steps among Hypothesis's notes, each on one line."""
+    taken: list[str] = []
+    for line in "\n".join(notes).splitlines():
+        if line.startswith("state.") and "teardown" not in line:
+            taken.append(line)
+        elif taken and line.startswith(" "):  # Hypothesis breaks long values over several lines
+            taken[-1] += line
+    return taken
 
 
 def known(subject: Subject, policy: Contender) -> bool:

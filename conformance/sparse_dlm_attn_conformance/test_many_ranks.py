@@ -50,7 +50,7 @@ def test_top_pages_among_many_equals(subject: Subject, seed: int) -> None:
 def test_largest_changes_among_many_equals(subject: Subject, seed: int) -> None:
     rng = np.random.default_rng(seed)
     tokens = int(rng.choice(WIDTHS))
-    change = rng.choice(np.asarray([0.0, -0.0, 0.5, 1.0, 2.0, 2.0**24], np.float32), (3, tokens))
+    change = rng.choice(np.asarray([0.0, -0.0, 0.5, 1.0, 2.0, 2.0**24, 2.0**34], np.float32), (3, tokens))
     count, mass = int(rng.integers(0, tokens + 2)), float(rng.choice([0.25, 0.5, 0.9, 1.0]))
     by_count, by_mass = np.zeros((2, *change.shape), bool)
     for b, row in enumerate(change.astype(np.float64)):
@@ -65,9 +65,47 @@ def test_largest_changes_among_many_equals(subject: Subject, seed: int) -> None:
         (by_count, {"count": count}, "CHANGE-2"),
         (by_mass, {"mass": mass}, "CHANGE-3"),
     ):
-        chosen = subject.backend.largest_changes(on, **rule)  # type: ignore[arg-type]
+        chosen = subject.backend.largest_changes(on, **rule)
         got = expect_array(subject, chosen, "largest_changes", change.shape, "bool", clause)
         expect_same_bits(got, expected, f"largest_changes of {tokens} rows by {rule}", clause)
+
+
+def neighbours(rng: np.random.Generator, shape: tuple[int, ...]) -> Host:
+    """Return float32 values of which many differ in their last bits only."""
+    base = rng.choice(np.asarray([1.0, -3.5, 3e-30, -7e30, 65504.0, 0.001], np.float32))
+    bits = np.full(shape, base, np.float32).view(np.int32) + rng.integers(0, 6, shape).astype(np.int32)
+    return np.asarray(bits.view(np.float32))
+
+
+@pytest.mark.clause("TOP-1", "TOP-2", "CHANGE-2", "ACCURACY-3")
+@law(seed=SEEDS, share=0.3, one_dtype=True)
+def test_values_that_differ_in_the_last_bit_are_ranked(subject: Subject, seed: int) -> None:
+    """Neither a bisection that stops early nor an index packed into a score may blur them."""
+    rng = np.random.default_rng(seed)
+    pages = int(rng.choice(WIDTHS))
+    scores, count = neighbours(rng, (2, 3, pages)), int(rng.integers(1, pages + 1))
+    eligible = subject.ints(np.ones(scores.shape, bool), gapped=seed % 3 == 0)
+    on = subject.floats(scores, "float32", gapped=seed % 2 == 0)
+    mask = subject.backend.top_pages(on, count, eligible=eligible)
+    got = expect_array(subject, mask, "top_pages", scores.shape, "bool", "TOP-1")
+    expected = np.zeros(scores.shape, bool)
+    for row in np.ndindex(*scores.shape[:2]):
+        expected[row][ranked(scores[row])[:count]] = True
+    expect_same_bits(got, expected, f"top_pages, {count} of {pages} nearly equal ones", "TOP-1")
+    change = np.abs(scores[:, 0])
+    on = subject.floats(change, "float32", gapped=seed % 2 == 0)
+    got = expect_array(
+        subject,
+        subject.backend.largest_changes(on, count=count),
+        "largest_changes",
+        change.shape,
+        "bool",
+        "CHANGE-2",
+    )
+    chosen = np.zeros(change.shape, bool)
+    for b, row in enumerate(change):
+        chosen[b][ranked(row)[:count]] = True
+    expect_same_bits(got, chosen, f"largest_changes, {count} of {pages} nearly equal ones", "CHANGE-2")
 
 
 @pytest.mark.clause("SCORES-1")
@@ -79,7 +117,7 @@ def test_nan_in_a_query_or_a_bound_gives_nan(subject: Subject, case: Case) -> No
     exists = (arrays.page_lengths > 0)[:, None, None, :]
     clean = scores_of(subject, arrays).astype(np.float64)
     q = np.where(rng.random(arrays.q.shape) < 0.2, np.nan, arrays.q)
-    rows = np.broadcast_to(np.isnan(q).any(axis=3)[..., None] & exists, clean.shape)
+    rows = np.broadcast_to(np.isnan(q).any(axis=3, keepdims=True) & exists, clean.shape)
     got = scores_of(subject, arrays.but(q=q)).astype(np.float64)
     seen = np.broadcast_to(exists, clean.shape)
     expect_same_bits(got[seen], np.where(rows, np.nan, clean)[seen], "scores of NaN queries", "SCORES-1")
@@ -88,7 +126,8 @@ def test_nan_in_a_query_or_a_bound_gives_nan(subject: Subject, case: Case) -> No
     )
     rotten = arrays.but(k_pages=keys)
     bounds = rotten.bounds()
-    pages = np.repeat(np.isnan(bounds.lower).any(axis=3), arrays.group, axis=1)[:, :, None, :]
+    spoilt: Host = np.asarray(np.isnan(bounds.lower).any(axis=3))
+    pages = np.repeat(spoilt, arrays.group, axis=1)[:, :, None, :]
     got = scores_of(subject, rotten).astype(np.float64)
     expect_same_bits(
         got[seen], np.where(pages & seen, np.nan, clean)[seen], "scores of NaN bounds", "SCORES-1"

@@ -7,7 +7,7 @@ import pytest
 
 from sparse_dlm_attn import AttentionState
 from sparse_dlm_attn_conformance import accuracy
-from sparse_dlm_attn_conformance.cases import Arrays, Case, Host
+from sparse_dlm_attn_conformance.cases import Arrays, Case, Host, round_to
 from sparse_dlm_attn_conformance.checks import (
     expect,
     expect_array,
@@ -28,9 +28,9 @@ def cached_state(subject: Subject, arrays: Arrays, seed: int) -> tuple[HostState
     rng = np.random.default_rng(seed + 1)
     empty = rng.random(arrays.q.shape[:3]) < 0.2
     out = np.where(empty[..., None], 0.0, rng.integers(-8, 9, arrays.q.shape) / 8.0)
-    lse = np.where(empty, -np.inf, rng.integers(-16, 17, arrays.q.shape[:3]) / 4.0)
+    lse = np.where(empty, -np.inf, round_to(3.0 * rng.standard_normal(arrays.q.shape[:3]), "float32"))
     made = HostState(out, lse)
-    return made, subject.state(made)
+    return made, subject.state(made, arrays.layout)
 
 
 @pytest.mark.clause("ATTEND-4", "MERGE-1")
@@ -92,6 +92,28 @@ def test_what_is_cached_for_active_rows_is_not_read(subject: Subject, case: Case
             f"{name} to be cached, likewise",
             "ATTEND-4",
         )
+
+
+@pytest.mark.clause("ATTEND-4", "MERGE-4")
+@law(case=cases(), share=0.5)
+def test_a_cached_row_without_weight_may_hold_anything_and_nan_with_weight_shows(
+    subject: Subject, case: Case
+) -> None:
+    """Memory of rows that were never computed has lse -inf, and an out that nobody wrote."""
+    arrays = case.arrays(subject.dtype)
+    on = subject.load(arrays)
+    given, _ = cached_state(subject, arrays, case.seed)
+    idle = np.broadcast_to(~arrays.active[:, None, :], arrays.q.shape[:3])
+    empty = np.isneginf(given.lse)[..., None]
+    clean = subject.state(HostState(np.where(empty, 0.0, given.out), given.lse))
+    rotten = subject.state(HostState(np.where(empty, np.nan, given.out), given.lse))
+    want, got = (host(fused(subject, arrays, on, cached)[0]) for cached in (clean, rotten))
+    expect_same_bits(got, want, "out with NaN cached in rows of lse -inf", "MERGE-4")
+    wrong = subject.state(HostState(np.where(empty, given.out, np.nan), given.lse))
+    shown = host(fused(subject, arrays, on, wrong)[0])
+    # Beside a block that scores e^80 times more, a row has weight 0 in float32, and then NaN may be dropped.
+    counts = given.lse > accuracy.attention(arrays, block_keys(arrays)).state.lse - 80.0
+    expect(np.isnan(shown[idle & counts]).all(), "MERGE-4", "NaN in a cached row that counts must show")
 
 
 def fused(

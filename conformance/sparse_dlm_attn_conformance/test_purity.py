@@ -14,6 +14,7 @@ from sparse_dlm_attn_conformance.checks import expect, expect_same_bits, expect_
 from sparse_dlm_attn_conformance.laws import law
 from sparse_dlm_attn_conformance.operations import OPERATORS, arrays_in, prepare
 from sparse_dlm_attn_conformance.oracle import context_keys
+from sparse_dlm_attn_conformance.process import changed_settings, restored, settings_of_the_process
 from sparse_dlm_attn_conformance.strategies import cases
 from sparse_dlm_attn_conformance.subjects import Loaded, Subject, host
 from sparse_dlm_attn_conformance.test_context import shares_memory
@@ -32,6 +33,22 @@ def test_no_operator_changes_its_arguments(subject: Subject, operator: str, case
     call.run()
     for name, array in call.arguments.items():
         expect_same_bits(host(array), before[name], f"argument {name} after {operator}", "PURE-1")
+
+
+@pytest.mark.clause("PURE-5")
+@pytest.mark.parametrize("operator", OPERATORS)
+@law(case=cases(), share=0.1)
+def test_no_operator_changes_a_setting_of_the_process(subject: Subject, operator: str, case: Case) -> None:
+    """A first call may set up a compiler that draws random numbers; a second one has no such excuse."""
+    call = prepare(subject, case.arrays(subject.dtype), operator)
+    with restored():
+        before = settings_of_the_process()
+        call.run()
+        changed = changed_settings(before, random_states=False)
+        before = settings_of_the_process()
+        call.run()
+        changed += changed_settings(before)
+    expect(not changed, "PURE-5", f"{operator} must leave the process as it was, but: {'; '.join(changed)}")
 
 
 @pytest.mark.clause("PURE-2")

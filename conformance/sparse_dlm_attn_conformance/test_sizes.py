@@ -23,10 +23,11 @@ from sparse_dlm_attn_conformance.subjects import Subject, host
 from sparse_dlm_attn_conformance.test_attention import attend, close_to_oracle
 from sparse_dlm_attn_reference import ReferenceBackend
 
-LONG_BLOCKS = (33, 40, 64, 65, 130)
+LONG_BLOCKS = (130, 33, 65, 40, 64)
 LONG = cases(
-    max_batch=2, blocks=LONG_BLOCKS, head_dims=(2, 8, 16, 3), spans=(1, 32, 130), max_elements=32768, max_pages=4
-)
+    max_batch=2, blocks=LONG_BLOCKS, head_dims=(2, 8, 16, 3), spans=(130, 1, 32), max_elements=32768,
+    min_pages=2, max_pages=4,
+)  # fmt: skip
 FAR = 70_000
 """Physical pages of a large pool: their numbers do not fit into 16 bits."""
 
@@ -41,13 +42,28 @@ def test_long_contexts_equal_one_masked_softmax(subject: Subject, case: Case) ->
 
 @pytest.mark.clause("ATTEND-1", "POOLED-1", "SCORES-1", "BOUNDS-1")
 @law(
-    case=cases(min_pages=65, max_pages=140, page_sizes=(1, 2, 3), head_dims=(2, 4, 8, 3), max_batch=2),
+    case=cases(min_pages=65, max_pages=300, page_sizes=(1, 2, 3), head_dims=(2, 4, 8, 3), max_batch=2),
     share=0.25,
 )
 def test_more_pages_than_a_word_has_bits(subject: Subject, case: Case) -> None:
     """Lists and bitmasks of pages have a capacity: nothing may be dropped beyond it."""
     arrays = case.arrays(subject.dtype)
     close_to_oracle(subject, arrays, attend(subject, arrays), "ATTEND-1", "attend_pages over many pages")
+    others_over_context(subject, arrays)
+
+
+@pytest.mark.clause("ATTEND-1", "CONTEXT-2", "BOUNDS-1", "SCORES-1", "POOLED-1")
+@law(
+    case=cases(
+        page_sizes=(128, 100, 64), head_dims=(256, 8, 96, 3), max_batch=2, min_pages=1, max_pages=3,
+        regimes=("generic", "dyadic", "mixed_scale"),
+    ),
+    share=0.3,
+)  # fmt: skip
+def test_large_pages_and_wide_heads(subject: Subject, case: Case) -> None:
+    """A page longer than a tile, a length that does not fit into eight bits, channels beyond the usual."""
+    arrays = case.arrays(subject.dtype)
+    close_to_oracle(subject, arrays, attend(subject, arrays), "ATTEND-1", "attend_pages over large pages")
     others_over_context(subject, arrays)
 
 
@@ -82,7 +98,12 @@ def test_long_blocks_attend_to_themselves(subject: Subject, case: Case) -> None:
 
 
 @pytest.mark.clause("GQA-1", "GQA-2", "ATTEND-1", "SCORES-1", "BOUNDS-1")
-@law(case=cases(max_batch=5, kv_heads=(4, 5, 8), head_dims=(2, 4, 16, 3), max_pages=3), share=0.3)
+@law(
+    case=cases(
+        max_batch=5, kv_heads=(1, 4, 5, 8), groups=(16, 1, 8, 2, 4), head_dims=(4, 2, 16, 3), max_pages=3
+    ),
+    share=0.3,
+)
 def test_many_heads_and_sequences(subject: Subject, case: Case) -> None:
     arrays = case.arrays(subject.dtype)
     close_to_oracle(subject, arrays, attend(subject, arrays), "ATTEND-1", "attend_pages with many heads")

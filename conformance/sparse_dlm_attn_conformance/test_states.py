@@ -60,7 +60,7 @@ def test_merge_is_the_logsumexp_weighted_mean(subject: Subject, table: MergeTabl
 
 
 @pytest.mark.clause("MERGE-1")
-@law(table=merge_tables(states=(3, 4, 8), empty=False), share=0.5)
+@law(table=merge_tables(states=(3, 4, 8, 17, 33), empty=False), share=0.5)
 def test_every_state_counts(subject: Subject, table: MergeTable) -> None:
     """A part that is dropped or counted twice moves the lse by more than any rounding."""
     states = [

@@ -6,9 +6,17 @@ import mutants_attention
 import mutants_ranking
 import mutants_reading
 import mutants_scores
+import mutants_sizes
 import mutants_states
 from mutation import BACKENDS
 
 __all__ = ["BACKENDS", "MODULES"]
 
-MODULES = (mutants_reading, mutants_attention, mutants_states, mutants_scores, mutants_ranking)
+MODULES = (
+    mutants_reading,
+    mutants_attention,
+    mutants_states,
+    mutants_scores,
+    mutants_ranking,
+    mutants_sizes,
+)

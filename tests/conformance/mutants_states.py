@@ -93,6 +93,19 @@ def attend_leaves_the_block_out(fresh: Any, state: Any, block: Any, a: Any, cach
     return state.out, state
 
 
+@fused_mutant("MERGE-4")
+def attend_multiplies_unwritten_memory_by_zero(
+    fresh: Any, state: Any, block: Any, a: Any, cached: Any
+) -> Any:
+    out = R.merge(state, block).out
+    return np.where(np.isnan(state.out).any(axis=-1, keepdims=True), np.nan, out).astype(out.dtype), state
+
+
+@fused_mutant("MERGE-4")
+def attend_papers_cached_nan_over(fresh: Any, state: Any, block: Any, a: Any, cached: Any) -> Any:
+    return R.merge(AttentionState(np.nan_to_num(state.out), state.lse), block).out, state
+
+
 @fused_mutant("PURE-2")
 def attend_hands_back_the_cached_state(fresh: Any, state: Any, block: Any, a: Any, cached: Any) -> Any:
     return R.merge(state, block).out, state if cached is None or a.any() else cached

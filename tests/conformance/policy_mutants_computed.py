@@ -64,7 +64,5 @@ def snapkv_drops_its_window(self: Any, right: Any, inputs: PassInputs[Any]) -> A
 
 
 @broken(SnapKV, "select_pages", "POLICY-6", capacity=5, window=2)
-def snapkv_reads_everything_again(
-    self: Any, right: Any, inputs: PassInputs[Any], active: Any
-) -> Selection:
+def snapkv_reads_everything_again(self: Any, right: Any, inputs: PassInputs[Any], active: Any) -> Selection:
     return Selection.all_pages(inputs.context, inputs.tokens)

@@ -74,6 +74,39 @@ class Hangs(ReferenceBackend):
         while True:
             time.sleep(0.01)
 
+class HangsWhenMade(ReferenceBackend):
+    def __init__(self):
+        time.sleep(1000)
+
+class OwnBaseException(ReferenceBackend):
+    def merge(self, *states):
+        raise type("Odd", (BaseException,), {})("not even an Exception")
+
+class RaisesOnErrors(ReferenceBackend):
+    def merge(self, *states):
+        np.seterr(all="raise")
+        return super().merge(*states)
+
+class Exits(ReferenceBackend):
+    def merge(self, *states):
+        import os
+        os._exit(0)
+
+class WrongBlock(ReferenceBackend):
+    def attend_block(self, q, k, v, *, scale=None):
+        state = super().attend_block(q, k, v, scale=scale)
+        return AttentionState(state.out + np.asarray(1, state.out.dtype), state.lse)
+
+class Overwrites(ReferenceBackend):
+    def top_pages(self, scores, count, *, eligible):
+        scores.flags.writeable = True
+        scores += 1
+        return super().top_pages(scores, count, eligible=eligible)
+
+class ForgetsPages(ReferenceBackend):
+    def attend_pages(self, q, context, selection, active, *, scale=None):
+        return super().attend_pages(q, context, selection, np.zeros_like(active), scale=scale)
+
 class Dies(ReferenceBackend):
     def merge(self, *states):
         import os
@@ -135,6 +168,7 @@ def test_a_backend_that_does_not_load_gives_a_report(folder: Path, target: str, 
         ("ReturnsViews", "must not share memory"),
         ("Raises", "ZeroDivisionError: the kernel did not compile"),
         ("Leaves", "SystemExit: 3"),
+        ("OwnBaseException", "Odd: not even an Exception"),
         ("Hangs", "ran longer than 1 s"),
     ],
 )
@@ -185,6 +219,72 @@ def test_a_failure_prints_all_one_needs_and_a_snippet_that_fails_again(folder: P
     assert "ZeroDivisionError: the kernel did not compile" in again.stderr
 
 
+@pytest.mark.parametrize(
+    ("kind", "clause", "said"),
+    [
+        ("WrongBlock", "BLOCK-1", "BLOCK-1: attend_block: out lies outside the error budget"),
+        ("Overwrites", "PURE-1", "PURE-1: argument scores after top_pages must be equal bit for bit"),
+        ("ForgetsPages", "POLICY-5", "POLICY-5: out of pass"),
+        ("ForgetsPages", "MEMORY-3", "ACCURACY-2: out of pass"),
+    ],
+)
+def test_every_kind_of_snippet_fails_again(folder: Path, kind: str, clause: str, said: str) -> None:
+    """A problem, a problem and an operator, an episode and a policy, the steps of the state machine."""
+    done = run(folder, "--backend", f"broken:{kind}", "--clause", clause, "--dtype", "float32",
+               "--policy", "streaming-llm:sinks=3,window=2", "--seed", "1")  # fmt: skip
+    assert done.returncode == 1
+    text = done.stdout[done.stdout.index(said) :]
+    lines = text[text.index("reproduce with:") :].splitlines()[1:]
+    end = next(i for i, line in enumerate(lines) if not line.startswith("  "))
+    again = subprocess.run(
+        [sys.executable, "-c", "\n".join(line[2:] for line in lines[:end])],
+        cwd=folder, text=True, capture_output=True, check=False,
+    )  # fmt: skip
+    assert f"ConformanceFailure: {said}" in again.stderr, again.stderr
+
+
+def test_a_setting_that_the_backend_changes_is_named_and_does_not_spoil_the_run(folder: Path) -> None:
+    done = run(folder, "--backend", "broken:RaisesOnErrors", "--clause", "PURE-5", "--clause", "MERGE-3",
+               "--dtype", "float32", "--policy", "dense", "--report", "out.json")  # fmt: skip
+    assert done.returncode == 1
+    assert "PURE-5: merge must leave the process as it was, but: numpy.geterr() was" in done.stdout
+    report = json.loads((folder / "out.json").read_text(encoding="utf-8"))
+    failed = {result["law"] for result in report["results"] if result["outcome"] == "failed"}
+    assert failed == {"test_no_operator_changes_a_setting_of_the_process"}
+
+
+def test_a_backend_that_hangs_while_it_loads_is_cut(folder: Path) -> None:
+    done = run(folder, "--backend", "broken:HangsWhenMade", "--clause", "TOP-2", "--seconds", "1")
+    assert done.returncode == 1
+    assert "loading broken:HangsWhenMade ran longer than 1 s" in done.stdout
+
+
+def test_a_device_that_is_not_there_is_refused_with_a_reason(folder: Path) -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    for backend, said in (
+        ("sparse_dlm_attn_torch:TorchBackend", "UnavailableError: "),
+        ("reference", "UnknownNameError: "),
+    ):
+        done = run(folder, "--backend", backend, "--device", "cuda", "--clause", "TOP-2")
+        assert done.returncode == 1
+        assert f"must load; {said}" in done.stdout and "device" in done.stdout
+        assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_share_draws_fewer_problems(folder: Path) -> None:
+    counts = []
+    for share in ("1", "0.2"):
+        done = run(folder, "--backend", "reference", "--clause", "MERGE-2", "--dtype", "float32",
+                   "--policy", "dense", "--share", share, "--report", "out.json")  # fmt: skip
+        assert done.returncode == 0, done.stdout
+        report = json.loads((folder / "out.json").read_text(encoding="utf-8"))
+        counts.append(sum(result["examples"] for result in report["results"]))
+    assert 0 < 2 * counts[1] < counts[0]
+    assert report["profile"] == "quick x 0.2"
+
+
 def test_a_wrong_result_names_worst_index_error_and_budget(folder: Path) -> None:
     (folder / "off.py").write_text(
         "from sparse_dlm_attn import AttentionState\nfrom sparse_dlm_attn_reference import ReferenceBackend\n"
@@ -208,8 +308,9 @@ def test_printing_is_no_failure_and_does_not_spoil_the_report(folder: Path) -> N
     assert json.loads((folder / "out.json").read_text(encoding="utf-8"))["counts"]["passed"] >= 2
 
 
-def test_a_backend_that_ends_the_process_is_reported(folder: Path) -> None:
-    done = run(folder, "--backend", "broken:Dies", "--clause", "MERGE-3", "--dtype", "float32")
+@pytest.mark.parametrize("kind", ["Dies", "Exits"])
+def test_a_backend_that_ends_the_process_is_reported(folder: Path, kind: str) -> None:
+    done = run(folder, "--backend", f"broken:{kind}", "--clause", "MERGE-3", "--dtype", "float32")
     assert done.returncode == 1
     assert "ended the process" in done.stderr
 
@@ -251,6 +352,7 @@ def test_a_ledger_turns_failures_into_known_ones(folder: Path) -> None:
         (("--backend", "reference", "--known-failures", "missing.toml"), "cannot be read"),
         (("--backend", "reference", "--report", "no/such/folder/out.json"), "does not exist"),
         (("--backend", "reference", "--workers", "0"), "at least 1"),
+        (("--backend", "reference", "--share", "0"), "above 0"),
         ((), "--backend"),
     ],
 )

@@ -63,9 +63,9 @@ class Online:
             return
         logits = self.scale * (self.q[rows].astype(np.float32) @ k.astype(np.float32).T)
         peak = np.maximum(self.peak[rows], logits.max(axis=1))
-        # the peak of a row without keys is -inf: its old part is 0, and -inf - -inf is never computed
-        keep = np.where(self.peak[rows] == -math.inf, 0, np.exp(self.peak[rows] - peak)).astype(np.float32)
-        weights = np.exp(logits - peak[:, None])
+        # the peak of a row without keys, or with keys that score -inf, is -inf: -inf - -inf is never computed
+        shift = np.where(peak == -math.inf, np.float32(0), peak)
+        keep, weights = np.exp(self.peak[rows] - shift), np.exp(logits - shift[:, None])
         self.total[rows] = keep * self.total[rows] + weights.sum(axis=1)
         self.mixed[rows] = keep[:, None] * self.mixed[rows] + weights @ v.astype(np.float32)
         self.peak[rows] = peak
