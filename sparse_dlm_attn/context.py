@@ -231,8 +231,8 @@ class Context:
                 raise InvalidArgumentError(
                     "lengths", "must be None together with valid, which says the same", "both"
                 )
-            pages = shifted_pages(k, v, page_size, check_valid(valid, (batch, tokens)))
-            return cls(*pages, version=version)
+            shifted = shifted_pages(k, v, page_size, check_valid(valid, (batch, tokens)))
+            return cls(*shifted, version=version)
         if tokens % page_size:
             raise InvalidArgumentError(
                 "k", f"must have a multiple of page_size={page_size} tokens, since a view cannot pad",

@@ -78,7 +78,7 @@ def shifted_pages(
     InvalidArgumentError, InvalidTypeError
         If no view exists.
     """
-    batch, _, tokens, _ = shape_of(k)
+    batch, _, _tokens, _ = shape_of(k)
     jump = _tokens_between_sequences("k", k)
     if jump != _tokens_between_sequences("v", v):
         raise InvalidArgumentError(

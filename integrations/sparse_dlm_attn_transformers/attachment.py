@@ -141,7 +141,7 @@ class DiffusionGemmaAttachment(Attachment):
         super().__init__(model, root.decoder, [layer.self_attn for layer in root.decoder.layers])
         self.root = root
         self._cached: dict[int, tuple[torch.Tensor, torch.Tensor] | None] = {}
-        self._configs = {id(config): config for config in (model.config, root.config, root.config.text_config)}
+        self._configs: list[Any] = [model.config, root.config, root.config.text_config]
 
     def cached(self, module: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return what the encoder wrote for this layer; known from the call just before."""
@@ -149,10 +149,11 @@ class DiffusionGemmaAttachment(Attachment):
 
     def check_still_ours(self) -> None:
         """Raise `InvalidArgumentError` if another attention implementation was set meanwhile."""
-        found = {config._attn_implementation for config in self._configs.values()} - {NAME}
+        found = {config._attn_implementation for config in self._configs} - {NAME}
         if found:
             raise InvalidArgumentError(
-                "attn_implementation", f"must be {NAME!r} while attached", ", ".join(map(repr, sorted(found))),
+                "attn_implementation", f"must be {NAME!r} while attached",
+                ", ".join(map(repr, sorted(found))),
                 "Detach before you set another one.",
             )
 
@@ -240,7 +241,8 @@ def attachment_for(model: torch.nn.Module) -> Attachment:
         raise InvalidArgumentError(
             "model", f"must be DiffusionGemma or have attention modules of one of these classes: {names}",
             f"a {type(model).__name__} with {_attention_classes(model)}",
-            "For another model call sparse_dlm_attn.Decoder in its attention module; see 'Use it in your own loop'.",
+            "For another model call sparse_dlm_attn.Decoder in its attention module; see 'Use it in your own "
+            "loop'.",
         )
     contract = next(iter(kinds.values()))
     for name, module, _ in known:

@@ -1,8 +1,9 @@
 """What we rely on in attention modules that call their kernels themselves, and how they are patched.
 
-Code that comes with a checkpoint (SDAR, LLaDA, Dream, Fast-dLLM v2) does not ask transformers for an attention
-function. Its modules are patched instead: within a block our function stands in for theirs, outside of one theirs
-runs untouched. That is only right if a module is what we think it is, hence this table, and a refusal otherwise.
+Code that comes with a checkpoint (SDAR, LLaDA, Dream, Fast-dLLM v2) does not ask transformers for an
+attention function. Its modules are patched instead: within a block our function stands in for theirs, outside
+of one theirs runs untouched. That is only right if a module is what we think it is, hence this table, and a
+refusal otherwise.
 """
 
 from __future__ import annotations

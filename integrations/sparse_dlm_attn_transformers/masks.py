@@ -26,7 +26,7 @@ def mask_function(*args: Any, **kwargs: Any) -> torch.Tensor | None:
 
 
 def visible_context(
-    mask: torch.Tensor | None, batch: int, context_tokens: int, tokens: int
+    mask: object, batch: int, context_tokens: int, tokens: int
 ) -> HostArray:
     """Return which tokens of the context a block may read, bool ``(batch, context_tokens)``.
 
@@ -35,8 +35,9 @@ def visible_context(
     Parameters
     ----------
     mask : torch.Tensor or None
-        ``(batch, keys)`` of padding, 1 where a token is; or ``(batch, heads, queries, keys)``, bool or added to
-        the scores. ``keys`` are those of the context and of the block behind it, or of the context alone.
+        ``(batch, keys)`` of padding, 1 where a token is; or ``(batch, heads, queries, keys)``, bool or added
+        to the scores. ``keys`` are those of the context and of the block behind it, or of the context alone.
+        A str, as some models say "full", hides nothing.
     batch, context_tokens, tokens : int
         Sequences, tokens of the context, tokens of the block.
 
@@ -46,7 +47,7 @@ def visible_context(
         If rows of the block see different tokens of the context, if a token of the block does not see the
         whole block, or if the mask is no mask.
     """
-    if mask is None or isinstance(mask, str):  # "full", as some models say
+    if mask is None or isinstance(mask, str):
         return np.ones((batch, context_tokens), dtype=bool)
     if not isinstance(mask, torch.Tensor):
         raise InvalidTypeError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
@@ -53,7 +53,7 @@ class PassReport:
 
     @property
     def density(self) -> float:
-        """Context tokens loaded, as a share of all; the mean over layers and sequences. Waits for a device."""
+        """Share of context tokens loaded, the mean over layers and sequences. Waits for a device."""
         return float(np.mean([to_numpy(traffic.density).mean() for traffic in self.traffic]))
 
     @property
@@ -75,11 +75,28 @@ class _Layer:
     context: Context
 
 
+@dataclass(eq=False)
+class _BlockState:
+    """All that belongs to a block, beside the memories: dropped when it ends.
+
+    ``announced`` is a pass that `SparseAttention.next_pass` has begun and whose forward pass is still to
+    come, ``running`` the one whose layers run now, ``reportable`` one that is over and has not been reported.
+    ``mask`` is what the running pass was called with, ``masks`` what has been read of masks.
+    """
+
+    announced: DecoderPass | None = None
+    running: DecoderPass | None = None
+    reportable: DecoderPass | None = None
+    mask: Any = None
+    layers: dict[int, _Layer] = field(default_factory=dict)
+    masks: dict[tuple[int, int], tuple[Any, np.ndarray[Any, Any]]] = field(default_factory=dict)
+
+
 class SparseAttention:
     """Sparse attention in a model of transformers, for as long as it is attached.
 
-    Use it as ``with SparseAttention(model, policy) as sparse:``; leaving detaches. Outside of blocks (prefill) the
-    model's attention is dense, as before.
+    Use it as ``with SparseAttention(model, policy) as sparse:``; leaving detaches. Outside of blocks
+    (prefill) attention is dense, as before.
 
     Parameters
     ----------
@@ -110,8 +127,8 @@ class SparseAttention:
     -----
     DiffusionGemma's blocks are found by themselves: its decoder starts them, and its encoder, or the end of
     ``generate``, finishes them. For other models the loop says so, by `block` or by `start_block` and
-    `finish_block`; each forward pass between them is a pass over the block, and one with ``is_save`` (or the model's
-    own flag for it) appends the block to the cache.
+    `finish_block`; each forward pass between them is a pass over the block, and one with ``is_save`` (or the
+    model's own flag for it) appends the block to the cache.
     """
 
     def __init__(
@@ -134,7 +151,7 @@ class SparseAttention:
         self._attachment: Attachment = attachment_for(model)
         self._numbers = {id(module): at for at, module in enumerate(self._attachment.layers)}
         self.decoder = Decoder(policy, backend, layers=len(self._numbers))
-        self._forget()
+        self._state = _BlockState()
         self._attachment.attach(self)
 
     def __repr__(self) -> str:
@@ -166,7 +183,7 @@ class SparseAttention:
         """Give the model back as it was, and let go of everything; doing it again changes nothing."""
         self._report()
         self.decoder.reset()
-        self._forget()
+        self._state = _BlockState()
         self._attachment.detach()
 
     def start_block(self, *, total_passes: int | None = None) -> None:
@@ -188,7 +205,7 @@ class SparseAttention:
                 "Make another SparseAttention(model, ...).",
             )
         self.decoder.start_block(total_passes=total_passes)
-        self._forget()
+        self._state = _BlockState()
 
     def next_pass(self, decoded: torch.Tensor | None = None, *, is_save: bool = False) -> None:
         """Say something about the next forward pass; without this call it is one more denoising pass.
@@ -206,13 +223,13 @@ class SparseAttention:
             If no block is under way.
         """
         self._report()
-        self._announced = self.decoder.next_pass(decoded, is_save=is_save)
+        self._state.announced = self.decoder.next_pass(decoded, is_save=is_save)
 
     def finish_block(self) -> None:
         """End the block and let go of states, pages and metadata; nothing happens between blocks."""
         self._report()
         self.decoder.finish_block()
-        self._forget()
+        self._state = _BlockState()
 
     @contextmanager
     def block(self, *, total_passes: int | None = None) -> Iterator[None]:
@@ -258,7 +275,7 @@ class SparseAttention:
         torch.Tensor
             ``(batch, q_heads, tokens, head_dim)``.
         """
-        step = self._pass
+        step = self._state.running
         if step is None:
             raise CallOrderError(
                 "an attention module", "must run within the model's forward pass", "a call on its own",
@@ -271,7 +288,7 @@ class SparseAttention:
         layer_idx = self._attachment.layer_idx(module)
         cached = self._attachment.cached(module) if cache is None else cached_layer(cache, layer_idx)
         keys, values = (k[:, :, :0], v[:, :, :0]) if cached is None else cached
-        context = self._context(number, keys, values, self._mask if mask is None else mask, q)
+        context = self._context(number, keys, values, self._state.mask if mask is None else mask, q)
         out = step(number, q, k, v, context, scale=scale)
         if step.info.is_save and cache is not None:
             cache.update(k, v, layer_idx)
@@ -285,61 +302,55 @@ class SparseAttention:
         if not self.running:
             return
         is_save = self._attachment.is_save(arguments)
-        if self._announced is None:
+        if self._state.announced is None:
             self.next_pass(is_save=is_save)
-        self._pass, self._announced = self._announced, None
-        self._mask = self._attachment.mask(arguments)
+        state = self._state
+        state.running, state.announced = state.announced, None
+        state.mask = self._attachment.mask(arguments)
 
     def leave_pass(self) -> None:
         """End a forward pass of the layers; called by the attachment."""
-        step, self._pass, self._mask = self._pass, None, None
+        state = self._state
+        step, state.running, state.mask = state.running, None, None
         if step is None or not self.running:
             return
         if step.missing:
             raise CallOrderError(
-                "a forward pass", "must run attention in every layer", f"layers {list(step.missing)} left out",
+                "a forward pass", "must run attention in every layer",
+                f"layers {list(step.missing)} left out",
                 "Their attention does not reach us: check the model's attn_implementation.",
             )
-        self._reportable = step
+        state.reportable = step
 
     def _report(self) -> None:
         """Tell what the pass before read, once."""
-        step, self._reportable = self._reportable, None
+        step, self._state.reportable = self._state.reportable, None
         if step is None or self.on_pass is None:
             return
         index, is_save = step.info.index, step.info.is_save
         assert isinstance(index, int) and isinstance(is_save, bool)
         self.on_pass(PassReport(self.decoder.blocks - 1, index, is_save, step.traffic))
 
-    def _forget(self) -> None:
-        """Drop all that belongs to a block."""
-        self._announced: DecoderPass | None = None
-        self._pass: DecoderPass | None = None
-        self._reportable: DecoderPass | None = None
-        self._mask: Any = None
-        self._layers: dict[int, _Layer] = {}
-        self._masks: dict[tuple[int, int], tuple[Any, np.ndarray[Any, Any]]] = {}
-
     def _context(
         self, number: int, keys: torch.Tensor, values: torch.Tensor, mask: Any, q: torch.Tensor
     ) -> Context:
         """Return the pages of a layer: viewed in the block's first pass, the same ones after it."""
-        layer = self._layers.get(number)
+        layer = self._state.layers.get(number)
         if layer is None:
             valid = self._visible(mask, q, int(keys.shape[2]))
             size = largest_page_size(valid, self.page_size)
             context = Context.from_dense(keys, values, size, valid=valid, version=self.decoder.blocks)
-            layer = self._layers[number] = _Layer(keys, context)
+            layer = self._state.layers[number] = _Layer(keys, context)
         elif layer.keys.shape != keys.shape or (keys.numel() and layer.keys.data_ptr() != keys.data_ptr()):
             raise StaleMemoryError(
-                f"the cache of layer {number} changed in the middle of a block: {tuple(layer.keys.shape)} became "
-                f"{tuple(keys.shape)} or moved. Call finish_block() before something is appended to it."
+                f"the cache of layer {number} changed in the middle of a block: {tuple(layer.keys.shape)} "
+                f"became {tuple(keys.shape)} or moved. Call finish_block() before anything is appended."
             )
         return layer.context
 
     def _sequence(self, k: torch.Tensor, v: torch.Tensor) -> Context:
         """Return the pages of a whole sequence, whose keys are those of this pass."""
-        valid = self._visible(self._mask, k, int(k.shape[2]))
+        valid = self._visible(self._state.mask, k, int(k.shape[2]))
         if not valid.all():
             raise InvalidArgumentError(
                 "attention_mask", "must hide nothing where the block is the whole sequence", "padding",
@@ -352,7 +363,7 @@ class SparseAttention:
     def _visible(self, mask: Any, q: torch.Tensor, context_tokens: int) -> np.ndarray[Any, Any]:
         """Read a mask, once a block for all the layers that share it."""
         key = (id(mask), context_tokens)
-        if key not in self._masks:
+        if key not in self._state.masks:
             valid = visible_context(mask, int(q.shape[0]), context_tokens, int(q.shape[2]))
-            self._masks[key] = (mask, valid)  # the mask too, lest another one get its id
-        return self._masks[key][1]
+            self._state.masks[key] = (mask, valid)  # the mask too, lest another one get its id
+        return self._state.masks[key][1]

@@ -45,7 +45,9 @@ def queries(backend: Any, seed: int) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("name", ["reference", "torch"])
-@pytest.mark.parametrize("policy", ["dense", "losa:budget=8,active=2", "flashblock", "snapkv:capacity=16,window=4"])
+@pytest.mark.parametrize(
+    "policy", ["dense", "losa:budget=8,active=2", "flashblock", "snapkv:capacity=16,window=4"]
+)
 def test_its_passes_are_those_of_the_driver(name: str, policy: str) -> None:
     backend = backend_named(name)
     decoder, attention = Decoder(policy, backend, layers=LAYERS), PrefixAttention(policy, backend)
@@ -65,7 +67,8 @@ def test_its_passes_are_those_of_the_driver(name: str, policy: str) -> None:
                 out = step(layer, q, k, v)
                 assert np.array_equal(to_numpy(out), to_numpy(expected))
             assert step.missing == ()
-            assert [float(t.density[1]) for t in step.traffic] == [float(m.traffic.density[1]) for m in memories]
+            read = [float(traffic.density[1]) for traffic in step.traffic]
+            assert read == [float(memory.traffic.density[1]) for memory in memories]
             newly = np.zeros_like(decoded)
             newly[:, index] = True
             decoded = decoded | newly  # rebound: what the decoder keeps must not be the caller's array
@@ -83,7 +86,9 @@ def test_what_the_caller_writes_into_its_mask_does_not_change_what_was_newly_dec
 
 
 @pytest.mark.clause("MEMORY-1")
-@pytest.mark.parametrize("policy", ["losa:budget=8,active=2", "quest:budget=8", "snapkv:capacity=16,window=4"])
+@pytest.mark.parametrize(
+    "policy", ["losa:budget=8,active=2", "quest:budget=8", "snapkv:capacity=16,window=4"]
+)
 def test_a_finished_block_lets_go_of_states_contexts_and_metadata(policy: str) -> None:
     decoder = Decoder(policy, layers=1)
     context = ragged_context(3)

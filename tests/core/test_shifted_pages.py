@@ -105,7 +105,7 @@ def test_a_page_that_would_reach_behind_the_memory_is_refused_with_one_that_does
     k = np.zeros((2, 1, 32, 4), dtype=np.float32)
     valid = np.ones((2, 32), dtype=bool)
     valid[1, :27] = False
-    with pytest.raises(InvalidArgumentError, match=r"end of the memory; got 16, 11 too many\. Use page_size=4"):
+    with pytest.raises(InvalidArgumentError, match=r"end of the memory.* 11 too many\. Use page_size=4"):
         Context.from_dense(k, k, 16, valid=valid)
     assert largest_page_size(valid, 16) == 4
     assert Context.from_dense(k, k, 4, valid=valid).page_lengths[1].tolist() == [1, 4, 0, 0, 0, 0, 0, 0]

@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-collect_ignore: list[str] = []
 try:
     import torch
     import transformers
 except ImportError as error:
-    missing = str(error)
-    collect_ignore_glob = ["test_[!w]*.py"]
+    REASON = f"transformers and PyTorch are needed: {error}"
 else:
-    missing = ""
+    REASON = ""
     transformers.utils.logging.set_verbosity_error()
+
+
+class SkippedModule(pytest.Module):
+    """A file whose imports would fail."""
+
+    def collect(self) -> Iterator[pytest.Item]:
+        pytest.skip(REASON, allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    return SkippedModule.from_parent(parent, path=module_path) if REASON else None
 
 
 @pytest.fixture(autouse=True)
 def _reproducible() -> None:
-    if not missing:
-        torch.manual_seed(0)
+    torch.manual_seed(0)

@@ -47,7 +47,8 @@ def diffusion_gemma(*, sliding_window: int = 24) -> Any:
 
 def causal_shape(family: str) -> Any:
     """Qwen3 or Llama, three layers, two query heads a KV head."""
-    config_of, model_of = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}[family]
+    families = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
+    config_of, model_of = families[family]
     torch.manual_seed(0)
     config = config_of(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, num_hidden_layers=3,
