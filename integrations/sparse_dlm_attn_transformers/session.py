@@ -221,7 +221,15 @@ class SparseAttention:
         ------
         CallOrderError
             If no block is under way.
+        InvalidArgumentError
+            If the policy would leave rows out by it: models of transformers compute all of them.
         """
+        policy = self.decoder.attention.policy
+        if decoded is not None and type(policy).computed_tokens is not PrefixAttentionPolicy.computed_tokens:
+            raise InvalidArgumentError(
+                "decoded", f"must be None for {policy.name!r}, which leaves rows out by it: a model of "
+                "transformers computes them all", "a mask", "Leave it out, or use a Decoder in your own loop.",
+            )
         self._report()
         self._state.announced = self.decoder.next_pass(decoded, is_save=is_save)
 

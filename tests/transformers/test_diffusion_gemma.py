@@ -18,7 +18,7 @@ from tiny_models import (
     tokens,
 )
 
-from sparse_dlm_attn import CallOrderError, InvalidArgumentError, StaleMemoryError
+from sparse_dlm_attn import CallOrderError, InvalidArgumentError, StaleMemoryError, policies
 from sparse_dlm_attn_transformers import NAME, PassReport, SparseAttention
 
 PROMPT = 40  # longer than the sliding window
@@ -246,3 +246,49 @@ def test_a_model_in_training_mode_is_refused() -> None:
     with pytest.raises(InvalidArgumentError, match=r"eval mode.*Call model\.eval"):
         SparseAttention(model, "dense")
     assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+def test_on_a_gpu_dense_gives_the_logits_of_the_models_own_attention(mask: torch.Tensor) -> None:
+    model = diffusion_gemma()
+    exact = forward(in_double(model), mask)
+    model = model.cuda()
+
+    def on_gpu() -> torch.Tensor:
+        batch = mask.shape[0]
+        full = torch.cat([mask, torch.ones(batch, CANVAS, dtype=torch.long)], dim=1)
+        with torch.no_grad():
+            logits: torch.Tensor = model(
+                input_ids=tokens(batch, PROMPT).cuda(), attention_mask=mask.cuda(),
+                decoder_input_ids=tokens(batch, CANVAS, 2).cuda(), decoder_attention_mask=full.cuda(),
+            ).logits
+        return logits.cpu()
+
+    eager = on_gpu()
+    with SparseAttention(model, "dense", "torch:device=cuda"):
+        assert_within_budget(on_gpu(), eager, exact)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_its_own_loop_reads_less_and_keeps_nothing() -> None:
+    model, reports = diffusion_gemma().cuda(), []
+    policy = "losa:budget=8,active=2"
+    with SparseAttention(model, policy, "torch:device=cuda", page_size=4, on_pass=reports.append) as sparse:
+        model.generate(
+            input_ids=tokens(1, PROMPT).cuda(), max_new_tokens=2 * CANVAS, max_denoising_steps=4
+        )
+        assert sparse.memory_bytes == 0
+    assert max(report.density for report in reports if report.index > 0) < 1.0
+
+
+@pytest.mark.parametrize("name", sorted(policies()))
+def test_every_policy_runs_in_its_own_loop_or_says_why_not(model: Any, name: str) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 2 * CANVAS, "max_denoising_steps": 3}
+    if name == "flashblock":  # a canvas has no mask token, so nobody knows what is decoded
+        with pytest.raises(InvalidArgumentError, match="newly_decoded"), SparseAttention(model, name):
+            model.generate(input_ids=tokens(1, PROMPT), **options)
+        return
+    with SparseAttention(model, name, page_size=4) as sparse:
+        model.generate(input_ids=tokens(1, PROMPT), **options)
+        assert sparse.decoder.blocks == 2 and sparse.memory_bytes == 0

@@ -339,3 +339,14 @@ def test_decoded_tokens_reach_policies_that_ask_for_them(model: Any) -> None:
             model(tokens(1, BLOCK), **cache)
             with pytest.raises(InvalidArgumentError, match="decoded"):
                 model(tokens(1, BLOCK), **cache)
+
+
+def test_policies_that_leave_rows_out_are_told_that_the_model_computes_all(model: Any) -> None:
+    eager, exact = one_pass(model), one_pass(in_double(model))
+    with torch.no_grad(), SparseAttention(model, "dkv-cache", page_size=4) as sparse:
+        cache = prefilled(model)
+        with sparse.block():
+            with pytest.raises(InvalidArgumentError, match="decoded must be None for 'dkv-cache'"):
+                sparse.next_pass(torch.ones(1, BLOCK, dtype=torch.bool))
+            logits = model(tokens(1, PREFIX + BLOCK)[:, PREFIX:], **cache).logits
+            assert_within_budget(logits, eager, exact)
