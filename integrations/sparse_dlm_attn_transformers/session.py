@@ -228,7 +228,8 @@ class SparseAttention:
         if decoded is not None and type(policy).computed_tokens is not PrefixAttentionPolicy.computed_tokens:
             raise InvalidArgumentError(
                 "decoded", f"must be None for {policy.name!r}, which leaves rows out by it: a model of "
-                "transformers computes them all", "a mask", "Leave it out, or use a Decoder in your own loop.",
+                "transformers computes them all", "a mask",
+                "Leave it out, or use a Decoder in your own loop.",
             )
         self._report()
         self._state.announced = self.decoder.next_pass(decoded, is_save=is_save)
