@@ -37,7 +37,7 @@ bench: $(VENV)/.dev
 
 lint: $(VENV)/.dev types
 	$(BIN)/ruff check .
-	$(BIN)/numpydoc lint $$(find sparse_dlm_attn reference backends conformance models/sparse_dlm_attn_tiny -name '*.py')
+	$(BIN)/numpydoc lint $$(find sparse_dlm_attn reference backends conformance models/sparse_dlm_attn_tiny integrations -name '*.py')
 
 types: $(VENV)/.dev
 	$(BIN)/mypy

@@ -12,8 +12,11 @@ from sparse_dlm_attn.backend import Backend as Backend
 from sparse_dlm_attn.backend import Capabilities as Capabilities
 from sparse_dlm_attn.backend import Problem as Problem
 from sparse_dlm_attn.context import Context as Context
+from sparse_dlm_attn.decoder import Decoder as Decoder
+from sparse_dlm_attn.decoder import DecoderPass as DecoderPass
 from sparse_dlm_attn.driver import LayerMemory as LayerMemory
 from sparse_dlm_attn.driver import PrefixAttention as PrefixAttention
+from sparse_dlm_attn.errors import CallOrderError as CallOrderError
 from sparse_dlm_attn.errors import DataFileError as DataFileError
 from sparse_dlm_attn.errors import InvalidArgumentError as InvalidArgumentError
 from sparse_dlm_attn.errors import InvalidTypeError as InvalidTypeError
@@ -50,9 +53,12 @@ __all__ = [
     "Array",
     "AttentionState",
     "Backend",
+    "CallOrderError",
     "Capabilities",
     "Context",
     "DataFileError",
+    "Decoder",
+    "DecoderPass",
     "InvalidArgumentError",
     "InvalidTypeError",
     "LayerMemory",

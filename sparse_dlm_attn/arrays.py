@@ -22,6 +22,8 @@ __all__ = [
     "is_host",
     "namespace",
     "shape_of",
+    "strided_view",
+    "strides_of",
     "to_numpy",
 ]
 
@@ -84,6 +86,25 @@ def compute_dtype(array: Array) -> Any:
     """
     xp = namespace(array)
     return xp.float64 if dtype_name(array) == "float64" else xp.float32
+
+
+def strides_of(array: Array) -> tuple[int, ...] | None:
+    """Return the strides in elements, or None where the library has none."""
+    if isinstance(array, np.ndarray):
+        return tuple(stride // array.itemsize for stride in array.strides)
+    return tuple(array.stride()) if hasattr(array, "stride") else None
+
+
+def strided_view(array: Array, shape: tuple[int, ...], strides: tuple[int, ...]) -> Array:
+    """Return a view of ``array`` from its first element on; strides in elements.
+
+    The caller answers for its bounds. NumPy's is read-only, since its elements may overlap.
+    """
+    if isinstance(array, np.ndarray):
+        return np.lib.stride_tricks.as_strided(
+            array, shape, tuple(stride * array.itemsize for stride in strides), writeable=False
+        )
+    return array.as_strided(shape, strides)
 
 
 def to_numpy(array: Array) -> np.ndarray[Any, Any]:

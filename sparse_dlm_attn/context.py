@@ -7,8 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from sparse_dlm_attn.arrays import Array, dtype_name, is_host, namespace, shape_of, to_numpy
+from sparse_dlm_attn.arrays import (
+    Array,
+    dtype_name,
+    is_host,
+    namespace,
+    shape_of,
+    strided_view,
+    strides_of,
+    to_numpy,
+)
 from sparse_dlm_attn.errors import InvalidArgumentError, InvalidTypeError
+from sparse_dlm_attn.runs import check_valid, shifted_pages
 from sparse_dlm_attn.values import PageBounds, check_array, check_int, check_same_place
 
 __all__ = ["GENERATED", "PROMPT", "SUFFIX", "Context"]
@@ -85,7 +95,7 @@ class Context:
         for name, array in arrays.items():
             check_same_place(name, array, "k_pages", self.k_pages)
         for name, array in (("k_pages", self.k_pages), ("v_pages", self.v_pages)):
-            strides = _strides(array)
+            strides = strides_of(array)
             if strides is not None and strides[-1] != 1 and self.head_dim > 1 and 0 not in shape_of(array):
                 raise InvalidArgumentError(
                     name, "must be contiguous in its last axis (channels)",
@@ -161,6 +171,7 @@ class Context:
         page_size: int,
         lengths: Array | None = None,
         *,
+        valid: Array | None = None,
         version: int = 0,
     ) -> Context:
         """View a dense cache as pages, without copying.
@@ -174,6 +185,9 @@ class Context:
             Tokens a page.
         lengths : array or sequence of int, optional
             Valid tokens of each sequence, ``(batch,)``; default: the whole capacity.
+        valid : array, optional
+            bool ``(batch, tokens)`` in host memory, instead of ``lengths``: which tokens exist. It allows
+            padding on either side or between tokens, any capacity, and slices of a larger buffer.
         version : int
             See :class:`Context`.
 
@@ -186,13 +200,20 @@ class Context:
         ------
         InvalidArgumentError
             If ``tokens`` is not a multiple of ``page_size`` (no view exists then), if a length lies
-            outside the capacity, or if the batch axis has strides that rule a view out.
+            outside the capacity, or if the batch axis has strides that rule a view out. With ``valid``:
+            if a page would reach behind the end of the memory (see Notes).
 
         Notes
         -----
         With several sequences the physical page axis overlaps itself: page ``x`` of head ``h`` is the
         memory block ``x + h * pages``, and logical page ``j`` of sequence ``b`` has
         ``x = b * kv_heads * pages + j``. This is what lets one axis cover batch and pages.
+
+        A page holds its tokens from its first slot on, so padding in front shifts the pages: with ``valid``
+        pages begin wherever tokens do, and overlap others in memory where they are short. Each run of
+        consecutive tokens is cut into full pages from its end, and what is left over becomes a short page at
+        its front. A sequence is cut alike whatever it is padded to, and only a run of fewer than
+        ``page_size`` tokens at the end of the memory has no view; a smaller page size has one.
         """
         check_array("k", k, ("batch", "kv_heads", "tokens", "head_dim"))
         check_array("v", v, shape_of(k), (dtype_name(k),))
@@ -205,12 +226,19 @@ class Context:
             raise InvalidArgumentError(
                 "page_size", "must be at least 1 token and less than 2**31", page_size
             )
+        if valid is not None:
+            if lengths is not None:
+                raise InvalidArgumentError(
+                    "lengths", "must be None together with valid, which says the same", "both"
+                )
+            shifted = shifted_pages(k, v, page_size, check_valid(valid, (batch, tokens)))
+            return cls(*shifted, version=version)
         if tokens % page_size:
             raise InvalidArgumentError(
                 "k", f"must have a multiple of page_size={page_size} tokens, since a view cannot pad",
                 f"{tokens} tokens",
                 f"Allocate {-(-tokens // page_size) * page_size} tokens and pass lengths=, "
-                "or choose a page_size that divides the capacity.",
+                "or choose a page_size that divides the capacity, or pass valid=.",
             )
         pages = tokens // page_size
         xp = namespace(k)
@@ -285,7 +313,7 @@ def _paged_view(name: str, dense: Array, page_size: int) -> Array:
     """View ``(batch, kv_heads, tokens, head_dim)`` as ``(num_pages, kv_heads, page_size, head_dim)``."""
     batch, kv_heads, tokens, head_dim = shape_of(dense)
     pages = tokens // page_size
-    strides = _strides(dense)
+    strides = strides_of(dense)
     if 0 in (batch, kv_heads, tokens):  # nothing to view, so no layout to ask for
         return namespace(dense).zeros(
             (0, kv_heads, page_size, head_dim), dtype=dense.dtype, device=dense.device
@@ -308,19 +336,4 @@ def _paged_view(name: str, dense: Array, page_size: int) -> Array:
             f"strides {strides}", "Call it on the contiguous cache, not on a slice of it.",
         )
     shape = ((batch - 1) * kv_heads * pages + pages, kv_heads, page_size, head_dim)
-    return _as_strided(dense, shape, (page, head, token, channel))
-
-
-def _strides(array: Array) -> tuple[int, ...] | None:
-    """Strides in elements, or None where the library has none."""
-    if isinstance(array, np.ndarray):
-        return tuple(s // array.itemsize for s in array.strides)
-    return tuple(array.stride()) if hasattr(array, "stride") else None
-
-
-def _as_strided(array: Array, shape: tuple[int, ...], strides: tuple[int, ...]) -> Array:
-    if isinstance(array, np.ndarray):
-        return np.lib.stride_tricks.as_strided(
-            array, shape, tuple(s * array.itemsize for s in strides), writeable=False
-        )
-    return array.as_strided(shape, strides)
+    return strided_view(dense, shape, (page, head, token, channel))

@@ -63,6 +63,17 @@ class LayerMemory:
     active: Array
     traffic: Traffic
 
+    def between_blocks(self) -> LayerMemory:
+        """Return it without states and metadata, which no later block may see (clause MEMORY-1)."""
+        xp = namespace(self.state.out)
+        batch, heads, _, head_dim = shape_of(self.state.out)
+        shape, device = (batch, heads, 0), device_of(self.state.out)
+        state = AttentionState(
+            xp.zeros((*shape, head_dim), dtype=self.state.out.dtype, device=device),
+            xp.zeros(shape, dtype=self.state.lse.dtype, device=device),
+        )
+        return replace(self, state=state, bounds=None)
+
 
 class PrefixAttention:
     """Sparse attention of a block over its context and itself.

@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 
 __all__ = [
+    "CallOrderError",
     "DataFileError",
     "InvalidArgumentError",
     "InvalidTypeError",
@@ -123,6 +124,29 @@ class UnsupportedError(SparseAttentionError, NotImplementedError):
 
 class StaleMemoryError(SparseAttentionError, RuntimeError):
     """Memory of an earlier pass was used where it is no longer valid (rule MEMORY-2)."""
+
+
+class CallOrderError(SparseAttentionError, RuntimeError):
+    """A call comes at a moment at which it is not allowed.
+
+    Parameters
+    ----------
+    call : str
+        What was called.
+    rule : str
+        What must hold, as a full predicate ("must be called within a block").
+    got : str
+        The state that was found.
+    hint : str
+        The next step for the caller.
+    """
+
+    def __init__(self, call: str, rule: str, got: str, hint: str) -> None:
+        self.call = call
+        self.rule = rule
+        self.got = got
+        self.hint = hint
+        super().__init__(f"{call} {rule}; found {got}. {hint}")
 
 
 class DataFileError(SparseAttentionError, OSError):

@@ -2,7 +2,8 @@
 
 The ``python`` blocks of a page run in order, in one namespace, in an empty folder. A ``text`` block that
 follows a ``python`` block with only blank lines between is its expected output. A block is left out only by a
-comment on the line before it that gives the reason: ``<!-- not run: reason -->``.
+comment on the line before it that gives the reason: ``<!-- not run: reason -->``. A page that begins with
+``<!-- needs: torch, transformers -->`` is skipped where one of these packages is not installed.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ FENCE = re.compile(
     r"^(?P<indent> *)```(?P<kind>\w*)[^\n]*\n(?P<body>.*?)^(?P=indent)```$",
     re.MULTILINE | re.DOTALL,
 )
+
+
+NEEDS = re.compile(r"\A<!-- needs: (?P<packages>[\w, ]+) -->\n")
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,9 @@ def run_page(path: Path, name: str) -> None:
 def test_python_on_the_page_runs_and_prints_what_it_says(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    needs = NEEDS.match(path.read_text("utf-8"))
+    for package in re.findall(r"\w+", needs["packages"]) if needs else ():
+        pytest.importorskip(package, reason=f"{path.name} needs {package}, which is not installed")
     monkeypatch.chdir(tmp_path)
     name = "page_" + re.sub(r"\W", "_", str(path.relative_to(ROOT)))
     try:

@@ -14,10 +14,13 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 HEAVY = {
-    "torch", "triton", "jax", "cupy", "hypothesis", "pytest", "_pytest", "matplotlib", "typer", "rich",
+    "torch", "transformers", "triton", "jax", "cupy",
+    "hypothesis", "pytest", "_pytest", "matplotlib", "typer", "rich",
     "click", "safetensors",
 }
-FOLDERS = {"reference", "backends", "conformance", "models", "tests", "benchmarks", "examples"}
+FOLDERS = {
+    "reference", "backends", "conformance", "models", "integrations", "tests", "benchmarks", "examples"
+}
 
 # Which of this project's packages each one may import, besides itself. The suite compares with the
 # reference; nothing else knows another package than the specification.
@@ -95,6 +98,20 @@ def test_the_command_line_answers_its_version_without_loading_the_model_or_a_fra
     assert not loaded & {"torch", "triton", "hypothesis", "pytest", "matplotlib", "sparse_dlm_attn_tiny"}
 
 
+def test_importing_the_integration_registers_nothing_in_transformers() -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    code = (
+        "import sparse_dlm_attn_transformers as ours\n"
+        "from transformers import AttentionInterface, AttentionMaskInterface\n"
+        "registries = AttentionInterface(), AttentionMaskInterface()\n"
+        "assert not any(ours.NAME in registry for registry in registries)\n"
+        "ours.register()\n"
+        "assert all(ours.NAME in registry for registry in registries)\n"
+    )
+    run_fresh(code)
+
+
 def imported_packages(path: Path) -> Iterator[str]:
     """Top-level packages of all absolute imports of a file, those inside functions included."""
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
@@ -107,7 +124,7 @@ def imported_packages(path: Path) -> Iterator[str]:
 def packages() -> list[str]:
     """Import packages of this repository, by folder."""
     found = ["sparse_dlm_attn"]
-    for folder in ("reference", "backends", "conformance", "models"):
+    for folder in ("reference", "backends", "conformance", "models", "integrations"):
         parents = sorted((ROOT / folder).glob("sparse_dlm_attn_*/__init__.py"))
         found += [str(path.parent.relative_to(ROOT)) for path in parents]
     return found

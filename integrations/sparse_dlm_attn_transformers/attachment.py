@@ -1,0 +1,270 @@
+"""Where a model is held: hooks and patches, and their undoing."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from sparse_dlm_attn import CallOrderError, InvalidArgumentError
+from sparse_dlm_attn_transformers.caches import cached_layer
+from sparse_dlm_attn_transformers.contracts import CONTRACTS, ModuleContract, contract_of
+from sparse_dlm_attn_transformers.interface import NAME, register, sessions
+
+if TYPE_CHECKING:
+    from sparse_dlm_attn_transformers.session import SparseAttention
+
+__all__ = ["Attachment", "attachment_for"]
+
+
+class Attachment:
+    """Hooks into the module that runs the layers, and functions put in the place of others.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The whole model.
+    stack : torch.nn.Module
+        The module whose forward pass runs all the layers.
+    layers : list of torch.nn.Module
+        The attention modules, in order.
+    """
+
+    scope: Literal["prefix", "sequence"] = "prefix"
+    starts_blocks = False
+
+    def __init__(
+        self, model: torch.nn.Module, stack: torch.nn.Module, layers: list[torch.nn.Module]
+    ) -> None:
+        self.model, self.stack, self.layers = model, stack, layers
+        self._undo: list[Callable[[], None]] = []
+        if model.training:
+            raise InvalidArgumentError(
+                "model", "must be in eval mode: sparse attention has no dropout and no gradient",
+                "one in training mode", "Call model.eval().",
+            )
+        if any(module in sessions for module in layers):
+            raise CallOrderError(
+                "SparseAttention(model)", "must be the only one attached", "another one", "Call its detach()."
+            )
+
+    @property
+    def description(self) -> str:
+        """What is attached to, in words."""
+        return f"{type(self.model).__name__}, {len(self.layers)} layers"
+
+    @property
+    def attached(self) -> bool:
+        """Whether the model is held."""
+        return bool(self._undo)
+
+    def attach(self, session: SparseAttention) -> None:
+        """Take hold of the model."""
+        try:
+            for module in self.model.modules():
+                sessions[module] = weakref.ref(session)  # the hooks keep it alive, as long as the model
+            self._undo.append(self._release_modules)
+            self._install(session)
+        except BaseException:
+            self.detach()
+            raise
+
+    def detach(self) -> None:
+        """Undo everything, last first."""
+        while self._undo:
+            self._undo.pop()()
+
+    def layer_idx(self, module: torch.nn.Module) -> int:
+        """Return a layer's number in the cache."""
+        at = getattr(module, "layer_idx", None)
+        return int(getattr(module, "layer_id", 0) if at is None else at)
+
+    def cached(self, module: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return a layer's cache where the module's call does not bring it."""
+        return None
+
+    def mask(self, arguments: dict[str, Any]) -> Any:
+        """Return what a forward pass hides, where that is known before the layers run."""
+        return None
+
+    def is_save(self, arguments: dict[str, Any]) -> bool:
+        """Return whether the model's own loop says that a pass writes the cache."""
+        return False
+
+    def check_still_ours(self) -> None:
+        """Raise if the model no longer calls us."""
+
+    def _install(self, session: SparseAttention) -> None:
+        """Place the hooks."""
+        names = inspect.signature(type(self.stack).forward)
+
+        def before(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            bound = names.bind_partial(module, *args).arguments
+            extra = bound.pop("kwargs", {})
+            session.enter_pass({**bound, **extra, **kwargs})
+
+        def after(*_: Any) -> None:
+            session.leave_pass()
+
+        self._undo.append(self.stack.register_forward_pre_hook(before, with_kwargs=True).remove)
+        self._undo.append(self.stack.register_forward_hook(after).remove)
+
+    def _release_modules(self) -> None:
+        for module in self.model.modules():
+            sessions.pop(module, None)
+
+    def _replace(self, owner: torch.nn.Module, name: str, function: Callable[..., Any]) -> None:
+        """Put a function in the place of a method, on this one object."""
+        before = owner.__dict__.get(name)
+        # Not setattr: modules would look a function up among their parameters first.
+        owner.__dict__[name] = function
+
+        def undo() -> None:
+            if before is None:
+                owner.__dict__.pop(name, None)
+            else:
+                owner.__dict__[name] = before
+
+        self._undo.append(undo)
+
+
+class DiffusionGemmaAttachment(Attachment):
+    """DiffusionGemma: its attention interface, its read-only prefix, its own loop."""
+
+    starts_blocks = True
+
+    def __init__(self, model: torch.nn.Module, root: Any) -> None:
+        super().__init__(model, root.decoder, [layer.self_attn for layer in root.decoder.layers])
+        self.root = root
+        self._cached: dict[int, tuple[torch.Tensor, torch.Tensor] | None] = {}
+        self._configs: list[Any] = [model.config, root.config, root.config.text_config]
+
+    def cached(self, module: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return what the encoder wrote for this layer; known from the call just before."""
+        return self._cached.pop(id(module), None)
+
+    def check_still_ours(self) -> None:
+        """Raise `InvalidArgumentError` if another attention implementation was set meanwhile."""
+        found = {config._attn_implementation for config in self._configs} - {NAME}
+        if found:
+            raise InvalidArgumentError(
+                "attn_implementation", f"must be {NAME!r} while attached",
+                ", ".join(map(repr, sorted(found))),
+                "Detach before you set another one.",
+            )
+
+    def _install(self, session: SparseAttention) -> None:
+        register()
+        model: Any = self.model
+        before = {"": model.config._attn_implementation}
+        before["text_config"] = self.root.config.text_config._attn_implementation
+        model.set_attn_implementation({"": NAME, "text_config": NAME})  # not the vision tower
+        self._undo.append(lambda: model.set_attn_implementation(before))
+        super()._install(session)
+        for module in self.layers:
+            self._replace(module, "append_to_cache", functools.partial(self._keep_apart, module))
+        hook = self.root.encoder.register_forward_pre_hook(lambda *_: session.finish_block())
+        self._undo.append(hook.remove)
+        if hasattr(model, "generate"):
+            self._replace(model, "generate", _finishing(model.generate, session))
+
+    def _keep_apart(
+        self, module: Any, cache: Any, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stand in for a method that copies the whole cache in every pass, to put the block behind it."""
+        self._cached[id(module)] = cached_layer(cache, module.layer_idx)
+        return keys, values
+
+
+def _finishing(generate: Callable[..., Any], session: SparseAttention) -> Callable[..., Any]:
+    """Wrap a generation loop, so that its last block ends with it."""
+
+    @functools.wraps(generate)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return generate(*args, **kwargs)
+        finally:
+            session.finish_block()
+
+    return wrapper
+
+
+class PatchedAttachment(Attachment):
+    """Models whose attention modules are patched, by their contract."""
+
+    def __init__(
+        self, model: torch.nn.Module, stack: torch.nn.Module, layers: list[torch.nn.Module],
+        contract: ModuleContract,
+    ) -> None:
+        super().__init__(model, stack, layers)
+        self.contract = contract
+        self.scope = contract.scope
+
+    def mask(self, arguments: dict[str, Any]) -> Any:
+        """Return the mask that the model was called with, one for all layers."""
+        mask = arguments.get("attention_mask")
+        if mask is None:
+            mask = arguments.get("attention_bias")
+        return mask.get("full_attention") if isinstance(mask, dict) else mask
+
+    def is_save(self, arguments: dict[str, Any]) -> bool:
+        """Return the model's own flag."""
+        return bool(self.contract.save_flag and arguments.get(self.contract.save_flag))
+
+    def _install(self, session: SparseAttention) -> None:
+        super()._install(session)
+        for module in self.layers:
+            name = self.contract.method
+            self._replace(module, name, self.contract.patched(session, module, getattr(module, name)))
+
+
+def attachment_for(model: torch.nn.Module) -> Attachment:
+    """Find out how a model is attached to.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If it is none that we know.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "DiffusionGemmaModel":
+            return DiffusionGemmaAttachment(model, module)
+    found = [(name, module, contract_of(module)) for name, module in model.named_modules()]
+    known = [(name, module, contract) for name, module, contract in found if contract is not None]
+    kinds = {id(contract): contract for _, _, contract in known}
+    if len(kinds) != 1:
+        names = ", ".join(sorted(name for contract in CONTRACTS for name in contract.classes))
+        raise InvalidArgumentError(
+            "model", f"must be DiffusionGemma or have attention modules of one of these classes: {names}",
+            f"a {type(model).__name__} with {_attention_classes(model)}",
+            "For another model call sparse_dlm_attn.Decoder in its attention module; see 'Use it in your own "
+            "loop'.",
+        )
+    contract = next(iter(kinds.values()))
+    for name, module, _ in known:
+        contract.check(name, module)
+    stack = _common_parent(model, [name for name, _, _ in known])
+    return PatchedAttachment(model, stack, [module for _, module, _ in known], contract)
+
+
+def _attention_classes(model: torch.nn.Module) -> str:
+    classes = {type(module).__name__ for module in model.modules()}
+    return ", ".join(sorted(name for name in classes if "ttention" in name)) or "no module named attention"
+
+
+def _common_parent(model: torch.nn.Module, names: list[str]) -> torch.nn.Module:
+    """Return the innermost module whose forward pass runs all the named ones."""
+    paths = [name.split(".")[:-1] for name in names]
+    shared: list[str] = []
+    for steps in zip(*paths, strict=False):
+        if len(set(steps)) > 1:
+            break
+        module = model.get_submodule(".".join([*shared, steps[0]]))
+        if isinstance(module, torch.nn.ModuleList | torch.nn.ModuleDict):
+            break  # the layers themselves, or what holds them: neither has a forward pass
+        shared.append(steps[0])
+    return model.get_submodule(".".join(shared))

@@ -1,0 +1,317 @@
+"""For users who own their decoding loop: start a block, run its passes, finish it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from sparse_dlm_attn.arrays import Array, namespace
+from sparse_dlm_attn.backend import Backend
+from sparse_dlm_attn.context import Context
+from sparse_dlm_attn.driver import LayerMemory, PrefixAttention
+from sparse_dlm_attn.errors import CallOrderError, InvalidArgumentError, InvalidTypeError
+from sparse_dlm_attn.policy import PrefixAttentionPolicy, check_count
+from sparse_dlm_attn.traffic import Traffic
+from sparse_dlm_attn.values import PassInfo
+
+__all__ = ["Decoder", "DecoderPass"]
+
+
+class DecoderPass:
+    """One pass of a `Decoder` over its block; made by `Decoder.next_pass`.
+
+    Parameters
+    ----------
+    decoder : Decoder
+        Whose pass it is.
+    info : PassInfo
+        Place in the denoising, but for the layer.
+
+    Attributes
+    ----------
+    info : PassInfo
+        As given.
+    """
+
+    def __init__(self, decoder: Decoder, info: PassInfo) -> None:
+        self._decoder = decoder
+        self._ran: set[int] = set()
+        self.info = info
+
+    def __repr__(self) -> str:
+        return f"DecoderPass(index={self.info.index}, layers_run={len(self._ran)})"
+
+    def __call__(
+        self,
+        layer: int,
+        q: Array,
+        k: Array | None,
+        v: Array | None,
+        context: Context | None = None,
+        *,
+        scale: float | None = None,
+    ) -> Array:
+        """Return the attention output of one layer.
+
+        Parameters
+        ----------
+        layer : int
+            Layer, counted from 0.
+        q, k, v : array
+            As in :class:`PrefixAttention`.
+        context : Context, optional
+            What the layer reads; default: the one given to `Decoder.start_block`.
+        scale : float, optional
+            Softmax scale; default ``1 / sqrt(head_dim)``.
+
+        Returns
+        -------
+        array
+            ``(batch, q_heads, tokens, head_dim)`` in the dtype of ``q``.
+
+        Raises
+        ------
+        CallOrderError
+            If this pass is over, or the layer ran already.
+        InvalidArgumentError, InvalidTypeError, UnsupportedError, StaleMemoryError
+            As :class:`PrefixAttention` does; the decoder is unchanged then.
+        """
+        out = self._decoder._attend(self, layer, q, k, v, context, scale)
+        self._ran.add(layer)
+        return out
+
+    @property
+    def missing(self) -> tuple[int, ...]:
+        """Layers that have not run in this pass."""
+        return tuple(layer for layer in range(self._decoder.layers) if layer not in self._ran)
+
+    @property
+    def traffic(self) -> tuple[Traffic, ...]:
+        """What each layer read, once all have run and while the block lasts."""
+        memories = self._decoder.memories
+        if self._decoder.current is not self or self.missing:
+            raise CallOrderError(
+                "traffic", "is known when all layers of the pass have run, until the next pass starts",
+                f"layers {list(self.missing)} missing" if self.missing else "the pass is over",
+                "Look at it before next_pass() and finish_block().",
+            )
+        return tuple(memory.traffic for memory in memories if memory is not None)
+
+    def computed_tokens(self, batch: int, tokens: int, like: Array) -> Array:
+        """Return the rows that the model computes at all, bool ``(batch, tokens)``, beside ``like``."""
+        xp = namespace(like)
+        rows = xp.ones((batch, tokens), dtype=xp.bool, device=like.device)
+        return self._decoder.attention.policy.computed_tokens(self.info, rows)
+
+
+class Decoder:
+    """Keeps one memory a layer over the passes of a block, and forgets it when the block ends.
+
+    Parameters
+    ----------
+    policy : str or PrefixAttentionPolicy
+        As for :class:`PrefixAttention`.
+    backend : str or Backend
+        As for :class:`PrefixAttention`.
+    layers : int
+        Layers of the model that attend through it.
+    check_contents : bool, optional
+        As for :class:`PrefixAttention`.
+
+    Attributes
+    ----------
+    attention : PrefixAttention
+        The driver.
+    blocks : int
+        Blocks started so far.
+    current : DecoderPass or None
+        The pass under way.
+
+    Notes
+    -----
+    Three life-times. A *pass*: queries, outputs and decisions. A *block*, from `start_block` to
+    `finish_block`: contexts, attention states, page bounds and the memory of policies, all of which
+    `finish_block` lets go. A *sequence*, until `reset`: the memory of the few policies that say so
+    (``memory_scope = "sequence"``).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from sparse_dlm_attn import Context, Decoder
+    >>> rng = np.random.default_rng(0)
+    >>> cache = rng.standard_normal((2, 1, 2, 256, 32), dtype=np.float32)
+    >>> decoder = Decoder("losa:budget=32,active=2", layers=1)
+    >>> decoder.start_block([Context.from_dense(cache[0], cache[1], page_size=16)])
+    >>> for _ in range(2):
+    ...     step = decoder.next_pass()
+    ...     q, k, v = (rng.standard_normal((1, heads, 8, 32), dtype=np.float32) for heads in (4, 2, 2))
+    ...     out = step(0, q, k, v)
+    >>> out.shape, [float(traffic.density[0]) < 1 for traffic in step.traffic]
+    ((1, 4, 8, 32), [True])
+    >>> decoder.finish_block()
+    """
+
+    def __init__(
+        self,
+        policy: str | PrefixAttentionPolicy[Any] = "dense",
+        backend: str | Backend = "reference",
+        *,
+        layers: int,
+        check_contents: bool | None = None,
+    ) -> None:
+        check_count("layers", layers, 1)
+        self.attention = PrefixAttention(policy, backend, check_contents=check_contents)
+        self.layers = layers
+        self.blocks = 0
+        self.current: DecoderPass | None = None
+        self._running = False
+        self._contexts: tuple[Context, ...] | None = None
+        self._memories: list[LayerMemory | None] = [None] * layers
+        self._passes = 0
+        self._total: int | None = None
+        self._decoded: Array | None = None
+
+    def __repr__(self) -> str:
+        place = f"pass {self._passes - 1} of block {self.blocks - 1}" if self._running else "between blocks"
+        return f"Decoder({self.attention.policy!r}, layers={self.layers}, {place})"
+
+    @property
+    def running(self) -> bool:
+        """Whether a block has been started and not finished."""
+        return self._running
+
+    @property
+    def memories(self) -> tuple[LayerMemory | None, ...]:
+        """What each layer carries to its next pass; None where there is nothing."""
+        return tuple(self._memories)
+
+    def start_block(
+        self, contexts: Sequence[Context] | None = None, *, total_passes: int | None = None
+    ) -> None:
+        """Begin a block.
+
+        Parameters
+        ----------
+        contexts : sequence of Context, optional
+            One a layer; None if every call of a pass brings its own.
+        total_passes : int, optional
+            Denoising passes planned, the save pass not counted.
+
+        Raises
+        ------
+        CallOrderError
+            If the block before has not been finished.
+        InvalidArgumentError, InvalidTypeError
+            If there is not one context for each layer.
+        """
+        if self._running:
+            raise CallOrderError(
+                "start_block()", "must not be called while a block is under way", repr(self),
+                "Call finish_block() first.",
+            )
+        if contexts is not None:
+            contexts = tuple(contexts)
+            for context in contexts:
+                if not isinstance(context, Context):
+                    raise InvalidTypeError("contexts", "must hold Contexts", type(context).__name__)
+            if len(contexts) != self.layers:
+                raise InvalidArgumentError(
+                    "contexts", f"must hold one for each of {self.layers} layers", len(contexts)
+                )
+        PassInfo(0, total_passes=total_passes)  # refuses what is no number of passes
+        self._contexts, self._total = contexts, total_passes
+        self._running, self._passes = True, 0
+        self.blocks += 1
+
+    def next_pass(
+        self,
+        decoded: Array | None = None,
+        *,
+        is_save: bool = False,
+        window: Array | None = None,
+        window_index: int | None = None,
+        planned: Array | None = None,
+    ) -> DecoderPass:
+        """Begin the block's next pass; call what it returns once for each layer.
+
+        Parameters
+        ----------
+        decoded : array, optional
+            bool ``(batch, tokens)``: tokens that are no longer masked. What was decoded since the pass
+            before follows from it. Some policies ask for it.
+        is_save : bool
+            Whether this is the pass over the finished block that writes its keys and values.
+        window, window_index, planned : array, int, array, optional
+            As in :class:`PassInfo`.
+
+        Returns
+        -------
+        DecoderPass
+            The pass.
+
+        Raises
+        ------
+        CallOrderError
+            If no block has been started, or layers of the pass before are missing.
+        InvalidArgumentError, InvalidTypeError
+            If an argument breaks a rule of :class:`PassInfo`.
+        """
+        if not self._running:
+            raise CallOrderError(
+                "next_pass()", "must be called within a block", "no block", "Call start_block() first."
+            )
+        if self.current is not None and self.current.missing:
+            raise CallOrderError(
+                "next_pass()", "must be called after every layer of the pass before has run",
+                f"layers {list(self.current.missing)} missing",
+                "Run them, or call finish_block() to give the block up.",
+            )
+        info = PassInfo(self._passes, is_save, decoded, total_passes=self._total,
+                        window=window, window_index=window_index, planned=planned, num_layers=self.layers)
+        newly = None
+        if decoded is not None:
+            before = decoded if self._decoded is None else self._decoded
+            newly = decoded & ~before
+        step = DecoderPass(self, replace(info, newly_decoded=newly))
+        # A copy: the caller's loop may write into its own array.
+        self._decoded = None if decoded is None else namespace(decoded).asarray(decoded, copy=True)
+        self.current = step
+        self._passes += 1
+        return step
+
+    def finish_block(self) -> None:
+        """End the block and let go of all that belongs to it; nothing happens between blocks."""
+        self._running = False
+        self.current = self._contexts = self._decoded = None
+        if self.attention.policy.memory_scope == "block":
+            self._memories = [None] * self.layers
+        else:
+            self._memories = [memory and memory.between_blocks() for memory in self._memories]
+
+    def reset(self) -> None:
+        """End the sequence: let go of everything."""
+        self.finish_block()
+        self._memories = [None] * self.layers
+
+    def _attend(
+        self, step: DecoderPass, layer: int, q: Array, k: Array | None, v: Array | None,
+        context: Context | None, scale: float | None,
+    ) -> Array:
+        if step is not self.current:
+            raise CallOrderError("a pass", "must be the current one", repr(step), "Call next_pass().")
+        check_count("layer", layer, 0)
+        if layer >= self.layers:
+            raise InvalidArgumentError("layer", f"must be less than layers={self.layers}", layer)
+        if layer not in step.missing:
+            raise CallOrderError(
+                "a pass", "must be called once for each layer", f"layer {layer} again", "Call next_pass()."
+            )
+        if context is None:
+            if self._contexts is None:
+                raise InvalidArgumentError("context", "must be given here or to start_block()", "None")
+            context = self._contexts[layer]
+        out, self._memories[layer] = self.attention(
+            q, k, v, context, self._memories[layer], replace(step.info, layer=layer), scale=scale
+        )
+        return out

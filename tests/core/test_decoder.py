@@ -1,0 +1,188 @@
+"""The decoder of users who own their loop: the same passes as the driver, and clear life-times."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import numpy as np
+import pytest
+from problems import block, ragged_context
+
+from sparse_dlm_attn import (
+    CallOrderError,
+    Context,
+    Decoder,
+    InvalidArgumentError,
+    InvalidTypeError,
+    PassInfo,
+    PrefixAttention,
+    get_backend,
+)
+from sparse_dlm_attn.arrays import to_numpy
+
+LAYERS = 2
+
+
+def backend_named(name: str) -> Any:
+    if name == "torch":
+        pytest.importorskip("torch")
+    return get_backend(name)
+
+
+def contexts(backend: Any, seed: int = 0) -> list[Context]:
+    made = []
+    for layer in range(LAYERS):
+        host = ragged_context(seed + layer)
+        made.append(Context(*(backend.asarray(array) for array in (
+            host.k_pages, host.v_pages, host.page_table, host.page_lengths)), version=seed))
+    return made
+
+
+def queries(backend: Any, seed: int) -> tuple[Any, ...]:
+    return tuple(backend.asarray(array) for array in block(seed))
+
+
+@pytest.mark.parametrize("name", ["reference", "torch"])
+@pytest.mark.parametrize(
+    "policy", ["dense", "losa:budget=8,active=2", "flashblock", "snapkv:capacity=16,window=4"]
+)
+def test_its_passes_are_those_of_the_driver(name: str, policy: str) -> None:
+    backend = backend_named(name)
+    decoder, attention = Decoder(policy, backend, layers=LAYERS), PrefixAttention(policy, backend)
+    memories: list[Any] = [None] * LAYERS
+    for number in range(2):
+        views = contexts(backend, 10 * number)
+        decoder.start_block(views, total_passes=3)
+        decoded = np.zeros((2, 5), dtype=bool)
+        newly = decoded.copy()
+        for index in range(4):
+            flags = [backend.asarray(array) for array in (decoded, newly)]
+            step = decoder.next_pass(flags[0], is_save=index == 3)
+            for layer in range(LAYERS):
+                q, k, v = queries(backend, 100 * number + 10 * index + layer)
+                info = PassInfo(index, index == 3, *flags, layer=layer, num_layers=LAYERS, total_passes=3)
+                expected, memories[layer] = attention(q, k, v, views[layer], memories[layer], info)
+                out = step(layer, q, k, v)
+                assert np.array_equal(to_numpy(out), to_numpy(expected))
+            assert step.missing == ()
+            read = [float(traffic.density[1]) for traffic in step.traffic]
+            assert read == [float(memory.traffic.density[1]) for memory in memories]
+            newly = np.zeros_like(decoded)
+            newly[:, index] = True
+            decoded = decoded | newly  # rebound: what the decoder keeps must not be the caller's array
+        decoder.finish_block()
+
+
+def test_what_the_caller_writes_into_its_mask_does_not_change_what_was_newly_decoded() -> None:
+    decoder = Decoder("flashblock", layers=1)
+    decoder.start_block([ragged_context(0)])
+    decoded = np.zeros((2, 5), dtype=bool)
+    decoder.next_pass(decoded)(0, *block(0))
+    decoded[0, 3] = True
+    step = decoder.next_pass(decoded)
+    assert np.argwhere(step.info.newly_decoded).tolist() == [[0, 3]]
+
+
+@pytest.mark.clause("MEMORY-1")
+@pytest.mark.parametrize(
+    "policy", ["losa:budget=8,active=2", "quest:budget=8", "snapkv:capacity=16,window=4"]
+)
+def test_a_finished_block_lets_go_of_states_contexts_and_metadata(policy: str) -> None:
+    decoder = Decoder(policy, layers=1)
+    context = ragged_context(3)
+    decoder.start_block([context])
+    q, k, v = block(0)
+    for _ in range(2):
+        decoder.next_pass()(0, q, k, v)
+    memory = decoder.memories[0]
+    assert memory is not None
+    refs = [weakref.ref(memory.state.out), weakref.ref(context.k_pages), weakref.ref(context)]
+    if memory.bounds is not None:
+        refs.append(weakref.ref(memory.bounds.lower))
+    del memory, context
+    gc.collect()
+    assert all(ref() is not None for ref in refs)
+    decoder.finish_block()
+    gc.collect()
+    assert [ref() for ref in refs] == [None] * len(refs)
+    kept = decoder.memories[0]
+    assert (kept is not None) == policy.startswith("snapkv")
+    decoder.reset()
+    assert decoder.memories == (None,)
+
+
+def test_a_context_may_come_with_each_call() -> None:
+    q, k, v = block(0)
+    decoder = Decoder("dense", layers=1)
+    decoder.start_block()
+    out = decoder.next_pass()(0, q, k, v, ragged_context(1), scale=0.5)
+    expected, _ = PrefixAttention("dense")(q, k, v, ragged_context(1), scale=0.5)
+    assert np.array_equal(out, expected)
+    step = decoder.next_pass()
+    with pytest.raises(InvalidArgumentError, match="context must be given here or to start_block"):
+        step(0, q, k, v)
+    out = step(0, q, k, v, ragged_context(1), scale=0.5)  # the refused call changed nothing
+    assert np.array_equal(out, expected)
+
+
+def test_rows_that_the_model_computes_are_asked_of_the_policy() -> None:
+    decoder = Decoder("fast-dllm", layers=1)
+    decoder.start_block()
+    window = np.zeros((1, 6), dtype=bool)
+    window[:, 2:4] = True
+    q = np.zeros((1, 1, 6, 4), dtype=np.float32)
+    whole = Context.from_dense(q, q, 2)
+    for index, rows in enumerate(([0, 1, 2, 3, 4, 5], [2, 3])):
+        step = decoder.next_pass(window=window, window_index=index)
+        assert np.flatnonzero(step.computed_tokens(1, 6, q)).tolist() == rows
+        step(0, q, None, None, whole)
+
+
+@pytest.mark.clause("ERROR-1")
+def test_calls_out_of_order_say_what_to_call() -> None:
+    q, k, v = block(0)
+    decoder = Decoder("dense", layers=2)
+    with pytest.raises(CallOrderError, match=r"within a block; found no block\. Call start_block"):
+        decoder.next_pass()
+    decoder.start_block([ragged_context(0)] * 2)
+    with pytest.raises(CallOrderError, match=r"start_block\(\) must not .* Call finish_block\(\) first"):
+        decoder.start_block([ragged_context(0)] * 2)
+    first = decoder.next_pass()
+    first(0, q, k, v)
+    with pytest.raises(CallOrderError, match="layer 0 again"):
+        first(0, q, k, v)
+    with pytest.raises(CallOrderError, match=r"layers \[1\] missing"):
+        decoder.next_pass()
+    with pytest.raises(CallOrderError, match=r"layers \[1\] missing"):
+        _ = first.traffic
+    first(1, q, k, v)
+    second = decoder.next_pass()
+    with pytest.raises(CallOrderError, match="must be the current one"):
+        first(1, q, k, v)
+    with pytest.raises(InvalidArgumentError, match="layer must be less than layers=2; got 2"):
+        second(2, q, k, v)
+    decoder.finish_block()
+    with pytest.raises(CallOrderError, match="must be the current one"):
+        second(0, q, k, v)
+    decoder.finish_block()  # nothing happens
+    assert not decoder.running and decoder.blocks == 1
+
+
+@pytest.mark.clause("ERROR-1")
+def test_wrong_arguments_are_refused_and_change_nothing() -> None:
+    with pytest.raises(InvalidArgumentError, match="layers must be at least 1"):
+        Decoder("dense", layers=0)
+    decoder = Decoder("dense", layers=2)
+    with pytest.raises(InvalidArgumentError, match="one for each of 2 layers; got 1"):
+        decoder.start_block([ragged_context(0)])
+    with pytest.raises(InvalidTypeError, match="contexts must hold Contexts; got int"):
+        decoder.start_block([1, 2])  # type: ignore[list-item]
+    with pytest.raises(InvalidArgumentError, match="total_passes must be at least 1"):
+        decoder.start_block([ragged_context(0)] * 2, total_passes=0)
+    assert not decoder.running
+    decoder.start_block([ragged_context(0)] * 2)
+    with pytest.raises(InvalidTypeError, match="decoded must be an array"):
+        decoder.next_pass(decoded=[True])
+    assert decoder.next_pass().info.index == 0

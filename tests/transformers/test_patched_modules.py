@@ -1,0 +1,352 @@
+"""Models whose attention modules are patched: Qwen3 and Llama of transformers, and stand-ins for others."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import stand_ins
+import torch
+from tiny_models import assert_within_budget, cache_name, causal_shape, in_double, new_cache, tokens
+
+from sparse_dlm_attn import (
+    CallOrderError,
+    InvalidArgumentError,
+    InvalidTypeError,
+    StaleMemoryError,
+    UnknownNameError,
+)
+from sparse_dlm_attn_transformers import CONTRACTS, PassReport, SparseAttention
+
+BLOCK, PREFIX = 8, 40
+
+
+def block_causal(length: int, dtype: torch.dtype) -> torch.Tensor:
+    """An additive mask: every token sees its own block and the blocks before."""
+    blocks = torch.arange(length) // BLOCK
+    hidden = blocks[:, None] < blocks[None, :]
+    return torch.zeros(length, length, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)[None, None]
+
+
+def one_pass(model: Any, batch: int = 1) -> torch.Tensor:
+    """Logits of the last block of one dense pass over everything, block-causal."""
+    with torch.no_grad():
+        mask = block_causal(PREFIX + BLOCK, model.dtype)
+        logits: torch.Tensor = model(tokens(batch, PREFIX + BLOCK), attention_mask=mask).logits
+    return logits[:, PREFIX:]
+
+
+def prefilled(model: Any, batch: int = 1) -> dict[str, Any]:
+    """The cache of the prefix, as an argument for the model's forward pass."""
+    cache = {cache_name(model): new_cache(model)}
+    with torch.no_grad():
+        prefix = tokens(batch, PREFIX + BLOCK)[:, :PREFIX]
+        model(prefix, attention_mask=block_causal(PREFIX, model.dtype), **cache)
+    return cache
+
+
+def held(cache: dict[str, Any]) -> Any:
+    return next(iter(cache.values()))
+
+
+@pytest.fixture(scope="module", params=["qwen3", "llama"])
+def model(request: pytest.FixtureRequest) -> Any:
+    return causal_shape(request.param)
+
+
+@pytest.mark.parametrize("policy", ["dense", "quest:budget=4096", "losa:budget=4096,active=2"])
+@pytest.mark.parametrize("mask", ["none", "block-causal", "padding"])
+def test_a_block_over_the_cache_equals_one_dense_pass(model: Any, policy: str, mask: str) -> None:
+    eager, exact = one_pass(model, 2), one_pass(in_double(model), 2)
+    masks = {
+        "none": None, "block-causal": torch.zeros(1, 1, BLOCK, PREFIX + BLOCK),
+        "padding": torch.ones(2, PREFIX + BLOCK, dtype=torch.long),
+    }
+    block = tokens(2, PREFIX + BLOCK)[:, PREFIX:]
+    with torch.no_grad(), SparseAttention(model, policy, page_size=4) as sparse:
+        cache = prefilled(model, 2)
+        with sparse.block():
+            for is_save in (False, False, True):
+                assert held(cache).get_seq_length() == PREFIX
+                sparse.next_pass(is_save=is_save)
+                logits = model(block, attention_mask=masks[mask], **cache).logits
+                assert_within_budget(logits, eager, exact)
+        assert held(cache).get_seq_length() == PREFIX + BLOCK
+    assert torch.equal(one_pass(model, 2), eager)  # given back as it was
+
+
+def test_what_the_save_pass_appends_is_what_the_next_block_reads(model: Any) -> None:
+    double = in_double(model)
+    text = tokens(1, PREFIX + 2 * BLOCK)
+    with torch.no_grad():
+        exact = double(text, attention_mask=block_causal(PREFIX + 2 * BLOCK, torch.float64)).logits
+        with SparseAttention(double, "dense", page_size=4) as sparse:
+            cache = prefilled(double)
+            for start in (PREFIX, PREFIX + BLOCK):
+                part = text[:, start : start + BLOCK]
+                with sparse.block(total_passes=1):
+                    logits = double(part, **cache).logits
+                    # An LSE has float32 in float64 too (STATE-1), and weighs context against block.
+                    torch.testing.assert_close(logits, exact[:, start : start + BLOCK], rtol=0, atol=1e-5)
+                    sparse.next_pass(is_save=True)
+                    double(part, **cache)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_ragged_prompts_padded_on_either_side_get_what_they_get_alone(model: Any, side: str) -> None:
+    """Prompts of 40, 25 and 3 tokens in one batch; keys that a pass may not read are poisoned."""
+    double, block = in_double(model), tokens(3, BLOCK, 4)
+    lengths, name = [PREFIX, 25, 3], cache_name(model)
+    places = torch.arange(PREFIX)
+    valid = torch.stack([places >= PREFIX - n if side == "left" else places < n for n in lengths])
+    expected, cache = [], new_cache(double)
+    with torch.no_grad(), SparseAttention(double, "dense", page_size=4) as sparse:
+        alone = []
+        for row, length in enumerate(lengths):
+            alone.append({name: new_cache(double)})
+            double(tokens(1, length, row), attention_mask=torch.zeros(1, 1, length, length), **alone[-1])
+            with sparse.block():
+                positions = torch.arange(length, length + BLOCK)[None]
+                out = double(block[row : row + 1], position_ids=positions, **alone[-1])
+            expected.append(out.logits)
+        for layer in range(len(held(alone[0]).layers)):
+            sides = []
+            for part in ("keys", "values"):
+                padded = torch.full((3, 2, PREFIX, 16), torch.nan, dtype=torch.float64)
+                for row in range(3):
+                    padded[row, :, valid[row]] = getattr(held(alone[row]).layers[layer], part)[0]
+                sides.append(padded)
+            cache.update(*sides, layer)
+        mask = torch.cat([valid, torch.ones(3, BLOCK, dtype=torch.bool)], dim=1)
+        positions = torch.tensor(lengths)[:, None] + torch.arange(BLOCK)
+        with sparse.block():
+            together = double(block, attention_mask=mask, position_ids=positions, **{name: cache}).logits
+    torch.testing.assert_close(together, torch.cat(expected))
+
+
+def test_memory_is_let_go_when_a_block_ends(model: Any) -> None:
+    with torch.no_grad(), SparseAttention(model, "losa:budget=8,active=2", page_size=4) as sparse:
+        cache = prefilled(model)
+        sparse.start_block()
+        for _ in range(2):
+            model(tokens(1, BLOCK), **cache)
+        assert sparse.memory_bytes > 3 * 4 * BLOCK * 17 * 4  # layers, heads, rows, out and lse, bytes
+        memory = sparse.decoder.memories[0]
+        assert memory is not None and memory.bounds is not None
+        watched = [weakref.ref(x) for x in (memory.state.out, memory.bounds.lower, memory.selection)]
+        del memory
+        sparse.finish_block()
+        gc.collect()
+        assert sparse.memory_bytes == 0 and [ref() for ref in watched] == [None] * 3
+
+
+def test_the_first_block_of_an_empty_cache_reads_itself_alone(model: Any) -> None:
+    block = tokens(1, BLOCK)
+    with torch.no_grad():
+        expected = model(block, attention_mask=torch.zeros(1, 1, BLOCK, BLOCK)).logits
+        with SparseAttention(model, "quest") as sparse, sparse.block():
+            for arguments in ({}, {cache_name(model): new_cache(model)}):
+                torch.testing.assert_close(model(block, **arguments).logits, expected)
+
+
+def random_stack(kind: Any, *arguments: Any) -> Any:
+    torch.manual_seed(0)
+    stack = kind(*arguments).eval()
+    for parameter in stack.parameters():
+        parameter.data = torch.randn_like(parameter) * 0.4
+    return stack
+
+
+def rows(count: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(1, count, 32, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("kind", [stand_ins.SDARAttention, stand_ins.Fast_dLLM_QwenAttention])
+@pytest.mark.parametrize("policy", ["dense", "quest:budget=4096"])
+def test_models_with_a_prefix_cache_of_their_own_code(kind: Any, policy: str) -> None:
+    stack = random_stack(stand_ins.Stack, kind)
+    flag = {kind.save_flag: True}
+    reports: list[PassReport] = []
+
+    def run(stack: Any, sparse: Any = None) -> list[torch.Tensor]:
+        dtype = next(stack.parameters()).dtype
+        cache, outs = stand_ins_cache(), []
+        for block in range(3):
+            if sparse is not None and block:
+                sparse.start_block()
+            if block:  # the first one is the prompt
+                outs.append(stack(rows(BLOCK, block, dtype), past_key_values=cache))
+            outs.append(stack(rows(BLOCK, block, dtype), past_key_values=cache, **flag))
+            if sparse is not None:
+                sparse.finish_block()
+            assert cache.get_seq_length() == BLOCK * (block + 1)
+        return outs
+
+    with torch.no_grad():
+        eager, exact = run(stack), run(copy.deepcopy(stack).double())
+        with SparseAttention(stack, policy, page_size=4, on_pass=reports.append) as sparse:
+            actual = run(stack, sparse)
+    for ours, theirs, truth in zip(actual, eager, exact, strict=True):
+        assert_within_budget(ours, theirs, truth)
+    places = [(report.block, report.index, report.is_save) for report in reports]
+    assert places == [(0, 0, False), (0, 1, True), (1, 0, False), (1, 1, True)]
+
+
+def stand_ins_cache() -> Any:
+    from transformers import DynamicCache
+
+    return DynamicCache()
+
+
+WHOLE = {
+    "dream": (stand_ins.Stack, stand_ins.DreamAttention), "llada": (stand_ins.LLaDA,),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("policy", ["dense", "quest:budget=4096", "sparsed:skip=1.0"])
+def test_models_whose_block_is_the_whole_sequence(name: str, policy: str) -> None:
+    stack = random_stack(*WHOLE[name])
+    double = copy.deepcopy(stack).double()
+    with torch.no_grad():
+        with SparseAttention(stack, policy, page_size=4) as sparse, sparse.block(total_passes=2):
+            actual = [stack(rows(29, seed)) for seed in range(2)]
+        for seed, ours in enumerate(actual):
+            assert_within_budget(ours, stack(rows(29, seed)), double(rows(29, seed, torch.float64)))
+
+
+def test_a_sparse_policy_reads_less_of_a_whole_sequence() -> None:
+    stack, reports = random_stack(stand_ins.LLaDA), []
+    sparse = SparseAttention(stack, "quest:budget=8", page_size=4, on_pass=reports.append)
+    with torch.no_grad(), sparse, sparse.block():
+        stack(rows(64, 0))
+    assert len(reports) == 1 and reports[0].density < 1.0
+
+
+def test_every_contract_is_tested_here() -> None:
+    named = {"Qwen3Attention", "LlamaAttention", *dir(stand_ins)}
+    assert not [contract.classes for contract in CONTRACTS if not named & set(contract.classes)]
+
+
+def test_unknown_models_are_refused_with_what_is_known() -> None:
+    class Strange(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = torch.nn.MultiheadAttention(8, 2)
+
+    with pytest.raises(InvalidArgumentError, match=r"SDARAttention.*Strange with Multihead.*Decoder"):
+        SparseAttention(Strange().eval(), "dense")
+    with pytest.raises(InvalidTypeError, match=r"model must be a torch\.nn\.Module; got str"):
+        SparseAttention("google/diffusiongemma", "dense")  # type: ignore[arg-type]
+    broken = random_stack(stand_ins.Stack, stand_ins.SDARAttention)
+    del broken.layers[1].self_attn.q_norm
+    with pytest.raises(InvalidArgumentError, match=r"q_norm.*in layers\.1\.self_attn.*one without q_norm"):
+        SparseAttention(broken, "dense")
+    sliding = random_stack(stand_ins.Stack, stand_ins.SDARAttention)
+    sliding.layers[0].self_attn.sliding_window = 16
+    with pytest.raises(InvalidArgumentError, match=r"sliding window of 16 tokens.*use_sliding_window=False"):
+        SparseAttention(sliding, "dense")
+
+
+def test_a_refused_attachment_leaves_the_model_as_it_was(model: Any) -> None:
+    with pytest.raises(UnknownNameError, match="did you mean 'dense'"):
+        SparseAttention(model, "densee")
+    with pytest.raises(UnknownNameError, match="unknown backend"):
+        SparseAttention(model, "dense", "toch")
+    with pytest.raises(InvalidArgumentError, match="page_size must be at least 1"):
+        SparseAttention(model, "dense", page_size=0)
+    with SparseAttention(model, "dense"):
+        pass
+
+
+def test_masks_that_sparse_attention_cannot_honour_are_refused(model: Any) -> None:
+    block, keys = tokens(1, BLOCK), PREFIX + BLOCK
+    causal = torch.ones(BLOCK, keys, dtype=torch.bool).tril(PREFIX)[None, None]
+    ragged = torch.ones(1, 1, BLOCK, keys, dtype=torch.bool)
+    ragged[0, 0, 3, 5] = False
+    bias = torch.full((1, 1, BLOCK, keys), -0.5)
+    cases = [
+        (causal, "whole block to each of its tokens.*block-causal"), (ragged, "same tokens of the context"),
+        (bias, "0 and the lowest number.*bias"),
+        (torch.ones(1, 3), r"attention_mask must have shape \(1, 48\)"),
+    ]
+    with torch.no_grad(), SparseAttention(model, "dense") as sparse:
+        cache = prefilled(model)
+        for mask, words in cases:
+            with sparse.block(), pytest.raises(InvalidArgumentError, match=words):
+                model(block, attention_mask=mask, **cache)
+    whole = random_stack(stand_ins.LLaDA)
+    padding = torch.ones(1, 16)
+    padding[0, :3] = 0
+    refusal = pytest.raises(InvalidArgumentError, match=r"hide nothing.*one by one")
+    with torch.no_grad(), SparseAttention(whole, "dense") as sparse, sparse.block(), refusal:
+        whole(rows(16, 0), attention_mask=padding)
+
+
+def test_caches_that_cannot_be_viewed_are_refused(model: Any) -> None:
+    from transformers import StaticCache
+
+    static = StaticCache(config=model.config, max_cache_len=64)
+    with torch.no_grad(), SparseAttention(model, "dense") as sparse:
+        model(tokens(1, PREFIX), **{cache_name(model): static})
+        with sparse.block(), pytest.raises(InvalidArgumentError, match=r"DynamicCache.*got a StaticLayer"):
+            model(tokens(1, BLOCK), **{cache_name(model): static})
+        with sparse.block(), pytest.raises(InvalidArgumentError, match=r"DynamicCache.*got a tuple"):
+            sparse.enter_pass({})
+            model.model.layers[0].self_attn(
+                torch.zeros(1, BLOCK, 32), (torch.ones(1, BLOCK, 16), torch.zeros(1, BLOCK, 16)),
+                past_key_value=(static,),
+            )
+
+
+def test_calls_out_of_order_are_refused(model: Any) -> None:
+    with torch.no_grad(), SparseAttention(model, "dense") as sparse:
+        cache = prefilled(model)
+        with pytest.raises(CallOrderError, match=r"next_pass\(\) must be called within a block"):
+            sparse.next_pass()
+        with sparse.block():
+            with pytest.raises(CallOrderError, match=r"Call finish_block\(\) first"):
+                sparse.start_block()
+            with pytest.raises(CallOrderError, match="within the model's forward pass"):
+                model.model.layers[0].self_attn(
+                    torch.zeros(1, BLOCK, 32), (torch.ones(1, BLOCK, 16), torch.zeros(1, BLOCK, 16)), None
+                )
+            model(tokens(1, BLOCK), **cache)
+            held(cache).crop(-1)
+            with pytest.raises(StaleMemoryError, match="changed in the middle of a block"):
+                model(tokens(1, BLOCK), **cache)
+
+
+def test_a_scheme_of_the_models_own_is_refused_beside_a_policy() -> None:
+    stack = random_stack(stand_ins.Stack, stand_ins.Fast_dLLM_QwenAttention)
+    refusal = pytest.raises(InvalidArgumentError, match="block_past_key_values must be None within a block")
+    with torch.no_grad(), SparseAttention(stack, "dense") as sparse, sparse.block(), refusal:
+        stack(rows(BLOCK, 0), block_past_key_values=stand_ins_cache())
+
+
+def test_decoded_tokens_reach_policies_that_ask_for_them(model: Any) -> None:
+    with torch.no_grad(), SparseAttention(model, "flashblock", page_size=4) as sparse:
+        cache, decoded = prefilled(model), torch.zeros(1, BLOCK, dtype=torch.bool)
+        with sparse.block():
+            for index in range(3):
+                sparse.next_pass(decoded)
+                model(tokens(1, BLOCK), **cache)
+                decoded[0, index] = True
+        with sparse.block():
+            model(tokens(1, BLOCK), **cache)
+            with pytest.raises(InvalidArgumentError, match="decoded"):
+                model(tokens(1, BLOCK), **cache)
+
+
+def test_policies_that_leave_rows_out_are_told_that_the_model_computes_all(model: Any) -> None:
+    eager, exact = one_pass(model), one_pass(in_double(model))
+    with torch.no_grad(), SparseAttention(model, "dkv-cache", page_size=4) as sparse:
+        cache = prefilled(model)
+        with sparse.block():
+            with pytest.raises(InvalidArgumentError, match="decoded must be None for 'dkv-cache'"):
+                sparse.next_pass(torch.ones(1, BLOCK, dtype=torch.bool))
+            logits = model(tokens(1, PREFIX + BLOCK)[:, PREFIX:], **cache).logits
+            assert_within_budget(logits, eager, exact)
