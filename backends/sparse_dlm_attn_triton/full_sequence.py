@@ -20,9 +20,7 @@ __all__ = ["attend_spans", "lists_for"]
 
 
 @triton.jit
-def _softmax_step(
-    scores, values, keep, peak, total, acc, factor, MASKED: tl.constexpr, IEEE: tl.constexpr
-):  # fmt: skip
+def _softmax_step(scores, values, keep, peak, total, acc, factor, MASKED: tl.constexpr):
     """Take a tile of keys into the streaming softmax; ``keep`` is where it counts, if MASKED."""
     if MASKED:
         scores = tl.where(keep, scores, -float("inf"))
@@ -34,21 +32,13 @@ def _softmax_step(
     total = total * fade + tl.sum(weights, 1)
     acc = acc * fade[:, None]
     weights = weights.to(values.dtype)
-    if IEEE:
-        acc = tl.dot(weights, values, acc, input_precision="ieee")
-    else:
-        acc = tl.dot(weights, values, acc)
-    return higher, total, acc
+    return higher, total, tl.dot(weights, values, acc, input_precision="ieee")
 
 
 @triton.jit
-def _product(queries, keys, IEEE: tl.constexpr):
-    """Return queries times keys transposed, in float32."""
-    if IEEE:
-        product = tl.dot(queries, tl.trans(keys), input_precision="ieee")
-    else:
-        product = tl.dot(queries, tl.trans(keys))
-    return product
+def _product(queries, keys):
+    """Return queries times keys transposed, in float32; "ieee" keeps float32 inputs from TF32."""
+    return tl.dot(queries, tl.trans(keys), input_precision="ieee")
 
 
 @triton.jit
@@ -72,7 +62,7 @@ def _attend(
     table_row, table_page, lengths_row, lengths_page, tokens, span, groups, pages, tiles_a_group,
     heads, q_heads, kv_heads, k_page_rows, k_head_rows, v_page_rows, v_head_rows, factor,
     PAGE: tl.constexpr, DIM: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    TOGETHER: tl.constexpr, IEEE: tl.constexpr, TMA: tl.constexpr, SPECIALIZE: tl.constexpr,
+    TOGETHER: tl.constexpr, TMA: tl.constexpr, SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
     """Attend with one tile of rows of one head; see `attend_spans`."""
     # Programs that follow each other share a head, so that its keys stay in the L2 cache.
@@ -118,11 +108,9 @@ def _attend(
                 values = _load_rows(
                     v_at + at * v_page + within * v_token, key, v_token, key, DIM, CHANNELS, False
                 )
-            scores = _product(queries, keys, IEEE)
+            scores = _product(queries, keys)
             keep = ((chosen & 1) != 0)[:, None]
-            peak, total, acc = _softmax_step(
-                scores, values, keep, peak, total, acc, factor, TOGETHER > 1, IEEE
-            )
+            peak, total, acc = _softmax_step(scores, values, keep, peak, total, acc, factor, TOGETHER > 1)
             following = tl.minimum((i + 1) // (PAGE // KEYS), pages - 1)
             page = tl.load(first + following)
             if TOGETHER > 1:
@@ -137,11 +125,9 @@ def _attend(
             at = page.to(tl.int64)
             keys = _load_rows(k_at, at * k_page + within * k_token, 1, key, DIM, CHANNELS, False)
             values = _load_rows(v_at, at * v_page + within * v_token, 1, key, DIM, CHANNELS, False)
-            scores = _product(queries, keys, IEEE)
+            scores = _product(queries, keys)
             keep = ((chosen[None, :] >> which[:, None]) & 1) != 0
-            peak, total, acc = _softmax_step(
-                scores, values, keep, peak, total, acc, factor, TOGETHER > 1, IEEE
-            )
+            peak, total, acc = _softmax_step(scores, values, keep, peak, total, acc, factor, TOGETHER > 1)
             following = tl.minimum(((i + 1) * KEYS + key) // PAGE, pages - 1)
             page = tl.load(first + following)
             if TOGETHER > 1:
@@ -153,12 +139,12 @@ def _attend(
             rest = tl.load(first + place, mask=inside, other=0).to(tl.int64)
             keys = _load_rows(k_at, rest * k_page + within * k_token, 1, inside, DIM, CHANNELS, True)
             values = _load_rows(v_at, rest * v_page + within * v_token, 1, inside, DIM, CHANNELS, True)
-            scores = _product(queries, keys, IEEE)
+            scores = _product(queries, keys)
             keep = inside[None, :]
             if TOGETHER > 1:
                 spans = tl.load(first_bits + place, mask=inside, other=0)
                 keep = keep & (((spans[None, :] >> which[:, None]) & 1) != 0)
-            peak, total, acc = _softmax_step(scores, values, keep, peak, total, acc, factor, True, IEEE)
+            peak, total, acc = _softmax_step(scores, values, keep, peak, total, acc, factor, True)
 
     for i in range(careful):
         logical = tl.load(first + pages - 1 - i)
@@ -172,10 +158,8 @@ def _attend(
             keys = _load_rows(k_at + at * k_page, start + key, k_token, inside, DIM, CHANNELS, True)
             values = _load_rows(v_at + at * v_page, start + key, v_token, inside, DIM, CHANNELS, True)
             keep = inside[None, :] & chose[:, None]
-            scores = _product(queries, keys, IEEE)
-            higher, total, added = _softmax_step(
-                scores, values, keep, peak, total, acc, factor, True, IEEE
-            )
+            scores = _product(queries, keys)
+            higher, total, added = _softmax_step(scores, values, keep, peak, total, acc, factor, True)
             if TOGETHER > 1:
                 # A row that did not choose the page must not meet its values, not even with weight 0.
                 added = tl.where(chose[:, None], added, acc)
@@ -274,8 +258,7 @@ def attend_spans(
         *v_pages.stride()[:3], *active.stride(), *page_table.stride(), *page_lengths.stride(), tokens, span,
         groups, pages, tiles_a_group, heads, q_heads, kv_heads, *rows, scale * LOG2_E,
         PAGE=page_size, DIM=head_dim, CHANNELS=channels, ROWS=tile.rows, KEYS=tile.tokens,
-        TOGETHER=lists.spans_together, IEEE=q.dtype == torch.float32, TMA=tile.tma,
-        SPECIALIZE=tile.warp_specialize, **tile.launch_options(),
+        TOGETHER=lists.spans_together, TMA=tile.tma, SPECIALIZE=tile.warp_specialize, **tile.launch_options(),
     )
     return out, lse
 

@@ -36,14 +36,14 @@ def _places(table_at, page, table_page, pages, KEYS: tl.constexpr, ROOM: tl.cons
 @triton.jit
 def _whole_scores(
     queries, k_at, physical, sub, k_page, k_token, factor, PAGE: tl.constexpr, DIM: tl.constexpr,
-    CHANNELS: tl.constexpr, KEYS: tl.constexpr, ROOM: tl.constexpr, SLOTS: tl.constexpr, IEEE: tl.constexpr,
+    CHANNELS: tl.constexpr, KEYS: tl.constexpr, ROOM: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Return base-2 scores of keys of whole pages, ``(rows, KEYS)``; -inf behind a page's tokens."""
     key = tl.arange(0, KEYS)
     within = key % ROOM + sub * KEYS
     rows = physical.to(tl.int64) * k_page + within * k_token
     keys = _load_rows(k_at, rows, 1, within < PAGE, DIM, CHANNELS, ROOM != PAGE)
-    scores = _product(queries, keys, IEEE) * factor
+    scores = _product(queries, keys) * factor
     if ROOM != PAGE:
         scores = tl.where((within < PAGE)[None, :], scores, -float("inf"))
     return scores
@@ -52,7 +52,7 @@ def _whole_scores(
 @triton.jit
 def _partial_scores(
     queries, k_at, table_at, lengths_at, page, sub, table_page, lengths_page, k_page, k_token, end, factor,
-    DIM: tl.constexpr, CHANNELS: tl.constexpr, KEYS: tl.constexpr, ROOM: tl.constexpr, IEEE: tl.constexpr,
+    DIM: tl.constexpr, CHANNELS: tl.constexpr, KEYS: tl.constexpr, ROOM: tl.constexpr,
 ):  # fmt: skip
     """Return the same for pages of any length; -inf where no token is."""
     key = tl.arange(0, KEYS)
@@ -62,7 +62,7 @@ def _partial_scores(
     inside = within < length
     physical = tl.load(table_at + at * table_page, mask=inside, other=0).to(tl.int64)
     keys = _load_rows(k_at, physical * k_page + within * k_token, 1, inside, DIM, CHANNELS, True)
-    scores = _product(queries, keys, IEEE) * factor
+    scores = _product(queries, keys) * factor
     return tl.where(inside[None, :], scores, -float("inf"))
 
 
@@ -99,7 +99,7 @@ def _pool(
     lengths_row, lengths_page, tokens, span, spans, pages, pages_a_program, parts, q_heads, kv_heads, factor,
     PAGE: tl.constexpr, DIM: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     ROOM: tl.constexpr, SLOTS: tl.constexpr, SUBS: tl.constexpr, SPANS: tl.constexpr,
-    SPAN_ROOM: tl.constexpr, MANY: tl.constexpr, IEEE: tl.constexpr,
+    SPAN_ROOM: tl.constexpr, MANY: tl.constexpr,
 ):  # fmt: skip
     """Score a share of the pages for the spans of one tile of one head; see `pooled_scores`."""
     b, head = tl.program_id(1) // q_heads, tl.program_id(1) % q_heads
@@ -129,9 +129,9 @@ def _pool(
             for sub in range(SUBS):
                 found = _whole_scores(
                     queries, k_at, physical, sub, k_page, k_token, factor, PAGE, DIM, CHANNELS, KEYS, ROOM,
-                    SLOTS, IEEE,
+                    SLOTS,
                 )
-                mass += _row_masses(found, shift, alive, ROWS, ROOM, SLOTS)
+                mass += _row_masses(found, shift, alive, ROWS, SLOTS)
             _add_to_scores(
                 scores_at, mass, sizes, page, end, spans, pages, index, SPANS, SPAN_ROOM, SLOTS, MANY
             )
@@ -141,22 +141,19 @@ def _pool(
             for sub in range(SUBS):
                 found = _partial_scores(
                     queries, k_at, table_at, lengths_at, page, sub, table_page, lengths_page, k_page,
-                    k_token, end, factor, DIM, CHANNELS, KEYS, ROOM, IEEE,
+                    k_token, end, factor, DIM, CHANNELS, KEYS, ROOM,
                 )
-                mass += _row_masses(found, shift, alive, ROWS, ROOM, SLOTS)
+                mass += _row_masses(found, shift, alive, ROWS, SLOTS)
             _add_to_scores(
                 scores_at, mass, sizes, page, end, spans, pages, index, SPANS, SPAN_ROOM, SLOTS, MANY
             )
 
 
 @triton.jit
-def _row_masses(found, shift, alive, ROWS: tl.constexpr, ROOM: tl.constexpr, SLOTS: tl.constexpr):
+def _row_masses(found, shift, alive, ROWS: tl.constexpr, SLOTS: tl.constexpr):
     """Return each row's softmax mass on each page of a step, ``(ROWS, SLOTS)``."""
     weights = tl.exp2(found - shift[:, None])
-    if SLOTS == 1:
-        mass = tl.sum(weights, 1)[:, None]
-    else:
-        mass = tl.sum(tl.reshape(weights, [ROWS, SLOTS, ROOM]), 2)
+    mass = tl.sum(tl.reshape(weights, [ROWS, SLOTS, weights.shape[1] // SLOTS]), 2)
     return tl.where(alive[:, None], mass, 0.0)
 
 
@@ -165,7 +162,7 @@ def _sweep_lse(
     q, k, logs, table, lengths, runs, q_b, q_h, q_t, k_page, k_head, k_token, table_row, table_page,
     lengths_row, lengths_page, tokens, pages, pages_a_program, shares, q_heads, kv_heads, factor,
     PAGE: tl.constexpr, DIM: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    ROOM: tl.constexpr, SLOTS: tl.constexpr, SUBS: tl.constexpr, IEEE: tl.constexpr,
+    ROOM: tl.constexpr, SLOTS: tl.constexpr, SUBS: tl.constexpr,
 ):  # fmt: skip
     """Find the LSE of one tile of rows over a share of the pages; see `context_lse`."""
     b, head = tl.program_id(1) // q_heads, tl.program_id(1) % q_heads
@@ -184,7 +181,6 @@ def _sweep_lse(
         for sub in range(SUBS):
             found = _whole_scores(
                 queries, k_at, physical, sub, k_page, k_token, factor, PAGE, DIM, CHANNELS, KEYS, ROOM, SLOTS,
-                IEEE,
             )
             peak, total = _take_in(found, peak, total)
         physical = _places(table_at, begin + (i + 1) * SLOTS, table_page, pages, KEYS, ROOM, SLOTS)
@@ -192,7 +188,7 @@ def _sweep_lse(
         for sub in range(SUBS):
             found = _partial_scores(
                 queries, k_at, table_at, lengths_at, page, sub, table_page, lengths_page, k_page, k_token,
-                end, factor, DIM, CHANNELS, KEYS, ROOM, IEEE,
+                end, factor, DIM, CHANNELS, KEYS, ROOM,
             )
             peak, total = _take_in(found, peak, total)
     log = (peak + tl.log2(tl.where(total == 0.0, 1.0, total))) * 0.6931471805599453
@@ -268,9 +264,9 @@ def context_lse(
     logs = torch.empty((batch, q_heads, shares, tokens), dtype=torch.float32, device=q.device)
     _sweep_lse[(row_tiles, batch * q_heads, shares)](
         q, k_pages, logs, page_table, page_lengths, _runs(page_lengths, page_size), *q.stride()[:3],
-        *k_pages.stride()[:3], *page_table.stride(), *page_lengths.stride(), tokens, pages, each, shares, q_heads,
-        kv_heads, scale * LOG2_E, PAGE=page_size, DIM=head_dim, CHANNELS=padded_dim(head_dim),
-        ROWS=tile.rows, **steps, IEEE=q.dtype == torch.float32, **tile.launch_options(),
+        *k_pages.stride()[:3], *page_table.stride(), *page_lengths.stride(), tokens, pages, each, shares,
+        q_heads, kv_heads, scale * LOG2_E, PAGE=page_size, DIM=head_dim, CHANNELS=padded_dim(head_dim),
+        ROWS=tile.rows, **steps, **tile.launch_options(),
     )
     return logs[:, :, 0] if shares == 1 else logs.logsumexp(2)
 
@@ -324,7 +320,7 @@ def pooled_scores(
         q, k_pages, lse.contiguous(), scores, page_table, page_lengths, _runs(page_lengths, page_size),
         *q.stride()[:3], *k_pages.stride()[:3], *page_table.stride(), *page_lengths.stride(), tokens, span,
         spans, pages, each, parts, q_heads, kv_heads, scale * LOG2_E, PAGE=page_size, DIM=head_dim,
-        CHANNELS=padded_dim(head_dim), ROWS=tile.rows, **steps, **sizes, IEEE=q.dtype == torch.float32,
+        CHANNELS=padded_dim(head_dim), ROWS=tile.rows, **steps, **sizes,
         **tile.launch_options(),
     )
     return scores

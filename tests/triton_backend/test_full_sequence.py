@@ -13,10 +13,9 @@ import pytest
 torch = pytest.importorskip("torch", reason="the Triton kernels need PyTorch")
 pytest.importorskip("triton", reason="the Triton kernels need Triton")
 
+from sparse_dlm_attn import Context, Selection, get_backend  # noqa: E402
 from sparse_dlm_attn_triton.full_sequence import attend_spans, lists_for  # noqa: E402
 from sparse_dlm_attn_triton.span_tiles import Tile  # noqa: E402
-
-from sparse_dlm_attn import Context, Selection, get_backend  # noqa: E402
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 HALF = {"float16": 4e-3, "float32": 1e-5}
@@ -193,7 +192,8 @@ def test_lists_are_made_once_for_many_passes() -> None:
     assert (counts <= 5).all()
     other = torch.randn_like(values["q"])
     for q in (values["q"], other):
-        fresh, kept = attend({**values, "q": q}, tile=tile), attend({**values, "q": q}, tile=tile, lists=lists)
+        fresh = attend({**values, "q": q}, tile=tile)
+        kept = attend({**values, "q": q}, tile=tile, lists=lists)
         for got, wanted in zip(kept, fresh, strict=True):
             np.testing.assert_array_equal(got, wanted)
 

@@ -12,10 +12,9 @@ import pytest
 torch = pytest.importorskip("torch", reason="the Triton kernels need PyTorch")
 pytest.importorskip("triton", reason="the Triton kernels need Triton")
 
+from sparse_dlm_attn import Context, Selection, get_backend  # noqa: E402
 from sparse_dlm_attn_triton.pooled import context_lse, pooled_scores  # noqa: E402
 from sparse_dlm_attn_triton.span_tiles import Tile  # noqa: E402
-
-from sparse_dlm_attn import Context, Selection, get_backend  # noqa: E402
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 REFERENCE = get_backend("reference")
