@@ -52,7 +52,7 @@ class Tile:
 
 def padded_dim(head_dim: int) -> int:
     """Return the power of two, at least 16, to which channels are padded inside a kernel."""
-    return max(LEAST, triton.next_power_of_2(head_dim))
+    return max(LEAST, int(triton.next_power_of_2(head_dim)))
 
 
 def _fit(tile: Tile, tokens: int, span: int) -> Tile:
