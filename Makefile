@@ -1,5 +1,6 @@
 # Every target sets itself up: all it needs is Python 3.11 to 3.13 and a package index.
 #   make demo     decode a long prompt with the small model, policy by policy
+#   make bench    time the PyTorch backend beside dense attention
 #   make test     run this project's tests
 # Stamps in $(VENV) make a second call start at once.
 
@@ -20,16 +21,20 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 export OPENBLAS_NUM_THREADS ?= 1
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint types docs conformance wheel clean help
+.PHONY: demo test bench lint types docs conformance wheel clean help
 
 help:
-	@echo "make demo | test | lint | types | docs | conformance | wheel | clean"
+	@echo "make demo | test | bench | lint | types | docs | conformance | wheel | clean"
 
 demo: $(VENV)/.base
 	$(BIN)/sparse-dlm-attn decode $(DEMO_ARGS)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Two threads, as the figures state; medians of turns, on a machine that does nothing else.
+bench: $(VENV)/.dev
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest benchmarks -q -s
 
 lint: $(VENV)/.dev types
 	$(BIN)/ruff check .

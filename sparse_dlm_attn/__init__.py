@@ -24,6 +24,8 @@ from sparse_dlm_attn.errors import UnknownNameError as UnknownNameError
 from sparse_dlm_attn.errors import UnsupportedError as UnsupportedError
 from sparse_dlm_attn.policy import PassInputs as PassInputs
 from sparse_dlm_attn.policy import PrefixAttentionPolicy as PrefixAttentionPolicy
+from sparse_dlm_attn.ranked import RankedPass as RankedPass
+from sparse_dlm_attn.ranked import RankedResult as RankedResult
 from sparse_dlm_attn.registry import Plugin as Plugin
 from sparse_dlm_attn.registry import backends as backends
 from sparse_dlm_attn.registry import get_backend as get_backend
@@ -61,6 +63,8 @@ __all__ = [
     "PrefixAttention",
     "PrefixAttentionPolicy",
     "Problem",
+    "RankedPass",
+    "RankedResult",
     "Selection",
     "SparseAttentionError",
     "StaleMemoryError",

@@ -6,11 +6,12 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from sparse_dlm_attn import operators
+from sparse_dlm_attn import operators, ranked
 from sparse_dlm_attn.arrays import Array, device_kind, dtype_name, shape_of
 from sparse_dlm_attn.checks import check_attend_block, check_attend_pages, check_cached
 from sparse_dlm_attn.context import Context
 from sparse_dlm_attn.errors import InvalidArgumentError, InvalidTypeError
+from sparse_dlm_attn.ranked import RankedPass, RankedResult
 from sparse_dlm_attn.selection import Selection
 from sparse_dlm_attn.values import AttentionState, PageBounds
 
@@ -87,13 +88,21 @@ class Capabilities:
             ("q_heads / kv_heads", problem.q_heads // problem.kv_heads, self.groups),
         ]
         reasons = [
-            f"{name} {value} is not one of {', '.join(map(str, allowed))}"
+            f"{name} {value} is not one of {listed(allowed)}"
             for name, value, allowed in checks
             if allowed is not None and value not in allowed
         ]
         if self.max_block_length is not None and problem.block_length > self.max_block_length:
             reasons.append(f"block of {problem.block_length} tokens exceeds {self.max_block_length}")
         return reasons
+
+
+def listed(values: tuple[Any, ...]) -> str:
+    """Write values that a backend supports; a run of integers as its first and last, ``1..256``."""
+    ints = all(isinstance(value, int) for value in values)
+    if len(values) > 2 and ints and values == tuple(range(values[0], values[0] + len(values))):
+        return f"{values[0]}..{values[-1]}"
+    return ", ".join(map(str, values))
 
 
 class Backend(ABC):
@@ -331,3 +340,42 @@ class Backend(ABC):
             state = self.reuse(active, state, cached)
         block = self.attend_block(q, k, v, scale=scale)
         return self.merge(state, block).out, state
+
+    def attend_ranked(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        context: Context,
+        bounds: PageBounds,
+        ranked_pass: RankedPass,
+        cached: AttentionState | None,
+        *,
+        scale: float | None = None,
+    ) -> RankedResult:
+        """Decide and run a whole pass by a rule (clause RANKED-1).
+
+        Its definition is the operators above, one after the other, and so is the default. A backend
+        that overrides it is asked for it by the driver; no other is.
+
+        Parameters
+        ----------
+        q, k, v : array
+            The block's queries, keys and values.
+        context : Context
+            Pages to choose from.
+        bounds : PageBounds
+            Their metadata.
+        ranked_pass : RankedPass
+            The rule.
+        cached : AttentionState or None
+            Context part of earlier passes, for inactive rows; None counts as the empty set.
+        scale : float, optional
+            Factor on q.k; default ``1 / sqrt(head_dim)``.
+
+        Returns
+        -------
+        RankedResult
+            Output, context state, and what was decided.
+        """
+        return ranked.attend_ranked(self, q, k, v, context, bounds, ranked_pass, cached, scale)

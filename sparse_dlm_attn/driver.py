@@ -13,7 +13,7 @@ from sparse_dlm_attn.backend import Backend, Problem
 from sparse_dlm_attn.checks import check_block, check_rows, check_rows_are_tokens, check_whole_sequence
 from sparse_dlm_attn.context import Context
 from sparse_dlm_attn.errors import InvalidArgumentError, InvalidTypeError, StaleMemoryError, UnsupportedError
-from sparse_dlm_attn.policy import PassInputs, PrefixAttentionPolicy
+from sparse_dlm_attn.policy import PassInputs, PrefixAttentionPolicy, certain
 from sparse_dlm_attn.registry import get_backend, get_policy
 from sparse_dlm_attn.selection import Selection
 from sparse_dlm_attn.traffic import RecordingOperators, Traffic
@@ -110,6 +110,8 @@ class PrefixAttention:
         self._fused = (
             kind.reuse is PrefixAttentionPolicy.reuse and kind.merge is PrefixAttentionPolicy.merge
         )
+        overridden = type(self.backend).attend_ranked is not Backend.attend_ranked
+        self._ranks = self._fused and self._computes_all and overridden
 
     def __repr__(self) -> str:
         return f"PrefixAttention(policy={self.policy!r}, backend={self.backend.name!r})"
@@ -162,6 +164,10 @@ class PrefixAttention:
         """
         info = self._checked(q, k, v, context, memory, info, scale)
         inputs, operators = self._inputs(q, context, memory, info, scale, k is None)
+        if k is not None and v is not None and self._ranks:
+            result = self._ranked(inputs, operators, k, v)
+            if result is not None:
+                return result
         active = self._active(inputs)
         selection = self.policy.select_pages(inputs, active)
         if not isinstance(selection, Selection):
@@ -181,16 +187,38 @@ class PrefixAttention:
             fresh = self.backend.attend_pages(q, context, selection, active, scale=scale)
             state = self.policy.reuse(inputs, active, fresh)
             out = self.policy.merge(inputs, state, self.backend.attend_block(q, k, v, scale=scale))
+        return out, self._memory(replace(inputs, state=state), operators, active, selection)
+
+    def _ranked(
+        self, inputs: PassInputs[Any], operators: RecordingOperators, k: Array, v: Array
+    ) -> tuple[Array, LayerMemory] | None:
+        """Run the pass as one operator, if the policy can say it as a rule (clause RANKED-2)."""
+        ranked = self.policy.ranked_pass(inputs)
+        if ranked is None:
+            return None
+        result = operators.attend_ranked(
+            inputs.q, k, v, inputs.context, operators.page_bounds(inputs.context), ranked, inputs.cached,
+            scale=inputs.scale,
+        )
+        inputs = replace(inputs, state=result.state, kept=result.kept)
+        return result.out, self._memory(inputs, operators, result.active, result.selection)
+
+    def _memory(
+        self, inputs: PassInputs[Any], operators: RecordingOperators, active: Array, selection: Selection
+    ) -> LayerMemory:
+        """Return what the next pass gets; ``inputs`` hold this pass's context part."""
+        context, info = inputs.context, inputs.info
+        assert inputs.state is not None
         # Before the traffic is counted: a policy that freezes a selection scores pages here.
-        remembered = self.policy.remember(replace(inputs, state=state), active, selection)
+        remembered = self.policy.remember(inputs, active, selection)
         traffic = Traffic(
-            selection, active, int(q.shape[1]), context.kv_heads, context.page_lengths,
+            selection, active, int(inputs.q.shape[1]), context.kv_heads, context.page_lengths,
             context.token_bytes, operators.metadata_reads, operators.key_reads,
         )
-        return out, LayerMemory(
+        return LayerMemory(
             self.policy, info.layer, context.version, _kept(context.page_table),
-            _kept(context.page_lengths), state,
-            remembered, operators.bounds, selection, active, traffic,
+            _kept(context.page_lengths), inputs.state, remembered, operators.bounds, selection, active,
+            traffic,
         )
 
     def _active(self, inputs: PassInputs[Any]) -> Array:
@@ -245,7 +273,7 @@ class PrefixAttention:
             )
             return inputs, operators
         if isinstance(info.index, int):
-            restarts: bool | Array = bool(info.index == 0)
+            restarts: bool | Array = certain(info.index == 0)
         else:
             restarts = info.of_sequences("index", q) == 0
         # A whole sequence's keys are written anew in every pass, so bounds of the previous one are stale.
@@ -307,7 +335,7 @@ def _check_memory(
         raise InvalidTypeError(
             "memory", "must be what this layer's previous pass returned, or None", type(memory).__name__
         )
-    restart = bool(info.index == 0) if isinstance(info.index, int) else False
+    restart = isinstance(info.index, int) and certain(info.index == 0)
     if restart and policy.memory_scope == "block":
         return  # it is dropped, so it cannot be stale
     advice = "Pass memory=None to start the block again."

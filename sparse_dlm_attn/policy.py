@@ -16,12 +16,14 @@ from sparse_dlm_attn.arrays import Array, namespace
 from sparse_dlm_attn.backend import Backend
 from sparse_dlm_attn.context import Context
 from sparse_dlm_attn.errors import InvalidArgumentError, InvalidTypeError
+from sparse_dlm_attn.ranked import RankedPass
 from sparse_dlm_attn.selection import Selection
 from sparse_dlm_attn.values import AttentionState, PassInfo
 
 __all__ = [
     "PassInputs",
     "PrefixAttentionPolicy",
+    "certain",
     "check_choice",
     "check_count",
     "check_flag",
@@ -59,6 +61,8 @@ class PassInputs(Generic[MemoryT]):
         Whether the block is the whole sequence, its own keys being the context (clause DRIVER-4).
     state : AttentionState or None
         Context part of this pass, after `reuse`; known to `remember` alone.
+    kept : array or None
+        Queries that a ranked pass has kept (`RankedPass`); known to `remember` alone.
     """
 
     ops: Backend
@@ -71,6 +75,7 @@ class PassInputs(Generic[MemoryT]):
     scale: float | None = None
     whole: bool = False
     state: AttentionState | None = None
+    kept: Array | None = None
 
     @property
     def xp(self) -> Any:
@@ -98,8 +103,9 @@ class PassInputs(Generic[MemoryT]):
     def passes(self, predicate: Callable[[Any], Any]) -> bool | Array:
         """Evaluate ``predicate`` on the pass index: a bool, or bool ``(batch,)`` if sequences differ."""
         index = self.info.index
-        return bool(predicate(index)) if isinstance(index, int) else predicate(
-            self.info.of_sequences("index", self.q))
+        if isinstance(index, int):
+            return certain(predicate(index))
+        return predicate(self.info.of_sequences("index", self.q))
 
     def saves(self) -> bool | Array:
         """Return whether this is the save pass, as `passes` does."""
@@ -122,6 +128,8 @@ class PassInputs(Generic[MemoryT]):
 
     def dense_where(self, condition: bool | Array, select: Callable[[], Selection]) -> Selection:
         """Return all pages for sequences where ``condition`` holds, else ``select()``."""
+        if isinstance(condition, bool):
+            condition = certain(condition)
         if condition is True:
             return Selection.all_pages(self.context, self.tokens)
         chosen = select()
@@ -130,6 +138,17 @@ class PassInputs(Generic[MemoryT]):
         everything = self.context.exists[:, None, None, :]
         mask = self.xp.where(condition[:, None, None, None], everything, chosen.mask)
         return Selection(mask, chosen.span)
+
+
+def certain(condition: bool) -> bool:
+    """Return a bool that ``is True`` or ``is False``.
+
+    A compiler that traces integers as symbols leaves their comparisons symbolic, even through `bool`; a
+    branch makes it decide.
+    """
+    if condition:  # noqa: SIM103, as it has to be a branch
+        return True
+    return False
 
 
 def either(left: bool | Array, right: bool | Array) -> bool | Array:
@@ -210,6 +229,14 @@ class PrefixAttentionPolicy(ABC, Generic[MemoryT]):
         Law: if every row read all pages in this pass, it equals one softmax over context and block.
         """
         return inputs.ops.merge(context_state, block_state).out
+
+    def ranked_pass(self, inputs: PassInputs[MemoryT]) -> RankedPass | None:
+        """Describe this pass as a rule, if `active_set` and `select_pages` decide by it; else None.
+
+        Law: `Backend.attend_ranked` with what is returned decides what the two methods decide (clause
+        RANKED-2). It is not asked of policies with their own `reuse`, `merge` or `computed_tokens`.
+        """
+        return None
 
     def remember(
         self, inputs: PassInputs[MemoryT], active: Array, selection: Selection

@@ -275,10 +275,12 @@ def _check_options(kind: str, name: str, target: Any, options: dict[str, Any]) -
 
 
 def _split_parameters(kind: str, text: str) -> tuple[str, dict[str, Any]]:
-    """Split ``"name:key=value,..."``; a last part without "=" belongs to the name."""
-    head, separator, tail = text.rpartition(":")
-    if not separator or "=" not in tail:
+    """Split ``"name:key=value,..."`` at the colon before the first key; values may hold colons too."""
+    before, equals, _ = text.partition("=")
+    head, separator, _ = before.rpartition(":")
+    if not separator or not equals:
         return text, {}
+    tail = text[len(head) + 1 :]
     parameters: dict[str, Any] = {}
     for item in tail.split(","):
         key, equals, value = item.partition("=")

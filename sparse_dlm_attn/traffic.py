@@ -8,6 +8,7 @@ from typing import Any, cast
 from sparse_dlm_attn.arrays import Array, namespace
 from sparse_dlm_attn.backend import Backend
 from sparse_dlm_attn.context import Context
+from sparse_dlm_attn.ranked import RankedResult
 from sparse_dlm_attn.selection import Selection
 from sparse_dlm_attn.values import PageBounds
 
@@ -142,6 +143,11 @@ class RecordingOperators:
         """Count one read of all keys."""
         self.key_reads += 1
         return self._backend.pooled_scores(q, context, span=span, scale=scale, lse=lse)
+
+    def attend_ranked(self, *arguments: Any, **options: Any) -> RankedResult:
+        """Count one read of the metadata."""
+        self.metadata_reads += 1
+        return self._backend.attend_ranked(*arguments, **options)
 
     def as_backend(self) -> Backend:
         """Return this object under the type that policies expect."""

@@ -20,6 +20,7 @@ from sparse_dlm_attn import (
     Problem,
     Selection,
     UnavailableError,
+    UnsupportedError,
 )
 from sparse_dlm_attn.arrays import compute_dtype, dtype_name, namespace
 from sparse_dlm_attn.checks import (
@@ -121,7 +122,9 @@ class TorchBackend(Backend):
         return reasons
 
     def path_for(self, problem: Problem) -> str:
-        """Return the attention path that a problem takes.
+        """Return the attention path that a problem takes, if its caches are laid out as FlexAttention needs.
+
+        With attention="auto" a cache that is not (see docs/backends/torch.md) is read by "masked".
 
         Parameters
         ----------
@@ -135,12 +138,12 @@ class TorchBackend(Backend):
         """
         return self._path(problem.dtype, problem.head_dim, problem.page_size)
 
-    def _path(self, dtype: str, head_dim: int, page_size: int) -> str:
+    def _path(self, dtype: str, head_dim: int, page_size: int, reasons: tuple[str, ...] = ()) -> str:
         if self.attention != "auto":
             return self.attention
         if self._device.type == "cpu":
             return "gather"
-        return "masked" if flex.why_not(dtype, head_dim, page_size) else "flex"
+        return "masked" if flex.why_not(dtype, head_dim, page_size) or reasons else "flex"
 
     def asarray(self, values: Any, *, dtype: str | None = None) -> torch.Tensor:
         """Convert host values to tensors (a copy, so that the caller's array stays untouched)."""
@@ -254,7 +257,11 @@ class TorchBackend(Backend):
     ) -> tuple[Any, ...]:
         """Return the context, the selection and the way, as the custom operators take them."""
         head_dim = context.head_dim
-        path = self._path(dtype_name(q), head_dim, context.page_size)
+        reasons = flex.why_not_pages(context.k_pages, context.v_pages)
+        path = self._path(dtype_name(q), head_dim, context.page_size, reasons)
+        if path == "flex" and reasons:
+            hint = "attention='masked' computes it"
+            raise UnsupportedError(self.name, [f"{reason}; {hint}" for reason in reasons])
         return (
             context.k_pages, context.v_pages, context.page_table, context.page_lengths, selection.mask,
             min(selection.span, max(q.shape[2], 1)), active, softmax_scale(head_dim, scale), path,

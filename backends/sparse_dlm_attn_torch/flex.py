@@ -12,27 +12,45 @@ would leave most of a GPU idle.
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
+import math
+import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.nn.attention import flex_attention
+from torch.nn.functional import pad
 
 from sparse_dlm_attn.arrays import compute_dtype
 from sparse_dlm_attn_torch.layout import Lists, PageRows, lists_of, wanted_pages
 from sparse_dlm_attn_torch.masked import attend_lists
-from sparse_dlm_attn_torch.states import keep_active, merged
+from sparse_dlm_attn_torch.states import keep_active, merged, united
 
-__all__ = ["attend_pages", "why_not"]
+__all__ = ["attend_pages", "kernel", "why_not", "why_not_pages"]
 
 PARTIAL_PAGES = 16
-"""Partial pages a sequence that are computed exactly. More of them are rare: a page is partial at the end
-of a prompt, of a generation and of a suffix. The problem's width counts where it is smaller."""
+"""Most partial pages in a list: a page is partial at the end of a prompt, of a generation and of a suffix.
+Rows with more of them become NaN."""
 TILE = 16
 """Smallest tile of the kernel, in tokens and in channels."""
+LARGEST_TILE = 128
+TILE_BYTES = 16 << 10  # of queries, keys or values that a program holds: fits every dtype and head
 PROGRAMS = 264  # to keep a large GPU busy: two for each of its multiprocessors
 SMALLEST_WIDTH = 64
+HEADS_AT_MOST = 1024  # in one axis of the kernel's grid, which ends at 65,535
+LARGEST_OFFSET = 2**31
+"""Elements of K, or of V, that the kernel can address."""
+
+# Asked for here, because what is compiled cannot look them up.
+INDEX_OPTIONS: dict[str, Any] = {
+    name: False for name in ("compute_q_blocks",)  # lists that only a backward pass needs
+    if name in inspect.signature(flex_attention.BlockMask.from_kv_blocks).parameters
+}
+RETURNS_AUX = hasattr(flex_attention, "AuxRequest")
+
+compiler: Any = "inductor"
+"""What compiles the kernel; tests put a counter here."""
 
 
 def why_not(dtype: str, head_dim: int, page_size: int) -> list[str]:
@@ -46,6 +64,9 @@ def why_not(dtype: str, head_dim: int, page_size: int) -> list[str]:
         Channels a head, tokens a page.
     """
     reasons = []
+    if not INDEX_OPTIONS:
+        reasons.append(f"PyTorch {torch.__version__} cannot build a BlockMask from page lists alone, as "
+                       "attention='flex' needs (2.9 can)")
     if dtype == "float64":
         reasons.append("dtype float64 is not one of float32, float16, bfloat16 of attention='flex'")
     if page_size % TILE:
@@ -53,6 +74,30 @@ def why_not(dtype: str, head_dim: int, page_size: int) -> list[str]:
     if not TILE <= head_dim <= 256 or head_dim & (head_dim - 1):
         reasons.append(f"head_dim {head_dim} is not a power of two in 16..256, as attention='flex' needs")
     return reasons
+
+
+def why_not_pages(k_pages: torch.Tensor, v_pages: torch.Tensor) -> tuple[str, ...]:
+    """Return what keeps the kernel from caches laid out like these.
+
+    Parameters
+    ----------
+    k_pages, v_pages : torch.Tensor
+        ``(num_pages, kv_heads, page_size, head_dim)``.
+    """
+    if 0 in k_pages.shape:
+        return ()
+    reasons = []
+    views = PageRows.view(k_pages), PageRows.view(v_pages)
+    if views[0] is None or views[1] is None or views[0].strides != views[1].strides:
+        reasons.append(
+            "k_pages and v_pages must keep the tokens of a page and head side by side, in one layout, as "
+            f"attention='flex' needs; their strides are {k_pages.stride()} and {v_pages.stride()}"
+        )
+    elif views[0].rows.numel() >= LARGEST_OFFSET:
+        reasons.append(
+            f"k_pages spans {views[0].rows.numel()} elements, attention='flex' addresses {LARGEST_OFFSET}"
+        )
+    return tuple(reasons)
 
 
 def attend_pages(
@@ -73,14 +118,17 @@ def attend_pages(
     span = min(span, max(q.shape[2], 1))
     wanted = wanted_pages(mask, span, active, page_lengths > 0, k_pages.shape[1])
     whole = (page_lengths == k_pages.shape[2])[:, None, None, :]
-    partial = lists_of(wanted & ~whole, span, PARTIAL_PAGES)
+    cut = wanted & ~whole
+    partial = lists_of(cut, span, PARTIAL_PAGES)
     rows = partial.rows_of(q)
     in_precision = rows.to(compute_dtype(q)) * scale
-    states = [attend_lists(in_precision, partial, k_pages, v_pages, page_table, page_lengths)]
-    states += _whole_pages(
-        rows, lists_of(wanted & whole, span), k_pages, v_pages, page_table, scale, compiled
-    )
-    out, lse = merged([state[0] for state in states], [state[1] for state in states])
+    out, lse = attend_lists(in_precision, partial, k_pages, v_pages, page_table, page_lengths)
+    # Lists are cut without a look at them; what was lost must show, since it cannot be told to the host.
+    lse = lse.masked_fill((cut.sum(-1) > PARTIAL_PAGES)[..., None], math.nan)
+    if not (0 in rows.shape or page_table.shape[1] == 0 or k_pages.shape[0] == 0):
+        lists = lists_of(wanted & whole, span)
+        outs, lses = _whole_pages(rows, lists, k_pages, v_pages, page_table, scale, compiled)
+        out, lse = merged([out, outs], [lse, lses])
     shape = q.shape
     return keep_active(partial.to_tokens(out, shape).to(q.dtype), partial.to_tokens(lse, shape), active)
 
@@ -88,53 +136,34 @@ def attend_pages(
 def _whole_pages(
     rows: torch.Tensor, lists: Lists, k_pages: torch.Tensor, v_pages: torch.Tensor,
     page_table: torch.Tensor, scale: float, compiled: bool,
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return a state for each share of the lists, ``(batch, spans, heads, rows, ...)``."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the state of lists of whole pages, ``(batch, spans, heads, rows, ...)``."""
     batch, spans, heads, length, head_dim = rows.shape
-    keys, values = _as_one_head(k_pages), _as_one_head(v_pages)
-    if 0 in rows.shape or page_table.shape[1] == 0 or keys.rows.shape[0] == 0:
-        return []
-    blocks = _blocks(lists, keys, page_table, k_pages.shape[1])
-    if (keys.page_stride, keys.head_stride) != (values.page_stride, values.head_stride):
-        values = PageRows(_reordered(v_pages, keys), keys.page_stride, keys.head_stride)
-    entries = spans * heads
-    width = _bucket(blocks.shape[-1])
-    ways = _ways(batch * entries * -(-length // 128), width)
-    blocks = torch.nn.functional.pad(blocks, (0, width - blocks.shape[-1]))
+    keys, values = PageRows.view(k_pages), PageRows.view(v_pages)
+    assert keys is not None and values is not None  # `why_not_pages` is asked first
+    blocks = _blocks(lists, keys, page_table, k_pages.shape[1]).flatten(0, 2)
+    # Sizes are rounded up, so that few forms of the kernel are ever compiled.
+    entries, tall, width = _power(batch * spans * heads), _padded_rows(length), blocks.shape[1]
+    wide = max(_power(width), SMALLEST_WIDTH)
+    ways = _ways(entries * -(-tall // LARGEST_TILE), wide)
+    more = entries - blocks.shape[0]
     # Entry i of a list goes to share i % ways, so that no share is longer than another by more than one.
-    blocks = blocks.reshape(batch, entries, width // ways, ways).transpose(2, 3)
-    dealt = torch.arange(ways, device=blocks.device)
-    counts = (lists.counts.reshape(batch, entries, 1) - dealt + ways - 1).div(ways, rounding_mode="floor")
-    queries = rows.reshape(batch, entries, 1, length, head_dim)
-    queries = queries.expand(batch, entries, ways, length, head_dim).flatten(1, 2)
-    page_size = k_pages.shape[2]
+    blocks = pad(blocks, (0, wide - width, 0, more)).view(entries, wide // ways, ways).transpose(1, 2)
+    shares = torch.arange(ways, device=blocks.device)
+    counts = pad(lists.counts.flatten(), (0, more))[:, None] - shares + (ways - 1)
+    counts = counts.div(ways, rounding_mode="floor")
+    queries = pad(rows.flatten(0, 2), (0, 0, 0, tall - length, 0, more))
+    queries = queries[:, None].expand(entries, ways, tall, head_dim)
+    grid = (-1, min(entries * ways, HEADS_AT_MOST))  # powers of two, so that the second divides the product
     out, lse = _flex(
-        queries.contiguous(), _tokens(keys, head_dim), _tokens(values, head_dim),
-        blocks.flatten(1, 2).to(torch.int32), counts.flatten(1).to(torch.int32), page_size, scale, compiled,
+        queries.reshape(*grid, tall, head_dim), _tokens(keys, head_dim), _tokens(values, head_dim),
+        blocks.reshape(*grid, wide // ways).to(torch.int32), counts.reshape(grid).to(torch.int32),
+        k_pages.shape[2], scale, compiled,
     )
-    shape = (batch, spans, heads, ways, length)
-    out, lse = out.reshape(*shape, head_dim), lse.reshape(shape).to(compute_dtype(rows))
-    return [(out[:, :, :, way].to(compute_dtype(rows)), lse[:, :, :, way]) for way in range(ways)]
-
-
-def _as_one_head(pages: torch.Tensor) -> PageRows:
-    """View pages as rows; a layout whose pages are not contiguous is copied."""
-    rows = PageRows.view(pages)
-    if rows is None:
-        rows = PageRows.view(pages.contiguous())
-    if rows is None:  # no physical page
-        return PageRows(pages.reshape(0, pages.shape[2] * pages.shape[3]), 0, 0)
-    return rows
-
-
-def _reordered(pages: torch.Tensor, like: PageRows) -> torch.Tensor:
-    """Copy V so that its rows stand as those of K, if an engine stores the two differently."""
-    count, heads, page_size, head_dim = pages.shape
-    rows = pages.new_zeros((like.rows.shape[0], page_size * head_dim))
-    pages_at = torch.arange(count, device=pages.device)[:, None]
-    heads_at = torch.arange(heads, device=pages.device)
-    rows[like.index(pages_at, heads_at).flatten()] = pages.reshape(count * heads, -1)
-    return rows
+    real = (slice(batch * spans * heads), slice(None), slice(length))
+    out = out.reshape(entries, ways, tall, head_dim)[real].to(compute_dtype(rows))
+    out, lse = united(out, lse.reshape(entries, ways, tall)[real].to(out.dtype), 1)
+    return out.view(rows.shape), lse.view(rows.shape[:-1])
 
 
 def _blocks(lists: Lists, rows: PageRows, page_table: torch.Tensor, kv_heads: int) -> torch.Tensor:
@@ -146,9 +175,14 @@ def _blocks(lists: Lists, rows: PageRows, page_table: torch.Tensor, kv_heads: in
     return torch.where(places < lists.counts[..., None], rows.index(physical.long(), heads), 0)
 
 
-def _bucket(width: int) -> int:
-    """Return the power of two that a list is padded to, so that a longer context compiles nothing new."""
-    return max(SMALLEST_WIDTH, 1 << (width - 1).bit_length())
+def _power(size: int) -> int:
+    """Return the next power of two."""
+    return 1 << (size - 1).bit_length()
+
+
+def _padded_rows(length: int) -> int:
+    """Return how many rows a list gets: whole tiles."""
+    return -(-length // LARGEST_TILE) * LARGEST_TILE if length > LARGEST_TILE else max(_power(length), TILE)
 
 
 def _ways(programs: int, width: int) -> int:
@@ -170,35 +204,45 @@ def _every_slot(
 
 
 @functools.cache
-def kernel(backend: Any = "inductor") -> Callable[..., Any]:
-    """Return the compiled kernel, one for this process; it compiles at its first call.
+def kernel(form: tuple[Any, ...], backend: Any = "inductor") -> Callable[..., Any]:
+    """Return the compiled kernel of one form, for this process; it compiles at its first call.
 
     Parameters
     ----------
+    form : tuple
+        Every size that the kernel is built for, and its dtype.
     backend : str or callable
-        Compiler, for tests that count how often it is asked.
+        Compiler.
     """
+    # Code of its own for each form: PyTorch gives up on a function after a few variants of it.
+    code = _listed_attention.__code__.replace(co_name=f"listed_attention_{abs(hash(form))}")
+    own = types.FunctionType(code, globals())
     # Only the cache's length is symbolic: with symbolic heads the kernel is a slower one.
-    return torch.compile(_listed_attention, dynamic=False, fullgraph=True, backend=backend)
+    return torch.compile(own, dynamic=False, fullgraph=True, backend=backend)
 
 
 def _listed_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: torch.Tensor, counts: torch.Tensor,
-    mask_mod: Callable[..., torch.Tensor], block: tuple[int, int], scale: float, options: dict[str, int],
+    mask_mod: Callable[..., torch.Tensor], block: tuple[int, int], scale: float, options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend to the listed blocks; the mask is made in here, so that its length may be symbolic too."""
-    module = importlib.import_module("torch.nn.attention.flex_attention")
     none = torch.zeros_like(counts)
-    mask = module.BlockMask.from_kv_blocks(
+    mask = flex_attention.BlockMask.from_kv_blocks(
         none, torch.zeros_like(lists), counts, lists, BLOCK_SIZE=block, mask_mod=mask_mod,
-        seq_lengths=(q.shape[2], k.shape[2]), **_index_options(),
+        seq_lengths=(q.shape[2], k.shape[2]), **INDEX_OPTIONS,
     )
-    out, aux = module.flex_attention(
-        q, k, v, block_mask=mask, scale=scale, enable_gqa=True, kernel_options=options, **_lse_options()
+    if RETURNS_AUX:
+        out, aux = flex_attention.flex_attention(
+            q, k, v, block_mask=mask, scale=scale, enable_gqa=True, kernel_options=options,
+            return_aux=flex_attention.AuxRequest(lse=True),
+        )
+        return out, aux.lse  # type: ignore[return-value]  # it was asked for
+    return flex_attention.flex_attention(
+        q, k, v, block_mask=mask, scale=scale, enable_gqa=True, kernel_options=options, return_lse=True
     )
-    return out, getattr(aux, "lse", aux)
 
 
+@torch.no_grad()  # whether gradients are recorded is part of what is compiled
 def _flex(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: torch.Tensor, counts: torch.Tensor,
     page_size: int, scale: float, compiled: bool,
@@ -208,7 +252,7 @@ def _flex(
     Parameters
     ----------
     q : torch.Tensor
-        ``(batch, entries, rows, head_dim)``.
+        ``(batch, entries, rows, head_dim)``; ``rows`` makes whole tiles.
     k, v : torch.Tensor
         ``(1, 1, tokens, head_dim)``.
     blocks : torch.Tensor
@@ -222,20 +266,22 @@ def _flex(
     compiled : bool
         Whether to run the compiled kernel.
     """
-    batch, entries, length, _ = q.shape
-    tile = min(max(TILE, 1 << (length - 1).bit_length()), 128)
-    tiles = -(-length // tile)
-    lists = blocks[:, :, None].expand(batch, entries, tiles, blocks.shape[-1]).contiguous()
-    full = counts[:, :, None].expand(batch, entries, tiles).contiguous()
+    length, head_dim = q.shape[2:]
+    tile = min(length, LARGEST_TILE)
+    lists = blocks[:, :, None].expand(-1, -1, length // tile, -1).contiguous()
+    full = counts[:, :, None].expand(-1, -1, length // tile).contiguous()
     size = (tile, page_size)
     if not compiled:
         mask_mod = _mask_of(blocks, counts, k.shape[2] // page_size, page_size)
         return _listed_attention(q, k, v, lists, full, mask_mod, size, scale, {})
+    k, v = k.detach(), v.detach()
     for side in (k, v):  # the cache grows
         torch._dynamo.maybe_mark_dynamic(side, 2)
-    tokens = min(64, page_size & -page_size)
-    return kernel()(  # type: ignore[no-any-return]
-        q, k, v, lists, full, _every_slot, size, scale, {"BLOCK_M": min(tile, 64), "BLOCK_N": tokens}
+    most = max(TILE_BYTES // (head_dim * q.element_size()), TILE)
+    options = {"BLOCK_M": min(tile, 64, most), "BLOCK_N": min(64, page_size & -page_size, most)}
+    form = (*q.shape, blocks.shape[-1], page_size, q.dtype, q.device, scale)
+    return kernel(form, compiler)(  # type: ignore[no-any-return]
+        q, k, v, lists, full, _every_slot, size, scale, options
     )
 
 
@@ -253,19 +299,3 @@ def _mask_of(
         return chosen[b, h, key // page_size]
 
     return mask_mod
-
-
-@functools.cache
-def _index_options() -> dict[str, Any]:
-    """Return the argument that leaves the backward pass's lists out, where this version has it."""
-    module = importlib.import_module("torch.nn.attention.flex_attention")
-    parameters = inspect.signature(module.BlockMask.from_kv_blocks).parameters
-    return {"compute_q_blocks": False} if "compute_q_blocks" in parameters else {}
-
-
-@functools.cache
-def _lse_options() -> dict[str, Any]:
-    """Ask for the log-sum-exp as this version of PyTorch wants to be asked."""
-    module = importlib.import_module("torch.nn.attention.flex_attention")
-    request = getattr(module, "AuxRequest", None)
-    return {"return_lse": True} if request is None else {"return_aux": request(lse=True)}

@@ -44,6 +44,11 @@ class PageRows:
         rows = (count - 1) * of_page + (heads - 1) * of_head + 1
         return cls(pages.as_strided((rows, size), (size, 1)), of_page, of_head)
 
+    @property
+    def strides(self) -> tuple[int, int]:
+        """Rows to the next page and head: equal for caches that one index serves."""
+        return self.page_stride, self.head_stride
+
     def index(self, physical: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
         """Return the rows of physical pages in KV heads; the two broadcast against each other."""
         return physical * self.page_stride + heads * self.head_stride

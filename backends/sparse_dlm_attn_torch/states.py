@@ -6,7 +6,7 @@ import math
 
 import torch
 
-__all__ = ["keep_active", "merged"]
+__all__ = ["keep_active", "merged", "united"]
 
 
 def merged(outs: list[torch.Tensor], lses: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,6 +33,26 @@ def merged(outs: list[torch.Tensor], lses: list[torch.Tensor]) -> tuple[torch.Te
     for part, share in zip(outs, shares.unsqueeze(-1), strict=True):
         out = out + torch.where(share == 0, 0.0, part) * share
     return out, torch.where(empty, -math.inf, safe + torch.where(empty, 1.0, total).log())
+
+
+def united(out: torch.Tensor, lse: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merge states that lie in one tensor, in few steps.
+
+    Parameters
+    ----------
+    out, lse : torch.Tensor
+        As for `merged`, with the states along ``axis``, which the result lacks.
+    axis : int
+        Not negative.
+    """
+    peak = lse.amax(axis, keepdim=True)
+    safe = torch.where(peak.isneginf(), 0.0, peak)
+    weights = (lse - safe).exp()
+    total = weights.sum(axis, keepdim=True)
+    shares = (weights / torch.where(total == 0, 1.0, total))[..., None]
+    # A state of weight 0 may hold anything (MERGE-4).
+    mixed = (torch.where(shares == 0, 0.0, out) * shares).sum(axis)
+    return mixed, (safe + total.log()).squeeze(axis)
 
 
 def keep_active(

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, get_args
 from sparse_dlm_attn.arrays import Array
 from sparse_dlm_attn.policies.page_choice import BoundRanking, FirstPass
 from sparse_dlm_attn.policy import PassInputs, check_choice, check_count, check_fraction, either
+from sparse_dlm_attn.ranked import RankedPass
 from sparse_dlm_attn.selection import Selection
 
 __all__ = ["Losa", "LosaMemory"]
@@ -115,11 +116,25 @@ class Losa(BoundRanking[LosaMemory]):
         """Keep the queries to compare with; a copy, since the caller may write into ``q``."""
         if self.in_dense_layer(inputs):
             return None
+        if inputs.kept is not None:
+            return LosaMemory(inputs.kept)
         xp = inputs.xp
         if self.drift == "previous" or inputs.memory is None:
             return LosaMemory(xp.asarray(inputs.q, copy=True))
         rows = active[:, None, :, None]
         return LosaMemory(xp.where(rows, inputs.q, inputs.memory.reference))
+
+    def ranked_pass(self, inputs: PassInputs[LosaMemory]) -> RankedPass | None:
+        """Say the same as a rule, for passes after the first that rank pages for some rows."""
+        if inputs.restarts is not False or inputs.memory is None or self._reads_nothing(inputs):
+            return None
+        if self.save_pass != "step" and inputs.saves() is not False:
+            return None
+        return self.ranking(
+            inputs, reference=inputs.memory.reference, mass=self.mass,
+            count=None if self.mass is not None else min(self.active, inputs.tokens),
+            keep="queries" if self.drift == "previous" else "active_queries",
+        )
 
     def _changed_rows(self, inputs: PassInputs[LosaMemory]) -> Array:
         def largest() -> Array:

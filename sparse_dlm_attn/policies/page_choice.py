@@ -15,11 +15,11 @@ from sparse_dlm_attn.policy import (
     check_flag,
     either,
 )
+from sparse_dlm_attn.ranked import RankedPass, affordable_pages, united
 from sparse_dlm_attn.selection import Selection
 
 __all__ = [
     "BoundRanking",
-    "any_in_group",
     "newest_page",
     "pages_of_budget",
     "with_page_count",
@@ -54,14 +54,14 @@ def pages_of_budget(
     A context that fits into the budget is bought whole. Without that rule ``floor`` would leave out
     one page of it whenever its last page is partial.
     """
-    xp = namespace(context.page_lengths)
     budget = min(budget, context.pages * context.page_size)
+    return affordable_pages(context, budget, _bought(context, budget, rounding, minimum))
+
+
+def _bought(context: Context, budget: int, rounding: Rounding, minimum: int) -> int:
+    """Return the pages that a budget buys in a context that does not fit into it."""
     whole = budget // context.page_size if rounding == "floor" else -(-budget // context.page_size)
-    tokens = context.tokens
-    count = min(max(whole, minimum), context.pages)
-    return xp.where(
-        tokens <= budget, xp.full_like(tokens, context.pages), xp.full_like(tokens, count)
-    )
+    return max(whole, minimum)
 
 
 def newest_page(context: Context) -> Array:
@@ -70,13 +70,6 @@ def newest_page(context: Context) -> Array:
     before = context.exists & ~context.in_segment(SUFFIX)
     counted = xp.cumulative_sum(xp.astype(before, xp.int32), axis=-1)
     return before & (counted == counted[:, -1:])
-
-
-def any_in_group(mask: Array, kv_heads: int) -> Array:
-    """Unite the query heads of each group: ``(batch, q_heads, ...)`` to ``(batch, kv_heads, ...)``."""
-    xp = namespace(mask)
-    batch, heads, *rest = shape_of(mask)
-    return xp.any(xp.reshape(mask, (batch, kv_heads, heads // kv_heads, *rest)), axis=2)
 
 
 def with_page_count(mask: Array, pages: int) -> Array:
@@ -168,13 +161,30 @@ class BoundRanking(PrefixAttentionPolicy[MemoryT]):
         # The mask comes after the ranking, so an inactive row contributes nothing whatever its query.
         own = self._own_pages(inputs, active) & active[:, None, :, None]
         if self.pages == "own":
-            return Selection(own, 1)
-        union = xp.any(own, axis=2, keepdims=True)
+            return united(own, inputs.context.kv_heads, "row")
         if self.union_over == "layer":
-            union = xp.any(union, axis=1, keepdims=True)
-        elif self.union_over == "kv_head":
-            union = any_in_group(union, inputs.context.kv_heads)
-        return Selection(union, inputs.tokens)
+            return Selection(xp.any(own, axis=(1, 2), keepdims=True), inputs.tokens)
+        return united(own, inputs.context.kv_heads, self.union_over)
+
+    def ranking(self, inputs: PassInputs[MemoryT], **rows: Any) -> RankedPass | None:
+        """Return the rule that `ranked_pages` follows, where it can be said as one; else None.
+
+        Parameters
+        ----------
+        inputs : PassInputs
+            The pass.
+        **rows
+            Rule of the active rows, as `RankedPass` takes it.
+        """
+        if self.newest or self.group_scores != "query_head" or self.reads_everything(inputs) is not False:
+            return None
+        union = "row" if self.pages == "own" else self.union_over
+        if union == "layer":
+            return None
+        context = inputs.context
+        budget = min(self.budget, context.pages * context.page_size)
+        bought = _bought(context, budget, self.page_count, self.min_pages)
+        return RankedPass(budget, bought, union, **rows)
 
     def _own_pages(self, inputs: PassInputs[MemoryT], active: Array) -> Array:
         """Choose for every row and ranking head, bool ``(batch, heads, tokens, pages)``."""

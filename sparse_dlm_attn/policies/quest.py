@@ -8,6 +8,7 @@ from typing import ClassVar
 from sparse_dlm_attn.arrays import Array
 from sparse_dlm_attn.policies.page_choice import BoundRanking
 from sparse_dlm_attn.policy import PassInputs
+from sparse_dlm_attn.ranked import RankedPass
 from sparse_dlm_attn.selection import Selection
 
 __all__ = ["Quest"]
@@ -47,3 +48,7 @@ class Quest(BoundRanking[None]):
         return inputs.dense_where(
             self.reads_everything(inputs), lambda: self.ranked_pages(inputs, active)
         )
+
+    def ranked_pass(self, inputs: PassInputs[None]) -> RankedPass | None:
+        """Say the same as a rule: all rows are active."""
+        return self.ranking(inputs)

@@ -9,10 +9,12 @@ torch = pytest.importorskip("torch", reason="the PyTorch backend needs PyTorch")
 from sparse_dlm_attn import (  # noqa: E402
     Context,
     InvalidArgumentError,
+    InvalidTypeError,
     PassInfo,
     PrefixAttention,
     Selection,
     UnavailableError,
+    UnknownNameError,
     UnsupportedError,
     get_backend,
 )
@@ -76,3 +78,57 @@ def test_a_block_of_passes_runs_and_reads_less_than_everything(policy: str) -> N
         rows[0] = rows[0] + 0.1 * torch.randn_like(rows[0])
         assert out.isfinite().all()
     assert float(memory.traffic.density[0]) < 1.0
+
+
+@pytest.mark.clause("REGISTRY-1")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.parametrize("spec", ["torch:device=cuda", "torch:device=cuda:1,attention=masked"])
+def test_a_gpu_that_is_not_there_is_named_with_the_remedy(spec: str) -> None:
+    with pytest.raises(UnavailableError, match=r"on device 'cuda(:1)?'.*or use device='cpu'"):
+        get_backend(spec)
+
+
+@pytest.mark.clause("CAPS-1")
+def test_tensors_of_a_processor_are_not_moved_to_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(InvalidArgumentError, match="must name one of 2 GPUs, from cuda:0; got 'cuda:2'"):
+        get_backend("torch", device="cuda:2")
+    with pytest.raises(UnsupportedError, match="attention='flex' or 'masked' there"):
+        get_backend("torch", device="cuda", attention="gather")
+    rows, context = problem()
+    backend = get_backend("torch", device="cuda")
+    remedy = "move the tensors to 'cuda' or make the backend with device='cpu'"
+    with pytest.raises(UnsupportedError, match=remedy):
+        PrefixAttention("dense", backend)(*rows, context)
+    with pytest.raises(InvalidArgumentError, match=r"Move it: tensor\.to\('cuda'\)"):
+        backend.attend_block(*rows)
+
+
+@pytest.mark.clause("ERROR-1")
+def test_mixed_dtypes_and_channels_that_lie_apart_are_refused() -> None:
+    rows, context = problem()
+    attention = PrefixAttention("dense", "torch")
+    with pytest.raises(InvalidArgumentError, match="must have head_dim 32 and dtype bfloat16, as q has"):
+        attention(*(row.bfloat16() for row in rows), context)
+    with pytest.raises(InvalidTypeError, match="k must have dtype float32; got dtype float64"):
+        attention(rows[0], rows[1].double(), rows[2].double(), context)
+    apart = torch.randn(4, 2, 32, 16).transpose(2, 3)
+    with pytest.raises(InvalidArgumentError, match=r"contiguous in its last axis.*Copy it into contiguous"):
+        Context(apart, apart, context.page_table, context.page_lengths)
+
+
+@pytest.mark.clause("REGISTRY-1")
+@pytest.mark.parametrize(
+    ("spec", "error", "message"),
+    [
+        ("torch:devise=cpu", UnknownNameError, "'devise'.*[Dd]id you mean 'device'"),
+        ("torch:device=gpu", InvalidArgumentError, "device must be 'cpu', 'cuda' or 'cuda:<number>'"),
+        ("torch:attention=fast", InvalidArgumentError, "attention must be one of auto, gather, masked, flex"),
+        ("torch:dense=sdpa", InvalidArgumentError, "dense must be one of auto, matmul, flash"),
+        ("torch:device=cpu,device=cpu", InvalidArgumentError, "must give each parameter once"),
+    ],
+)
+def test_options_in_a_name_are_checked(spec: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        get_backend(spec)

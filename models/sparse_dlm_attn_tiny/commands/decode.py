@@ -32,6 +32,7 @@ def decode(
     policy: options.Policies = None,
     budget: options.Budget = options.DEFAULT_BUDGET,
     backend: options.BackendName = "reference",
+    device: options.Device = None,
     block_length: options.BlockLength = 16,
     steps: options.Steps = None,
     threshold: options.Threshold = None,
@@ -56,6 +57,7 @@ def decode(
         raise InvalidArgumentError(
             "--policy", "must be given once with --full-sequence", ", ".join(policy),
         )
+    backend = options.placed(backend, device)
     settings = options.check_settings(block_length, steps, threshold, page_size, max_blocks)
     choices = choose_policies(policy or (), budget, page_size)
     model = options.load_model(backend, weights, settings)

@@ -49,6 +49,7 @@ def evaluate(
         ),
     ] = None,
     backend: options.BackendName = "reference",
+    device: options.Device = None,
     block_length: options.BlockLength = 16,
     steps: options.Steps = None,
     threshold: options.Threshold = None,
@@ -80,6 +81,7 @@ def evaluate(
     from sparse_dlm_attn_tiny.evaluate import Evaluation, choices_of, scores_of
     from sparse_dlm_attn_tiny.retrieval import TASKS
 
+    backend = options.placed(backend, device)
     _check_range("--prompts", prompts, MOST_PROMPTS)
     _check_range("--workers", workers, MOST_WORKERS)
     if table is not None:

@@ -47,7 +47,14 @@ Budget = Annotated[
     int, typer.Option(help="Context tokens a row may read, for every policy that does not set its own.")
 ]
 BackendName = Annotated[
-    str, typer.Option(help="Backend that computes; `sparse-dlm-attn backends` lists them.")
+    str,
+    typer.Option(help="Backend that computes; `sparse-dlm-attn backends` lists them.",
+                 metavar="NAME[:key=value,...]"),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(help="Where the backend computes, e.g. cuda; the same as --backend NAME:device=...",
+                 show_default="the backend's own"),
 ]
 BlockLength = Annotated[int, typer.Option(help="Tokens denoised together: 8, 16 or 32.")]
 Steps = Annotated[int | None, typer.Option(help="Denoising passes of a block.", show_default="8")]
@@ -130,6 +137,19 @@ def pick_prompt(
         prompts.DEFAULT_SEED if seed is None else seed,
         block_length=block_length,
     )
+
+
+def placed(backend: str, device: str | None) -> str:
+    """Return the backend's specification with the device that was asked for beside it.
+
+    Parameters
+    ----------
+    backend : str
+        ``"name"`` or ``"name:key=value,..."``.
+    device : str or None
+        What ``--device`` gave.
+    """
+    return backend if device is None else f"{backend}{',' if '=' in backend else ':'}device={device}"
 
 
 def load_model(backend: str, weights: Path | None, settings: DecodeSettings) -> Any:

@@ -34,6 +34,7 @@ def show(
     policy: options.Policies = None,
     budget: options.Budget = options.DEFAULT_BUDGET,
     backend: options.BackendName = "reference",
+    device: options.Device = None,
     block_length: options.BlockLength = 16,
     steps: options.Steps = None,
     threshold: options.Threshold = None,
@@ -53,6 +54,7 @@ def show(
     from sparse_dlm_attn_tiny.policy_choice import choose_policies
 
     check_count("--block", block)
+    backend = options.placed(backend, device)
     settings = options.check_settings(block_length, steps, threshold, page_size, block + 1)
     choices = choose_policies(policy or SHOWN_POLICIES, budget, page_size, baseline=False)
     picture = out if out is not None or as_text else DEFAULT_PICTURE

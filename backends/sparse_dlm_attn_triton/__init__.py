@@ -1,0 +1,261 @@
+"""The Triton backend: a pass in four launches that read what the policy selected, where it lies.
+
+Kernels are in `decisions` (bounds, scores, active rows, pages) and `attention` (splits, finish); `launch`
+sizes them. See docs/backends/triton.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from sparse_dlm_attn import (
+    AttentionState,
+    Backend,
+    Capabilities,
+    Context,
+    InvalidArgumentError,
+    InvalidTypeError,
+    PageBounds,
+    RankedPass,
+    RankedResult,
+    Selection,
+    UnavailableError,
+    UnsupportedError,
+)
+from sparse_dlm_attn.checks import (
+    check_attend_block,
+    check_attend_pages,
+    check_cached,
+    check_context,
+    check_library,
+    check_page_scores,
+    check_top_pages,
+)
+from sparse_dlm_attn.ranked import check_ranked_pass
+from sparse_dlm_attn.values import softmax_scale
+
+try:
+    import torch
+    import triton
+except ImportError as error:
+    raise UnavailableError(
+        "backend 'triton'", [str(error)], "Install it: pip install 'sparse_dlm_attn[triton]'."
+    ) from error
+
+from sparse_dlm_attn_triton import launch, ops
+
+__all__ = ["TritonBackend"]
+
+OLDEST = {"PyTorch": (torch.__version__, (2, 5)), "Triton": (triton.__version__, (3, 3))}
+DTYPES = ("bfloat16", "float16", "float32")
+OTHERS = ("int8", "int32", "int64", "bool", "float64")
+MOST = 256
+"""Largest head size and page size, in channels and tokens."""
+LONGEST_BLOCK = 128
+
+
+class TritonBackend(Backend):
+    """The operators on ``torch.Tensor``, fused for blocks of up to 128 rows.
+
+    Parameters
+    ----------
+    device : str, optional
+        "cuda" (any NVIDIA GPU) or "cuda:1" (that one). Under Triton's interpreter (the environment variable
+        ``TRITON_INTERPRET=1``, set before Triton is imported) it is "cpu". Default: whichever of them it is.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If it is no such device.
+    UnavailableError
+        If PyTorch or Triton is too old, or there is no GPU.
+    """
+
+    name: ClassVar[str] = "triton"
+
+    def __init__(self, device: str | None = None) -> None:
+        _check_versions()
+        self._device = _check_device("cpu" if launch.INTERPRETED else "cuda") if device is None else (
+            _check_device(device)
+        )
+        self.device = str(self._device)
+
+    def __repr__(self) -> str:
+        return f"TritonBackend(device={self.device!r})"
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Half and single precision; heads and pages up to 256; blocks up to 128 rows."""
+        notes = f"device={self.device}"
+        if launch.INTERPRETED:
+            notes += ", interpreted: bfloat16 products are wrong in Triton's interpreter"
+        return Capabilities(
+            dtypes=DTYPES[1:] if launch.INTERPRETED else DTYPES, devices=(self._device.type,),
+            head_dims=tuple(range(1, MOST + 1)), page_sizes=tuple(range(1, MOST + 1)),
+            max_block_length=LONGEST_BLOCK, deterministic=True, batch_invariant=False, notes=notes + ".",
+        )
+
+    def asarray(self, values: Any, *, dtype: str | None = None) -> torch.Tensor:
+        """Convert host values to tensors (a copy, so that the caller's array stays untouched)."""
+        if dtype is not None and str(dtype) not in (*DTYPES, *OTHERS):
+            raise InvalidTypeError(
+                "dtype", f"must be one of {', '.join(DTYPES)}, an integer dtype or bool", repr(dtype)
+            )
+        kind = getattr(torch, dtype) if dtype is not None else None
+        try:
+            if isinstance(values, torch.Tensor):
+                return values.detach().to(device=self._device, dtype=kind, copy=True)
+            return torch.tensor(values, dtype=kind, device=self._device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InvalidTypeError(
+                "values", f"must be numbers that fit dtype {dtype or 'of their own'}", repr(values)[:80]
+            ) from error
+
+    def page_bounds(self, context: Context) -> PageBounds:
+        check_context(context)
+        self._check("context", context.k_pages)
+        return PageBounds(*ops.page_bounds(context.k_pages, context.page_table, context.page_lengths))
+
+    def page_scores(
+        self, q: torch.Tensor, bounds: PageBounds, *, active: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        check_page_scores(q, bounds, active)
+        self._check("q", q)
+        scores: torch.Tensor = ops.page_scores(q, bounds.lower, bounds.upper)
+        return scores
+
+    def top_pages(
+        self, scores: torch.Tensor, count: int | torch.Tensor, *, eligible: torch.Tensor
+    ) -> torch.Tensor:
+        check_top_pages(scores, count, eligible)
+        self._check("scores", scores, floats=False)
+        exact = scores.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.int8, torch.int16)
+        if not exact or scores.shape[-1] > launch.MOST_RANKED:
+            ranked: torch.Tensor = super().top_pages(scores, count, eligible=eligible)
+            return ranked
+        if not isinstance(count, torch.Tensor):  # any int is legal, but not in every integer dtype
+            most = min(max(int(count), 0), scores.shape[-1])
+            count = torch.full((), most, dtype=torch.int32, device=scores.device)
+        mask: torch.Tensor = ops.top_pages(scores, count.to(scores.device), eligible)
+        return mask
+
+    def attend_pages(
+        self, q: torch.Tensor, context: Context, selection: Selection, active: torch.Tensor, *,
+        scale: float | None = None,
+    ) -> AttentionState:
+        check_attend_pages(q, context, selection, active, scale)
+        self._check("q", q)
+        return AttentionState(
+            *ops.attend_pages(
+                q, *_pages(context), selection.mask, min(selection.span, max(q.shape[2], 1)), active,
+                softmax_scale(q.shape[3], scale),
+            )
+        )
+
+    def attend_block(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None = None
+    ) -> AttentionState:
+        check_attend_block(q, k, v, scale)
+        self._check("q", q)
+        return AttentionState(*ops.attend_block(q, k, v, softmax_scale(q.shape[3], scale)))
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: Context, selection: Selection,
+        active: torch.Tensor, cached: AttentionState | None, *, scale: float | None = None,
+    ) -> tuple[torch.Tensor, AttentionState]:
+        check_attend_pages(q, context, selection, active, scale)
+        check_attend_block(q, k, v, scale)
+        if cached is not None:
+            check_cached(cached, q)
+        self._check("q", q)
+        out, *state = ops.attend(
+            q, k, v, *_pages(context), selection.mask, min(selection.span, max(q.shape[2], 1)), active,
+            softmax_scale(q.shape[3], scale), *_parts(cached),
+        )
+        return out, AttentionState(*state)
+
+    def attend_ranked(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: Context, bounds: PageBounds,
+        ranked_pass: RankedPass, cached: AttentionState | None, *, scale: float | None = None,
+    ) -> RankedResult:
+        check_ranked_pass(q, k, v, context, bounds, ranked_pass, cached, scale)
+        self._check("q", q)
+        rule = ranked_pass
+        if context.pages > launch.MOST_RANKED or 0 in (context.pages, *q.shape):
+            return super().attend_ranked(q, k, v, context, bounds, rule, cached, scale=scale)
+        out, state_out, state_lse, active, mask, kept = ops.attend_ranked(
+            q, k, v, *_pages(context), bounds.lower, bounds.upper, rule.reference, rule.count, rule.mass,
+            rule.budget, rule.pages, rule.union, rule.keep, softmax_scale(q.shape[3], scale),
+            *_parts(cached),
+        )
+        span = 1 if rule.union == "row" else q.shape[2]
+        return RankedResult(
+            out, AttentionState(state_out, state_lse), active, Selection(mask, span),
+            None if rule.keep == "nothing" else kept,
+        )
+
+    def _check(self, name: str, tensor: torch.Tensor, *, floats: bool = True) -> None:
+        """Raise unless a tensor is PyTorch's, lies on this backend's device and has a dtype it computes."""
+        check_library(name, tensor, torch.Tensor, "triton")
+        place = tensor.device
+        if place.type != self._device.type or self._device.index not in (None, place.index):
+            raise InvalidArgumentError(
+                name, f"must be on device {self.device!r}, as this backend is", f"one on {place}",
+                f"Move it: tensor.to({self.device!r}).",
+            )
+        if floats and tensor.dtype == torch.float64:
+            raise UnsupportedError("triton", ["dtype float64 is not one of " + ", ".join(DTYPES)])
+        if floats and tensor.shape[-1] > MOST:
+            raise UnsupportedError("triton", [f"head_dim {tensor.shape[-1]} exceeds {MOST}"])
+
+
+def _pages(context: Context) -> tuple[torch.Tensor, ...]:
+    return context.k_pages, context.v_pages, context.page_table, context.page_lengths
+
+
+def _parts(state: AttentionState | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    return (None, None) if state is None else (state.out, state.lse)
+
+
+def _check_versions() -> None:
+    """Raise `UnavailableError` if PyTorch or Triton is too old."""
+    for library, (version, oldest) in OLDEST.items():
+        found = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
+        if found < oldest:
+            raise UnavailableError(
+                "backend 'triton'", [f"{library} {version} is older than {'.'.join(map(str, oldest))}"],
+                f"Upgrade it: pip install -U {library.lower().replace('py', '')}.",
+            )
+
+
+def _check_device(device: object) -> torch.device:
+    """Return the device, if Triton can compute on it here."""
+    rule = "must be 'cuda' or 'cuda:<number>', or 'cpu' under TRITON_INTERPRET=1"
+    try:
+        chosen = torch.device(device)  # type: ignore[call-overload]
+    except (RuntimeError, TypeError) as error:
+        raise InvalidArgumentError("device", rule, repr(device)) from error
+    if launch.INTERPRETED:
+        if chosen.type != "cpu":
+            raise InvalidArgumentError(
+                "device", "must be 'cpu' while TRITON_INTERPRET=1 is set", repr(device),
+                "Unset the variable to run on a GPU.",
+            )
+        return torch.device("cpu")
+    if chosen.type == "cpu":
+        raise UnavailableError(
+            "backend 'triton' on device 'cpu'", ["Triton compiles for GPUs"],
+            "Set TRITON_INTERPRET=1 before Python starts, to try it slowly, or use backend 'torch'.",
+        )
+    if chosen.type != "cuda":
+        raise InvalidArgumentError("device", rule, repr(device))
+    if not torch.cuda.is_available():
+        raise UnavailableError(
+            f"backend 'triton' on device {str(device)!r}", ["no usable GPU was found"],
+            "Check the driver with nvidia-smi, or use backend 'torch' or 'reference'.",
+        )
+    if chosen.index is not None and chosen.index >= torch.cuda.device_count():
+        raise InvalidArgumentError(
+            "device", f"must name one of {torch.cuda.device_count()} GPUs, from cuda:0", repr(device)
+        )
+    return chosen

@@ -1,0 +1,230 @@
+"""Kernels of decisions: page bounds, page scores, changed rows, best pages.
+
+Data flow of a ranked pass, each arrow one launch (docs/backends/triton.md has the sizes)::
+
+    q, q_reference, bounds -> [scores] -> [select] -> active rows, pages -> attention.py
+
+`scores` multiplies all rows of a block, active or not: they fit into the same tile of the tensor cores, and
+which of them are active is known only when the changes of all heads are.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+__all__ = ["bounds_kernel", "scores_kernel", "select_kernel", "top_kernel"]
+
+
+@triton.jit
+def bounds_kernel(
+    k_pages, page_table, page_lengths, lower, upper,
+    stride_page, stride_head, stride_token, kv_heads, pages,
+    PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program a page and KV head: minimum and maximum of its valid keys, NaN if one of them is."""
+    page, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    length = tl.load(page_lengths + sequence * pages + page)
+    physical = tl.load(page_table + sequence * pages + page, mask=length > 0, other=0).to(tl.int64)
+    channel = tl.arange(0, BLOCK_D)
+    start = k_pages + physical * stride_page + head.to(tl.int64) * stride_head
+    smallest = tl.full((BLOCK_D,), float("inf"), tl.float32)
+    largest = tl.full((BLOCK_D,), float("-inf"), tl.float32)
+    nan = tl.zeros((BLOCK_D,), tl.int32)
+    for first in range(0, PAGE_SIZE, BLOCK_T):
+        slot = first + tl.arange(0, BLOCK_T)
+        valid = (slot < length)[:, None] & (channel < HEAD_DIM)[None, :]
+        where = start + slot[:, None].to(tl.int64) * stride_token + channel[None, :]
+        keys = tl.load(where, mask=valid, other=0.0).to(tl.float32)
+        nan |= tl.max((keys != keys).to(tl.int32), axis=0)
+        smallest = tl.minimum(smallest, tl.min(tl.where(valid, keys, float("inf")), axis=0))
+        largest = tl.maximum(largest, tl.max(tl.where(valid, keys, float("-inf")), axis=0))
+    smallest = tl.where(length > 0, tl.where(nan > 0, float("nan"), smallest), 0.0)
+    largest = tl.where(length > 0, tl.where(nan > 0, float("nan"), largest), 0.0)
+    at = ((sequence * kv_heads + head).to(tl.int64) * pages + page) * HEAD_DIM + channel
+    tl.store(lower + at, smallest.to(lower.dtype.element_ty), mask=channel < HEAD_DIM)
+    tl.store(upper + at, largest.to(upper.dtype.element_ty), mask=channel < HEAD_DIM)
+
+
+@triton.jit
+def scores_kernel(
+    q, lower, upper, reference, scores, changes, union,
+    stride_qb, stride_qh, stride_qt, stride_lb, stride_lh, stride_lp, stride_ub, stride_uh, stride_up,
+    stride_rb, stride_rh, stride_rt, kv_heads, pages, unions,
+    TOKENS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, TILES: tl.constexpr,
+    CHANGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program a tile of pages, a tile of rows and a KV head: ``relu(q) . upper + min(q, 0) . lower``.
+
+    Beside the scores, for the pass that `select_kernel` decides: programs behind the last tile of pages sum
+    the squared changes of their rows, and the others empty their part of the union.
+    """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    tile, part, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    sequence, head = (pair // kv_heads).to(tl.int64), pair % kv_heads
+    row = part * BLOCK_M + tl.arange(0, BLOCK_M)  # all query heads of the group, one after the other
+    of_group, token = row // TOKENS, row % TOKENS
+    exists = row < GROUP * TOKENS
+    channel = tl.arange(0, BLOCK_D)
+    there = exists[:, None] & (channel < HEAD_DIM)[None, :]
+    from_q = q + sequence * stride_qb + head * GROUP * stride_qh
+    from_q += of_group[:, None] * stride_qh + token[:, None] * stride_qt
+    queries = tl.load(from_q + channel[None, :], mask=there, other=0.0)
+    of_row = pair * (GROUP * TOKENS) + row
+    if tile == TILES:
+        from_old = reference + sequence * stride_rb + head * GROUP * stride_rh
+        from_old += of_group[:, None] * stride_rh + token[:, None] * stride_rt
+        before = tl.load(from_old + channel[None, :], mask=there, other=0.0)
+        moved = queries.to(tl.float32) - before.to(tl.float32)
+        tl.store(changes + of_row, tl.sum(moved * moved, axis=1), mask=exists)
+        return
+    page = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    stored = (page < pages)[:, None] & (channel < HEAD_DIM)[None, :]
+    from_lower = lower + sequence * stride_lb + head * stride_lh + page[:, None] * stride_lp
+    low = tl.load(from_lower + channel[None, :], mask=stored, other=0.0)
+    from_upper = upper + sequence * stride_ub + head * stride_uh + page[:, None] * stride_up
+    high = tl.load(from_upper + channel[None, :], mask=stored, other=0.0)
+    # Written so that a NaN query is in both parts: a maximum with 0 might hide it.
+    nothing = tl.zeros_like(queries)
+    positive = tl.where(queries < nothing, nothing, queries)
+    negative = tl.where(queries > nothing, nothing, queries)
+    best = tl.dot(positive, tl.trans(high), input_precision=PRECISION)
+    best = tl.dot(negative, tl.trans(low), acc=best, input_precision=PRECISION)
+    into = scores + of_row.to(tl.int64)[:, None] * pages + page[None, :]
+    tl.store(into, best, mask=exists[:, None] & (page < pages)[None, :])
+    if CHANGES:
+        if part == 0:  # the union has one row for a KV head, a query head or a query row
+            rows_each = unions // kv_heads
+            for i in range(rows_each):
+                at_union = union + (sequence * unions + head * rows_each + i) * pages + page
+                tl.store(at_union, tl.zeros((BLOCK_P,), tl.int8), mask=page < pages)
+
+
+@triton.jit
+def _ordered(scores):
+    """Return int32 keys in the order of float32 scores: both zeros are one, NaN ranks as +inf."""
+    scores = tl.where(scores != scores, float("inf"), tl.where(scores == 0, 0.0, scores))
+    bits = scores.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _best(keys, eligible, wanted):
+    """Return the mask of the ``wanted`` largest eligible keys, the lowest index first among equals.
+
+    A search for the cut: at least ``wanted`` keys reach ``low``, fewer reach ``high``. Each turn counts above
+    two values between them, in one sum. It ends early where exactly ``wanted`` keys reach one of them, which
+    is the rule unless scores tie.
+    """
+    low = tl.min(tl.where(eligible, keys, 0x7FFFFFFE), axis=0)
+    high = tl.max(tl.where(eligible, keys, -0x7FFFFFFF), axis=0) + 1
+    while low + 1 < high:
+        width = high.to(tl.int64) - low
+        third = tl.maximum((width * 0x5555) >> 16, 1)
+        first = (low + third).to(tl.int32)
+        second = tl.maximum(low + 2 * third, first).to(tl.int32)
+        reach = tl.where(keys >= first, 1, 0) + tl.where(keys >= second, 0x10000, 0)
+        counts = tl.sum(tl.where(eligible, reach, 0), axis=0)
+        one, two = counts & 0xFFFF, counts >> 16
+        # Which of the three parts holds the cut; a part of width 1 if a value is the cut itself.
+        low, high = (
+            tl.where(two > wanted, second, tl.where(two == wanted, second - 1,
+                     tl.where(one > wanted, first, tl.where(one == wanted, first - 1, low)))),
+            tl.where(two > wanted, high, tl.where(two == wanted, second,
+                     tl.where(one > wanted, second, first))),
+        )  # fmt: skip
+    above, equal = eligible & (keys >= high), eligible & (keys == low)
+    room = wanted - tl.sum(above.to(tl.int32), axis=0)
+    if room > 0:  # some that tie with the last one taken are left out
+        above = above | (equal & (tl.cumsum(equal.to(tl.int32), axis=0) <= room))
+    return above
+
+
+@triton.jit
+def top_kernel(
+    scores, counts, eligible, chosen, pages, stride_count,
+    BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """One program a row of scores: its ``count`` best eligible pages (clauses TOP-1 to TOP-4)."""
+    row = tl.program_id(0).to(tl.int64)
+    page = tl.arange(0, BLOCK_P)
+    inside = page < pages
+    allowed = inside & (tl.load(eligible + row * pages + page, mask=inside, other=0) != 0)
+    keys = _ordered(tl.load(scores + row * pages + page, mask=inside, other=0.0).to(tl.float32))
+    count = tl.load(counts + row * stride_count)
+    wanted = tl.minimum(tl.maximum(count, 0), tl.sum(allowed.to(tl.int32), axis=0))
+    tl.store(chosen + row * pages + page, _best(keys, allowed, wanted).to(tl.int8), mask=inside)
+
+
+@triton.jit
+def _changed(
+    changes, sequence, q_heads, tokens, numbers, count, mass,
+    BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr, BY_MASS: tl.constexpr,
+):  # fmt: skip
+    """Return which rows changed most, bool ``(BLOCK_T,)`` (clauses CHANGE-2 and CHANGE-3)."""
+    head, token = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_T)
+    inside = token < tokens
+    at = changes + (sequence * q_heads + head)[:, None] * tokens + token[None, :]
+    squares = tl.load(at, mask=(head < q_heads)[:, None] & inside[None, :], other=0.0)
+    change = tl.div_rn(tl.sum(squares, axis=0), numbers.to(tl.float32))  # the mean, rounded once
+    nan = change != change
+    change = tl.where(nan, float("inf"), change)
+    # change of row t as a column and as a row: rank[t] rows come before row t
+    column = tl.sum(tl.where(token[:, None] == token[None, :], change[None, :], 0.0), axis=1)
+    before = (change[None, :] > column[:, None]) | (
+        (change[None, :] == column[:, None]) & (token[None, :] < token[:, None])
+    )
+    before = before & inside[None, :]
+    if BY_MASS:
+        amounts = tl.where(inside, change, 0.0).to(tl.float64)
+        total = tl.sum(amounts, axis=0)
+        reached = tl.sum(tl.where(before, amounts[None, :], 0.0), axis=1)
+        limit = tl.load(mass) * total
+        enough = (reached < limit) | (tl.max(nan.to(tl.int32), axis=0) > 0)
+        return inside & enough
+    return inside & (tl.sum(before.to(tl.int32), axis=1) < count)
+
+
+@triton.jit
+def select_kernel(
+    scores, changes, page_lengths, active, union,
+    q_heads, pages, unions, numbers, count, mass, budget, bought,
+    TOKENS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BY_MASS: tl.constexpr,
+    ALL_ROWS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program an active row and query head: which pages does it want.
+
+    Every program finds the active rows for itself, from a few hundred numbers, and takes one of them. A page
+    wanted is written as 1 into the union, which `scores_kernel` has emptied: programs that write the same 1
+    need no order.
+    """
+    number, query_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    page = tl.arange(0, BLOCK_P)
+    length = tl.load(page_lengths + sequence * pages + page, mask=page < pages, other=0)
+    there = length > 0
+    existing = tl.sum(there.to(tl.int32), axis=0)
+    # A context that fits into the budget is read whole.
+    wanted = tl.where(tl.sum(length, axis=0) <= budget, existing, tl.minimum(bought, existing))
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    token = tl.arange(0, BLOCK_T)
+    if ALL_ROWS:
+        rows = token < TOKENS
+    else:
+        rows = _changed(changes, sequence, q_heads, TOKENS, numbers, count, mass, BLOCK_H, BLOCK_T, BY_MASS)
+    if (query_head == 0) & (number == 0):
+        tl.store(active + sequence * TOKENS + token, rows.to(tl.int8), mask=token < TOKENS)
+    mine = rows & (tl.cumsum(rows.to(tl.int32), axis=0) - 1 == number)
+    row = tl.max(tl.where(mine, token, -1), axis=0)
+    if row >= 0:
+        of_scores = (sequence * q_heads + query_head) * TOKENS + row
+        keys = _ordered(tl.load(scores + of_scores * pages + page, mask=page < pages, other=0.0))
+        best = _best(keys, there, wanted)
+        # unions is kv_heads, q_heads or q_heads * tokens rows
+        of_row = (query_head * TOKENS + row) * unions // (q_heads * TOKENS)
+        tl.store(union + (sequence * unions + of_row) * pages + page, (best * 0 + 1).to(tl.int8), mask=best)

@@ -1,0 +1,271 @@
+"""The operators as custom operators of PyTorch, on plain tensors: ``torch.ops.sparse_dlm_attn_triton.*``.
+
+Each is opaque to `torch.compile` and has a fake implementation, which tells shapes without computing.
+`TritonBackend` checks arguments and calls these. They have no derivative: they serve inference.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sparse_dlm_attn_triton import launch
+
+__all__ = ["attend", "attend_block", "attend_pages", "attend_ranked", "page_bounds", "page_scores", "top_pages"]
+
+Tensor = torch.Tensor
+KEEP = {"nothing": 0, "queries": 1, "active_queries": 2}
+CONTEXT = "Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor page_lengths"
+CHOSEN = "Tensor mask, SymInt span, Tensor active"
+CACHED = "Tensor? cached_out, Tensor? cached_lse"
+
+
+def _cached(out: Tensor | None, lse: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    return None if out is None or lse is None else (out, lse)
+
+
+@torch.library.custom_op(
+    "sparse_dlm_attn_triton::page_bounds", mutates_args=(),
+    schema="(Tensor k_pages, Tensor page_table, Tensor page_lengths) -> (Tensor, Tensor)",
+)
+def page_bounds(k_pages: Tensor, page_table: Tensor, page_lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Return minimum and maximum of each page's valid keys (clause BOUNDS-1).
+
+    Parameters
+    ----------
+    k_pages : torch.Tensor
+        ``(num_pages, kv_heads, page_size, head_dim)``.
+    page_table, page_lengths : torch.Tensor
+        int32 ``(batch, pages)``.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        ``(batch, kv_heads, pages, head_dim)`` each.
+    """
+    return launch.page_bounds(k_pages, page_table, page_lengths)
+
+
+@torch.library.custom_op(
+    "sparse_dlm_attn_triton::page_scores", mutates_args=(),
+    schema="(Tensor q, Tensor lower, Tensor upper) -> Tensor",
+)
+def page_scores(q: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    """Return the largest q.k that a page's box allows (clause SCORES-1).
+
+    Parameters
+    ----------
+    q : torch.Tensor
+        ``(batch, q_heads, tokens, head_dim)``.
+    lower, upper : torch.Tensor
+        As from `page_bounds`.
+
+    Returns
+    -------
+    torch.Tensor
+        float32 ``(batch, q_heads, tokens, pages)``.
+    """
+    return launch.page_scores(q, lower, upper)
+
+
+@torch.library.custom_op(
+    "sparse_dlm_attn_triton::top_pages", mutates_args=(),
+    schema="(Tensor scores, Tensor count, Tensor eligible) -> Tensor",
+)
+def top_pages(scores: Tensor, count: Tensor, eligible: Tensor) -> Tensor:
+    """Return the mask of the ``count`` best eligible pages (clause TOP-1).
+
+    Parameters
+    ----------
+    scores : torch.Tensor
+        ``(..., pages)``, at most `launch.MOST_RANKED` pages.
+    count : torch.Tensor
+        Integers that broadcast to ``(...)``.
+    eligible : torch.Tensor
+        bool, broadcasts to the shape of ``scores``.
+
+    Returns
+    -------
+    torch.Tensor
+        bool, like ``scores``.
+    """
+    return launch.top_pages(scores, count, eligible)
+
+
+@torch.library.custom_op(
+    "sparse_dlm_attn_triton::attend_pages", mutates_args=(),
+    schema=f"(Tensor q, {CONTEXT}, {CHOSEN}, float scale) -> (Tensor, Tensor)",
+)
+def attend_pages(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, page_lengths: Tensor, mask: Tensor,
+    span: int, active: Tensor, scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Attend to selected pages (clause ATTEND-1).
+
+    Parameters
+    ----------
+    q : torch.Tensor
+        ``(batch, q_heads, tokens, head_dim)``.
+    k_pages, v_pages, page_table, page_lengths
+        The context, see `page_bounds`.
+    mask : torch.Tensor
+        bool ``(batch, 1 or kv_heads or q_heads, spans, pages)``.
+    span : int
+        Rows that share a selection.
+    active : torch.Tensor
+        bool ``(batch, tokens)``.
+    scale : float
+        Factor on q.k.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        ``out`` like ``q`` and float32 ``lse`` ``(batch, q_heads, tokens)``.
+    """
+    part = launch.Part(k_pages, v_pages, page_table, page_lengths, mask, span, active, q.shape[2])
+    return launch.attend(q, None, part, None, scale)[1:3]
+
+
+@torch.library.custom_op(
+    "sparse_dlm_attn_triton::attend_block", mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)",
+)
+def attend_block(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attend within the block (clause BLOCK-1).
+
+    Parameters
+    ----------
+    q : torch.Tensor
+        ``(batch, q_heads, tokens, head_dim)``.
+    k, v : torch.Tensor
+        ``(batch, kv_heads, keys, head_dim)``.
+    scale : float
+        Factor on q.k.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        ``out`` like ``q`` and float32 ``lse`` ``(batch, q_heads, tokens)``.
+    """
+    return launch.attend(q, (k, v), None, None, scale)[1:3]
+
+
+@torch.library.custom_op(
+    "sparse_dlm_attn_triton::attend", mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, {CONTEXT}, {CHOSEN}, float scale, {CACHED}) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor,
+    page_lengths: Tensor, mask: Tensor, span: int, active: Tensor, scale: float, cached_out: Tensor | None,
+    cached_lse: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run a whole pass (clause ATTEND-4); parameters as those of `attend_pages` and `attend_block`.
+
+    Parameters
+    ----------
+    q, k, v, k_pages, v_pages, page_table, page_lengths, mask, span, active, scale
+        See there.
+    cached_out, cached_lse : torch.Tensor or None
+        Context part of inactive rows; None counts as the empty set.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        The output, and ``out`` and ``lse`` of the context part.
+    """
+    part = launch.Part(k_pages, v_pages, page_table, page_lengths, mask, span, active, q.shape[2])
+    return launch.attend(q, (k, v), part, _cached(cached_out, cached_lse), scale)[:3]
+
+
+@torch.library.custom_op(
+    "sparse_dlm_attn_triton::attend_ranked", mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, {CONTEXT}, Tensor lower, Tensor upper, Tensor? reference, "
+    f"SymInt? count, float? mass, SymInt budget, SymInt pages, str union, str keep, float scale, {CACHED}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def attend_ranked(
+    q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor,
+    page_lengths: Tensor, lower: Tensor, upper: Tensor, reference: Tensor | None, count: int | None,
+    mass: float | None, budget: int, pages: int, union: str, keep: str, scale: float,
+    cached_out: Tensor | None, cached_lse: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Decide and run a whole pass by a rule (clause RANKED-1).
+
+    Parameters
+    ----------
+    q, k, v, k_pages, v_pages, page_table, page_lengths, scale, cached_out, cached_lse
+        As for `attend`.
+    lower, upper : torch.Tensor
+        As from `page_bounds`.
+    reference, count, mass, budget, pages, union, keep
+        The rule, see `sparse_dlm_attn.RankedPass`.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        Output, ``out`` and ``lse`` of the context part, active rows bool ``(batch, tokens)``, pages bool
+        ``(batch, kv_heads or q_heads, 1 or tokens, pages)``, kept queries (empty if nothing is kept).
+    """
+    active, mask = launch.rank(
+        q, (lower, upper), page_lengths, reference, count, mass, budget, pages, union
+    )
+    tokens = q.shape[2]
+    most = tokens if reference is None or count is None else min(count, tokens)
+    span = 1 if union == "row" else max(tokens, 1)
+    part = launch.Part(k_pages, v_pages, page_table, page_lengths, mask, span, active, most)
+    kind = "queries" if keep == "active_queries" and reference is None else keep
+    out, *state, kept = launch.attend(
+        q, (k, v), part, _cached(cached_out, cached_lse), scale, KEEP[kind], reference
+    )
+    return out, state[0], state[1], active, mask, kept
+
+
+def _state_like(q: Tensor) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@page_bounds.register_fake
+def _(k_pages: Tensor, page_table: Tensor, page_lengths: Tensor) -> tuple[Tensor, Tensor]:
+    (batch, pages), (_, kv_heads, _, head_dim) = page_table.shape, k_pages.shape
+    shape = (batch, kv_heads, pages, head_dim)
+    return k_pages.new_empty(shape), k_pages.new_empty(shape)
+
+
+@page_scores.register_fake
+def _(q: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    return q.new_empty((*q.shape[:3], lower.shape[2]), dtype=torch.float32)
+
+
+@top_pages.register_fake
+def _(scores: Tensor, count: Tensor, eligible: Tensor) -> Tensor:
+    return scores.new_empty(scores.shape, dtype=torch.bool)
+
+
+@attend_pages.register_fake
+def _(q: Tensor, *others: object) -> tuple[Tensor, Tensor]:
+    return _state_like(q)
+
+
+@attend_block.register_fake
+def _(q: Tensor, *others: object) -> tuple[Tensor, Tensor]:
+    return _state_like(q)
+
+
+@attend.register_fake
+def _(q: Tensor, *others: object) -> tuple[Tensor, Tensor, Tensor]:
+    return (q.new_empty(q.shape), *_state_like(q))
+
+
+@attend_ranked.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor,
+    page_lengths: Tensor, lower: Tensor, upper: Tensor, reference: Tensor | None, count: int | None,
+    mass: float | None, budget: int, pages: int, union: str, keep: str, *others: object,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (batch, q_heads, tokens, _), width = q.shape, page_table.shape[1]
+    heads, spans = (lower.shape[1] if union == "kv_head" else q_heads), (tokens if union == "row" else 1)
+    return (
+        q.new_empty(q.shape), *_state_like(q), q.new_empty((batch, tokens), dtype=torch.bool),
+        q.new_empty((batch, heads, spans, width), dtype=torch.bool),
+        q.new_empty(0 if keep == "nothing" else q.shape),
+    )

@@ -1,0 +1,194 @@
+"""A pass whose decisions are a rule, as data: what lets a backend compute it in a few launches.
+
+A policy's methods say what a pass decides, in operators. Where that is the rule of this module, the policy
+may say so (`PrefixAttentionPolicy.ranked_pass`), and a backend may then run the pass as one operator,
+:meth:`sparse_dlm_attn.Backend.attend_ranked`. The operators remain the definition (clause RANKED-1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
+
+from sparse_dlm_attn.arrays import Array, namespace, shape_of
+from sparse_dlm_attn.checks import check_block, check_cached, check_page_scores, check_query_change
+from sparse_dlm_attn.context import Context
+from sparse_dlm_attn.errors import InvalidArgumentError, InvalidTypeError
+from sparse_dlm_attn.operators import check_change_rule
+from sparse_dlm_attn.selection import Selection
+from sparse_dlm_attn.values import AttentionState, PageBounds, check_array, check_int, softmax_scale
+
+if TYPE_CHECKING:
+    from sparse_dlm_attn.backend import Backend
+
+__all__ = ["RankedPass", "RankedResult", "affordable_pages", "check_ranked_pass", "united"]
+
+Union = Literal["kv_head", "query_head", "row"]
+Keep = Literal["nothing", "queries", "active_queries"]
+
+
+@dataclass(frozen=True, eq=False)
+class RankedPass:
+    """Active rows by change of their queries, pages by QUEST bounds, united over rows (clause RANKED-1).
+
+    Parameters
+    ----------
+    budget : int
+        A context of at most this many tokens is read whole.
+    pages : int
+        Best pages of each active row and query head in a longer one.
+    union : {"kv_head", "query_head", "row"}
+        Who shares pages: the active rows of a KV head or of a query head read the union of what they
+        ranked best; ``"row"`` reads its own.
+    reference : array, optional
+        ``(batch, q_heads, tokens, head_dim)``: queries that change is measured against. None: every row
+        is active.
+    count, mass : int or float, optional
+        Rule of the active rows, one of the two where there is a reference; see
+        :meth:`sparse_dlm_attn.Backend.largest_changes`.
+    keep : {"nothing", "queries", "active_queries"}
+        What the result holds for the next pass to measure against: nothing, a copy of the queries, or
+        those of active rows and the reference of the others.
+
+    Raises
+    ------
+    InvalidArgumentError, InvalidTypeError
+        If a number or name is out of range, or the rule does not fit the reference.
+    """
+
+    budget: int
+    pages: int
+    union: Union = "kv_head"
+    reference: Array | None = None
+    count: int | None = None
+    mass: float | None = None
+    keep: Keep = "nothing"
+
+    def __post_init__(self) -> None:
+        check_int("budget", self.budget, 0)
+        check_int("pages", self.pages, 0)
+        for name, choices in (("union", get_args(Union)), ("keep", get_args(Keep))):
+            if getattr(self, name) not in choices:
+                raise InvalidArgumentError(
+                    name, f"must be one of {', '.join(choices)}", repr(getattr(self, name))
+                )
+        if self.reference is not None:
+            check_change_rule(self.count, self.mass)
+        elif (self.count, self.mass) != (None, None) or self.keep == "active_queries":
+            raise InvalidArgumentError(
+                "reference", "must be given with count, mass or keep='active_queries'", "None"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class RankedResult:
+    """What `attend_ranked` returns.
+
+    Parameters
+    ----------
+    out : array
+        ``(batch, q_heads, tokens, head_dim)``.
+    state : AttentionState
+        Context part, to be cached for the next pass.
+    active : array
+        bool ``(batch, tokens)``.
+    selection : Selection
+        Pages that active rows read.
+    kept : array or None
+        Queries for the next pass to measure change against.
+    """
+
+    out: Array
+    state: AttentionState
+    active: Array
+    selection: Selection
+    kept: Array | None
+
+
+def check_ranked_pass(
+    q: Array, k: Array, v: Array, context: Context, bounds: PageBounds, ranked: RankedPass,
+    cached: AttentionState | None, scale: float | None,
+) -> None:
+    """Check the arguments of `attend_ranked`."""
+    check_block(q, k, v, context)
+    check_page_scores(q, bounds)
+    shape = (context.batch, context.kv_heads, context.pages, context.head_dim)
+    check_array("bounds.lower", bounds.lower, shape)
+    if not isinstance(ranked, RankedPass):
+        raise InvalidTypeError("ranked_pass", "must be a RankedPass", type(ranked).__name__)
+    if ranked.reference is not None:
+        check_query_change(q, ranked.reference)
+    if cached is not None:
+        check_cached(cached, q)
+    softmax_scale(shape_of(q)[3], scale)
+
+
+def affordable_pages(context: Context, budget: int, pages: int) -> Array:
+    """Return the pages that a row may choose in each sequence, int32 ``(batch,)``.
+
+    Parameters
+    ----------
+    context : Context
+        Pages to choose from.
+    budget : int
+        Tokens: a context that fits is read whole.
+    pages : int
+        Pages of a longer one.
+    """
+    xp = namespace(context.page_lengths)
+    tokens = context.tokens
+    return xp.where(
+        tokens <= budget, xp.full_like(tokens, context.pages),
+        xp.full_like(tokens, min(pages, context.pages)),
+    )
+
+
+def united(own: Array, kv_heads: int, union: Union) -> Selection:
+    """Unite the pages of active rows.
+
+    Parameters
+    ----------
+    own : array
+        bool ``(batch, q_heads or kv_heads, tokens, pages)``, nothing for inactive rows.
+    kv_heads : int
+        KV heads.
+    union : {"kv_head", "query_head", "row"}
+        See `RankedPass`.
+    """
+    if union == "row":
+        return Selection(own, 1)
+    xp = namespace(own)
+    batch, heads, tokens, pages = shape_of(own)
+    mask = xp.any(own, axis=2, keepdims=True)
+    if union == "kv_head":
+        mask = xp.any(xp.reshape(mask, (batch, kv_heads, heads // kv_heads, 1, pages)), axis=2)
+    return Selection(mask, max(tokens, 1))
+
+
+def attend_ranked(
+    ops: Backend, q: Array, k: Array, v: Array, context: Context, bounds: PageBounds, ranked: RankedPass,
+    cached: AttentionState | None, scale: float | None,
+) -> RankedResult:
+    """Run a ranked pass operator by operator: the definition of it."""
+    check_ranked_pass(q, k, v, context, bounds, ranked, cached, scale)
+    xp = namespace(q)
+    batch, _, tokens, _ = shape_of(q)
+    if ranked.reference is None:
+        active = xp.ones((batch, tokens), dtype=xp.bool, device=q.device)
+    else:
+        change = ops.query_change(q, ranked.reference)
+        active = ops.largest_changes(change, count=ranked.count, mass=ranked.mass)
+    rows = active[:, None, :, None]
+    scores = ops.page_scores(q, bounds, active=active)
+    own = ops.top_pages(
+        scores, affordable_pages(context, ranked.budget, ranked.pages)[:, None, None],
+        eligible=context.exists[:, None, None, :] & rows,
+    )
+    selection = united(own & rows, context.kv_heads, ranked.union)
+    out, state = ops.attend(q, k, v, context, selection, active, cached, scale=scale)
+    kept = None
+    if ranked.keep == "queries" or (ranked.keep == "active_queries" and ranked.reference is None):
+        kept = xp.asarray(q, copy=True)
+    elif ranked.keep == "active_queries":
+        kept = xp.where(rows, q, ranked.reference)
+    return RankedResult(out, state, active, selection, kept)

@@ -1,0 +1,82 @@
+"""Custom operators keep what they declare, and a layer with a policy compiles as one graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="the PyTorch backend needs PyTorch")
+
+from torch._dynamo.testing import CompileCounter  # noqa: E402
+
+from sparse_dlm_attn import Context, PassInfo  # noqa: E402
+from sparse_dlm_attn_torch import TorchBackend, ops  # noqa: E402
+
+
+def arguments(path: str, dtype: torch.dtype) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    torch.manual_seed(0)
+    q = torch.randn(2, 4, 5, 8, dtype=dtype)
+    k, v = torch.randn(2, 2, 2, 5, 8, dtype=dtype)
+    cache = torch.randn(2, 2, 2, 24, 8, dtype=dtype)
+    context = Context.from_dense(*cache, 4, [24, 11])
+    pages = (context.k_pages, context.v_pages, context.page_table, context.page_lengths)
+    active, lse = torch.tensor([[True, False] * 2 + [True]] * 2), torch.randn(2, 4, 5)
+    chosen = (*pages, torch.rand(2, 2, 3, 6) < 0.5, 2, active, 0.25, path)
+    lower, upper = ops.page_bounds(*(pages[place] for place in (0, 2, 3)))
+    scores = torch.randn(2, 4, 5, 6)
+    return {
+        "attend_pages": (ops.attend_pages, (q, *chosen)),
+        "attend_block": (ops.attend_block, (q, k, v, 0.25, "matmul")),
+        "attend": (ops.attend, (q, k, v, *chosen, "matmul", torch.zeros_like(q), lse)),
+        "attend, nothing cached": (ops.attend, (q, k, v, *chosen, "matmul", None, None)),
+        "page_bounds": (ops.page_bounds, (pages[0], *pages[2:])),
+        "page_scores": (ops.page_scores, (q, lower, upper, active)),
+        "top_pages": (ops.top_pages, (scores, torch.full((), 2), scores > 0)),
+        "pooled_scores": (ops.pooled_scores, (q, pages[0], *pages[2:], 2, 0.25, lse)),
+    }
+
+
+NAMES = tuple(arguments("gather", torch.float32))
+
+
+ATTENDS = ("attend_pages", "attend")
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "dtype"),
+    [(name, "gather", torch.float32) for name in NAMES]
+    + [(name, path, dtype) for name in ATTENDS
+       for path, dtype in (("masked", torch.float32), ("gather", torch.bfloat16))],
+    ids=str,
+)
+def test_custom_operators_keep_what_they_declare(name: str, path: str, dtype: torch.dtype) -> None:
+    operator, given = arguments(path, dtype)[name]
+    torch.library.opcheck(operator, given)
+
+
+@pytest.mark.parametrize(
+    ("policy", "path"),
+    [("losa:budget=32", "gather"), ("losa:budget=32,mass=0.5", "masked"), ("sparsed:warmup=2", "gather")],
+)
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a")  # array-api-compat caches a look-up
+def test_a_layer_compiles_as_one_graph_whatever_the_context_s_length(
+    policy: str, path: str, toy_layer: Callable[..., Any]
+) -> None:
+    torch._dynamo.reset()
+    layer = toy_layer(policy, TorchBackend(attention=path))
+    counter, counts = CompileCounter(), []
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    for pages in (20, 24, 36):
+        cache = torch.randn(2, 2, 2, pages * 8, 16)
+        context = Context.from_dense(*cache, 8, version=pages)
+        memories: list[Any] = [None, None]
+        for index in range(4):
+            x, info = torch.randn(2, 8, 64), PassInfo(index, total_passes=4)
+            out, memories[0] = compiled(x, context, memories[0], info)
+            wanted, memories[1] = layer(x, context, memories[1], info)
+            torch.testing.assert_close(out, wanted)
+        counts.append(counter.frame_count)
+    assert counts[0] <= 3  # without memory, with memory, and with any number of passes
+    assert counts[1] == counts[2] <= 6  # each once more, with any length
