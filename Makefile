@@ -7,8 +7,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 # PyTorch is optional. Tests run array code on it, and compare the small model with its training code.
+# Triton's interpreter runs the kernels on the CPU.
 # `make test TORCH=` goes without; those tests are then skipped with the reason.
-TORCH ?= torch
+TORCH ?= torch triton
 PYTEST_ARGS ?= -n 2
 DEMO_ARGS ?=
 

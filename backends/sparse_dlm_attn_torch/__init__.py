@@ -43,7 +43,7 @@ except ImportError as error:
         "backend 'torch'", [str(error)], "Install it: pip install 'sparse_dlm_attn[torch]'."
     ) from error
 
-from sparse_dlm_attn_torch import choice, flex, ops
+from sparse_dlm_attn_torch import block_sparse, choice, flex, ops
 from sparse_dlm_attn_torch.states import merged
 
 __all__ = ["TorchBackend"]
@@ -60,9 +60,10 @@ class TorchBackend(Backend):
     ----------
     device : str
         Where it computes, and where `asarray` puts tensors: "cpu", "cuda" (any GPU) or "cuda:1" (that one).
-    attention : {"auto", "gather", "masked", "flex"}
+    attention : {"auto", "gather", "masked", "flex", "block-sparse"}
         How selected pages are attended to. "auto" is "gather" on a CPU; on a GPU it is "flex" for the
-        problems that FlexAttention takes and "masked" for the others.
+        problems that FlexAttention takes and "masked" for the others. "block-sparse" is for long blocks:
+        FlashAttention 4's kernel, spans and pages of 128.
     dense : {"auto", "matmul", "flash"}
         How the block is attended to. "auto" is "matmul"; "flash" is flash-attn 2, 3 or 4.
 
@@ -116,6 +117,8 @@ class TorchBackend(Backend):
                 f"{reason}; attention='masked' computes it"
                 for reason in flex.why_not(problem.dtype, problem.head_dim, problem.page_size)
             ]
+        if self.attention == "block-sparse":
+            reasons += block_sparse.why_not(problem.dtype, problem.head_dim, problem.page_size)
         return reasons
 
     def path_for(self, problem: Problem) -> str:
@@ -131,7 +134,7 @@ class TorchBackend(Backend):
         Returns
         -------
         str
-            "gather", "masked" or "flex".
+            "gather", "masked", "flex" or "block-sparse".
         """
         return self._path(problem.dtype, problem.head_dim, problem.page_size)
 

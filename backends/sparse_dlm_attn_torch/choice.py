@@ -7,11 +7,12 @@ from typing import Literal, cast, get_args
 import torch
 
 from sparse_dlm_attn import InvalidArgumentError, UnavailableError, UnsupportedError
+from sparse_dlm_attn_torch import block_sparse
 from sparse_dlm_attn_torch import dense as dense_part
 
 __all__ = ["Attention", "Dense", "check_attention", "check_dense", "check_device", "check_version"]
 
-Attention = Literal["auto", "gather", "masked", "flex"]
+Attention = Literal["auto", "gather", "masked", "flex", "block-sparse"]
 Dense = Literal["auto", "matmul", "flash"]
 
 OLDEST = (2, 5)
@@ -67,8 +68,8 @@ def check_attention(attention: object, device: torch.device) -> Attention:
     ------
     InvalidArgumentError
         If there is no such path.
-    UnsupportedError
-        If it cannot be taken on this device.
+    UnsupportedError, UnavailableError
+        If it cannot be taken on this device, or its library is not installed.
     """
     if attention not in get_args(Attention):
         names = ", ".join(get_args(Attention))
@@ -83,6 +84,12 @@ def check_attention(attention: object, device: torch.device) -> Attention:
             "attention='flex' needs a GPU, because compiled FlexAttention returns no log-sum-exp on a CPU; "
             "use attention='gather' or 'masked', or device='cuda'"
         ])
+    if attention == "block-sparse":
+        if device.type == "cpu":
+            raise UnsupportedError("torch", [
+                "attention='block-sparse' needs a GPU, and device is cpu; use attention='gather' or 'masked'"
+            ])
+        block_sparse.check_installed()
     return cast("Attention", attention)
 
 

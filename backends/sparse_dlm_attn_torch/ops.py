@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from sparse_dlm_attn.arrays import compute_dtype
-from sparse_dlm_attn_torch import dense, flex, gather, masked, metadata
+from sparse_dlm_attn_torch import block_sparse, dense, flex, gather, masked, metadata
 from sparse_dlm_attn_torch.states import merged
 
 __all__ = [
@@ -26,7 +26,10 @@ __all__ = [
 Pair = tuple[torch.Tensor, torch.Tensor]
 CONTEXT = "Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor page_lengths"
 CHOSEN = "Tensor mask, SymInt span, Tensor active, float scale, str path"
-PATHS = {"gather": gather.attend_pages, "masked": masked.attend_pages, "flex": flex.attend_pages}
+PATHS = {
+    "gather": gather.attend_pages, "masked": masked.attend_pages, "flex": flex.attend_pages,
+    "block-sparse": block_sparse.attend_pages,
+}
 DENSE = {"matmul": dense.attend_dense, "flash": dense.attend_flash}
 
 
@@ -57,7 +60,7 @@ def attend_pages(
     scale : float
         Factor on q.k.
     path : str
-        "gather", "masked" or "flex".
+        "gather", "masked", "flex" or "block-sparse".
 
     Returns
     -------

@@ -118,6 +118,8 @@ def test_counts_of_the_worked_examples(pages: int, ratio: float, code: int, pape
 )
 def test_dense_passes_of_the_worked_examples(total: int, code: int, paper: int) -> None:
     assert SparseD(skip=0.2).warmup_passes(total) == code
+    sparse = {128: 101, 64: 50, 256: 203, 1024: 818, 10: 6}.get(total)
+    assert sparse in (None, total - code)
     assert SparseD(skip=0.2, variant="paper").warmup_passes(total) == paper
 
 

@@ -1,0 +1,120 @@
+"""Path "block-sparse": what it refuses, and that the lists it hands to the library are the selection."""
+
+from __future__ import annotations
+
+import math
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="the PyTorch backend needs PyTorch")
+
+from sparse_dlm_attn import (  # noqa: E402
+    Context,
+    InvalidArgumentError,
+    Selection,
+    UnavailableError,
+    UnsupportedError,
+    get_backend,
+)
+from sparse_dlm_attn_torch import block_sparse, choice  # noqa: E402
+
+
+@pytest.mark.clause("ERROR-1")
+def test_it_is_taken_on_a_gpu_alone_and_never_replaced() -> None:
+    with pytest.raises(UnsupportedError, match="attention='block-sparse' needs a GPU"):
+        get_backend("torch", attention="block-sparse")
+    with pytest.raises(InvalidArgumentError, match="must be one of auto, gather, masked, flex, block-sparse"):
+        get_backend("torch", attention="block_sparse")
+
+
+@pytest.mark.clause("REGISTRY-1")
+def test_without_its_library_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", None)
+    with pytest.raises(UnavailableError, match=r"flash_attn\.cute.*Install flash-attn 4"):
+        choice.check_attention("block-sparse", torch.device("cuda"))
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", ModuleType("flash_attn.cute"))
+    monkeypatch.setattr(torch, "__version__", "2.9.0")
+    with pytest.raises(UnavailableError, match=r"PyTorch 2\.9\.0: .* from 2\.11 on"):
+        choice.check_attention("block-sparse", torch.device("cuda"))
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
+    assert choice.check_attention("block-sparse", torch.device("cuda")) == "block-sparse"
+
+
+def problem(
+    tokens: int, lengths: list[list[int]], heads: tuple[int, int], listed: int, span: int = 128
+) -> tuple[list[Any], Context]:
+    torch.manual_seed(0)
+    valid = torch.tensor(lengths, dtype=torch.int32)
+    batch, pages = valid.shape
+    k, v = (torch.randn(batch * pages + 1, heads[1], 128, 64).half() for _ in range(2))
+    table = torch.randperm(batch * pages + 1)[: batch * pages].reshape(batch, pages).int()
+    for b in range(batch):
+        for page in range(pages):
+            for side in (k, v):
+                side[table[b, page], :, valid[b, page] :] = math.nan
+    table = torch.where(valid > 0, table, 2**30)
+    q = torch.randn(batch, heads[0], tokens, 64).half()
+    mask = torch.rand(batch, listed, -(-tokens // min(span, tokens)), pages) < 0.5
+    active = torch.rand(batch, tokens) < 0.7
+    return [q, k, v, table, valid, mask, min(span, tokens), active, 0.125], Context(k, v, table, valid)
+
+
+def listed_attention(
+    q: Any, k: Any, v: Any, lists: Any, block: tuple[int, int], scale: float, *, kernel: str, partial: Any,
+    lengths: Any,
+) -> tuple[Any, Any]:
+    """Do what the library does with the lists, in plain products."""
+    assert kernel == "FLASH"
+    assert block == (128, 128)
+    (batch, heads, tokens, _), keys = q.shape, k.shape[2]
+    keep = torch.zeros(batch, heads, tokens, keys, dtype=torch.bool)
+    row, key = torch.arange(tokens), torch.arange(keys)
+    for given, inside in ((lists, None), (partial, lengths)):
+        for b, h, s in torch.cartesian_prod(*(torch.arange(n) for n in given.counts.shape)).tolist():
+            for page in given.pages[b, h, s, : given.counts[b, h, s]].tolist():
+                last = 128 if inside is None else int(inside[b, page])
+                columns = (key // 128 == page) & (key % 128 < last)
+                keep[b, h] |= (row // 128 == s)[:, None] & columns
+    group = heads // k.shape[1]
+    k, v = (side.float().repeat_interleave(group, 1) for side in (k, v))
+    logits = (q.float() @ k.mT * scale).masked_fill(~keep, -math.inf)
+    return (logits.softmax(-1) @ v).to(q.dtype), logits.logsumexp(-1)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "lengths", "heads", "listed"),
+    [(256, [[128] * 3], (2, 2), 2), (300, [[128, 9, 128, 0], [0, 128, 128, 77]], (4, 2), 1),
+     (290, [[128, 128, 50]], (4, 2), 4), (100, [[128, 128]], (2, 1), 1)],
+)
+@pytest.mark.clause("ATTEND-1", "ATTEND-2")
+def test_the_lists_are_the_selection(
+    tokens: int, lengths: list[list[int]], heads: tuple[int, int], listed: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arguments, context = problem(tokens, lengths, heads, listed)
+    monkeypatch.setattr(block_sparse, "flex_listed", listed_attention)
+    out, lse = block_sparse.attend_pages(*arguments)
+    q, mask, span, active = arguments[0], *arguments[5:8]
+    wanted = get_backend("torch").attend_pages(q, context, Selection(mask, span), active, scale=0.125)
+    torch.testing.assert_close(out, wanted.out, atol=4e-3, rtol=0)
+    torch.testing.assert_close(lse, wanted.lse, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [({"span": 64}, "span 64 is not 128"), ({"span": 300}, "span 300 of a block of 300 is not 128"),
+     ({"dtype": torch.float32}, "dtype float32"), ({"page": 64}, "page_size 64 is not 128")],
+)
+@pytest.mark.clause("ERROR-2")
+def test_what_its_tile_does_not_fit_is_refused(change: dict[str, Any], rule: str) -> None:
+    arguments, _ = problem(300, [[128, 128]], (2, 2), 1, change.get("span", 128))
+    for i in range(3):
+        arguments[i] = arguments[i].to(change.get("dtype", torch.float16))
+    for i in (1, 2):
+        arguments[i] = arguments[i][:, :, : change.get("page", 128)]
+    with pytest.raises(UnsupportedError, match=rule):
+        block_sparse.attend_pages(*arguments)
