@@ -32,7 +32,7 @@ test: $(VENV)/.dev
 
 lint: $(VENV)/.dev types
 	$(BIN)/ruff check .
-	$(BIN)/numpydoc lint $$(find sparse_dlm_attn reference backends conformance models/sparse_dlm_attn_tiny -name '*.py')
+	$(BIN)/numpydoc lint $$(find sparse_dlm_attn reference backends integrations conformance models/sparse_dlm_attn_tiny -name '*.py')
 
 types: $(VENV)/.dev
 	$(BIN)/mypy
