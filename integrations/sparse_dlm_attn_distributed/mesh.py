@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from sparse_dlm_attn import Backend, InvalidArgumentError, InvalidTypeError, UnavailableError
 from sparse_dlm_attn_distributed.exchange import Exchange
-from sparse_dlm_attn_distributed.watch import Watch
+from sparse_dlm_attn_distributed.watch import RankError, Watch
 
 __all__ = ["Ranks", "join"]
 
@@ -70,11 +70,14 @@ def join(
     ranks = [int(rank) for rank in mesh.mesh.flatten().tolist()]
     watch = Watch(_store(), dist.get_rank(), ranks, float(timeout))
     described = f"mesh {mesh.mesh.tolist()} with pages over {context_dim!r}, heads over {heads_dim!r}"
-    watch.agree("mesh", f"{described} on {mesh.device_type}", REMEDY)
-    watch.agree(
-        "backend", f"{backend.name} with {told}",
-        "Give every rank the same backend and options.",
-    )
+    try:
+        watch.agree("mesh", f"{described} on {mesh.device_type}", REMEDY)
+        watch.agree(
+            "backend", f"{backend.name} with {told}", "Give every rank the same backend and options."
+        )
+    except RankError:
+        watch.withdraw()
+        raise
     on_host = mesh.device_type == "cpu"
     if check is None:
         check = on_host

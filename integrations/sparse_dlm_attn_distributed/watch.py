@@ -62,7 +62,8 @@ class Watch:
         self._store = store
         # Ranks make their objects in one order, so the n-th of each rank belong together.
         mesh = f"{zlib.crc32(repr(self.ranks).encode()):08x}"
-        number = store.add(f"sparse_dlm_attn/{mesh}/made/{rank}", 1)
+        self._made = f"sparse_dlm_attn/{mesh}/made/{rank}"
+        number = store.add(self._made, 1)
         self._prefix = f"sparse_dlm_attn/{mesh}/{number}"
         self._calls = self._errors = 0
         self._failure: RankError | None = None
@@ -103,11 +104,16 @@ class Watch:
         while missing:
             missing = [rank for rank in missing if not self._store.check([f"{self._prefix}/{what}/{rank}"])]
             if missing and time.monotonic() - begun > self.timeout:
-                self._give_up(missing, f"before {what} was compared")
+                # Not told to the others: they wait for the same ranks, or have yet to begin.
+                raise RankError(missing, self._waited(missing, f"before {what} was compared"))
             if missing:
                 self.raise_if_failed()
                 time.sleep(0.005)
         return {rank: self._store.get(f"{self._prefix}/{what}/{rank}").decode() for rank in self.ranks}
+
+    def withdraw(self) -> None:
+        """Undo the making of this object, so that all ranks can still come together later."""
+        self._store.add(self._made, -1)
 
     def begin(self) -> None:
         """Note the start of a collective; look at the store if this rank was away for long."""
@@ -212,10 +218,12 @@ class Watch:
                 late.append(rank)
         return late
 
-    def _give_up(self, late: Sequence[int], where: str) -> None:
+    def _waited(self, late: Sequence[int], where: str) -> str:
         who = f"ranks {', '.join(map(str, late))}" if late else "some rank"
-        reason = f"{who} did not come within {self.timeout:g} s {where}, seen from rank {self.rank}"
-        self.fail(reason, late)
+        return f"{who} did not come within {self.timeout:g} s {where}, seen from rank {self.rank}"
+
+    def _give_up(self, late: Sequence[int], where: str) -> None:
+        self.fail(self._waited(late, where), late)
         self.raise_if_failed()  # perhaps an earlier one, which says more
 
     def _lost(self, what: str, error: RuntimeError) -> None:

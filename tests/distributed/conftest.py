@@ -49,8 +49,11 @@ class Ranks:
             for log in logs:
                 log.close()
         assert codes == [0] * world, "\n".join(text[-3000:] for text in said)
-        paths = [folder / f"{rank}.pt" for rank in range(world)]
-        return [torch.load(path, weights_only=False) for path in paths if path.exists()]
+        seen: list[dict[str, Any]] = [{} for _ in range(world)]
+        for path in folder.glob("*.pt"):
+            name, _, rank = path.stem.rpartition("-")
+            seen[int(rank)][name] = torch.load(path, weights_only=False)
+        return seen
 
 
 @pytest.fixture(scope="session")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from policy_cases import EVERY_POLICY, Block, make_block
 
-from sparse_dlm_attn import PassInfo
+from sparse_dlm_attn import PassInfo, get_policy
 
 BLOCKS = ("pages of 4", "pages of 1")
 TOTAL_PASSES = 5
@@ -16,9 +18,21 @@ TOTAL_PASSES = 5
 Owner = Callable[[int, int, int], Any]
 
 
-def policies() -> tuple[str, ...]:
-    """Every registered policy, in several settings."""
-    return (*EVERY_POLICY, "snapkv:capacity=12,window=4,kernel=3", "losa:active=3,budget=4,pages=own")
+def policies(world: int = 2) -> tuple[str, ...]:
+    """Every registered policy: in several settings on two ranks, in one on more."""
+    every = (*EVERY_POLICY, "snapkv:capacity=12,window=4,kernel=3", "losa:active=3,budget=4,pages=own")
+    if world == 2:
+        return every
+    first = {policy.partition(":")[0]: policy for policy in reversed(every)}
+    return tuple(policy for policy in every if policy in first.values())
+
+
+def policy_of(text: str) -> Any:
+    """Return a policy by name, also where the package is on the path only and so registers none."""
+    name, _, parameters = text.partition(":")
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
+    target = project["project"]["entry-points"]["sparse_dlm_attn.policies"][name]
+    return get_policy(f"{target}:{parameters}" if parameters else target)
 
 
 def block_of(name: str) -> Block:

@@ -5,6 +5,7 @@ Each rank is a process. On GPUs the same scenarios run over NCCL where there are
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 
 pytest.importorskip("torch")
 import torch
-from shards import BLOCKS, block_of, infos, policies
+from shards import BLOCKS, block_of, infos, policies, policy_of
 
 from sparse_dlm_attn import PrefixAttention, policies as registered
 from sparse_dlm_attn.operators import gather_pages
@@ -24,13 +25,15 @@ PAGES = pytest.mark.parametrize(
     ("device", "world"), [("cpu", 2), ("cpu", 4), ("cuda", 2)], ids=["gloo-2", "gloo-4", "nccl-2"]
 )
 TWO = pytest.mark.parametrize(("device", "world"), [("cpu", 2), ("cuda", 2)], ids=["gloo-2", "nccl-2"])
-SCENARIOS = "every_policy,every_ownership,ranking,bytes_sent"
+FAILURES = "failures,death"
+SCENARIOS = "every_policy,every_ownership,ranking,bytes_sent,heads_too"
 
 
+@cache
 def on_one_device(policy: str, name: str) -> list[dict[str, Any]]:
     """Run a block with all pages in one place."""
     block = block_of(name).converted(lambda array: torch.from_numpy(array.copy()))
-    attention, memory, seen = PrefixAttention(policy, TorchBackend()), None, []
+    attention, memory, seen = PrefixAttention(policy_of(policy), TorchBackend()), None, []
     for index, info in enumerate(infos(block)):
         out, memory = attention(block.q[index], block.k, block.v, block.context, memory, info)
         seen.append({
@@ -40,6 +43,7 @@ def on_one_device(policy: str, name: str) -> list[dict[str, Any]]:
     return seen
 
 
+@cache
 def budget(name: str, index: int) -> Any:
     """Twice the suite's ceiling: either side may lie that far from the truth. ``(batch, q_heads, rows)``."""
     block = block_of(name)
@@ -70,12 +74,18 @@ def test_every_registered_policy_is_among_the_cases() -> None:
     assert set(registered()) <= {policy.partition(":")[0] for policy in policies()}
 
 
-@PAGES
-@pytest.mark.parametrize("policy", policies())
+CASES = [
+    pytest.param(device, world, policy, id=f"{backend}-{world}-{policy}")
+    for device, backend, world in (("cpu", "gloo", 2), ("cpu", "gloo", 4), ("cuda", "nccl", 2))
+    for policy in policies(world)
+]
+
+
+@pytest.mark.parametrize(("device", "world", "policy"), CASES)
 def test_ranks_decide_and_compute_as_one_device(ranks: Any, device: str, world: int, policy: str) -> None:
-    for name in BLOCKS:
-        want = on_one_device(policy, name)
-        for rank in ranks.run(SCENARIOS, device, world):
+    for rank in ranks.run(SCENARIOS, device, world):
+        for name in BLOCKS:
+            want = on_one_device(policy, name)
             expect_same(rank["every_policy"][policy, name], want, name, slice(None))
 
 
@@ -125,7 +135,7 @@ def test_bytes_do_not_grow_with_the_context(ranks: Any, device: str, world: int)
 
 
 def test_kv_heads_can_lie_on_other_ranks_too(ranks: Any) -> None:
-    results = ranks.run("heads_too", "cpu", 4)
+    results = ranks.run(SCENARIOS, "cpu", 4)
     refused = set()
     for rank in results:
         for policy, got in rank["heads_too"].items():
@@ -136,8 +146,6 @@ def test_kv_heads_can_lie_on_other_ranks_too(ranks: Any) -> None:
             column, passes = got
             heads = slice(2 * column, 2 * column + 2)
             want = on_one_device(policy, "pages of 4")
-            for passed in want:  # a selection of one head for all is one for these heads
-                passed["mask"] = passed["mask"].expand(-1, 4, -1, -1)
             expect_same(passes, want, "pages of 4", heads)
     assert refused == {
         policy for policy in policies()
@@ -147,7 +155,7 @@ def test_kv_heads_can_lie_on_other_ranks_too(ranks: Any) -> None:
 
 @TWO
 def test_a_failure_of_one_rank_is_a_typed_error_on_all_in_time(ranks: Any, device: str, world: int) -> None:
-    one, other = (rank["failures"] for rank in ranks.run("failures", device, world))
+    one, other = (rank["failures"] for rank in ranks.run(FAILURES, device, world))
     expected = {  # what rank 0 and rank 1 raise, and what both must be told
         "one_raises": ("RankError", "InvalidArgumentError", "k must have shape"),
         "one_raises_outside": ("RankError", "MemoryError", "no room"),
@@ -158,7 +166,8 @@ def test_a_failure_of_one_rank_is_a_typed_error_on_all_in_time(ranks: Any, devic
         "policies differ": ("InvalidArgumentError",) * 2 + ("policy must be the same on every rank",),
         "candidates differ": ("InvalidArgumentError",) * 2 + ("Give every rank the same backend",),
         "meshes differ": ("InvalidArgumentError",) * 2 + ("init_device_mesh",),
-        "one rank alone": ("RankError", "no error", ""),
+        "one rank alone": ("RankError", "no error", "ranks 1 did not come within 2 s before mesh"),
+        "together again": ("no error", "no error", ""),
     }
     for name, (here, there, text) in expected.items():
         assert (one[name][0], other[name][0]) == (here, there), (name, one[name], other[name])
@@ -174,7 +183,8 @@ def test_a_failure_of_one_rank_is_a_typed_error_on_all_in_time(ranks: Any, devic
 
 
 def test_the_death_of_a_process_is_a_typed_error_on_the_others(ranks: Any) -> None:
-    (survivor,) = ranks.run("death", "cpu", 2)
+    survivor, dead = ranks.run(FAILURES, "cpu", 2)
+    assert "death" not in dead
     kind, text = survivor["death"]
     assert kind == "RankError"
     assert "broke" in text or "did not come" in text
