@@ -8,8 +8,15 @@ from typing import Any
 
 import torch
 
-from sparse_dlm_attn import AttentionState, Backend, Context, InvalidArgumentError, InvalidTypeError, PageBounds
-from sparse_dlm_attn import Selection
+from sparse_dlm_attn import (
+    AttentionState,
+    Backend,
+    Context,
+    InvalidArgumentError,
+    InvalidTypeError,
+    PageBounds,
+    Selection,
+)
 from sparse_dlm_attn.arrays import compute_dtype
 from sparse_dlm_attn.checks import (
     check_attend_block,
@@ -90,7 +97,8 @@ class FoldedBackend(Backend):
         rows = q.to(kind).reshape(batch, kv_heads, q_heads // kv_heads * tokens, dim)
         scores = rows.clamp(min=0) @ bounds.upper.to(kind).transpose(-1, -2)
         scores = scores + rows.clamp(max=0) @ bounds.lower.to(kind).transpose(-1, -2)
-        return scores.reshape(batch, q_heads, tokens, bounds.lower.shape[2]).to(torch.float32)
+        ranked: torch.Tensor = scores.reshape(batch, q_heads, tokens, bounds.lower.shape[2])
+        return ranked.to(torch.float32)
 
     def attend_pages(
         self, q: torch.Tensor, context: Context, selection: Selection, active: torch.Tensor, *,

@@ -157,7 +157,9 @@ def partial_pages(context: Context, lists: Lists) -> tuple[Requests, Pool] | Non
     """Return the requests over partly filled pages and clean copies of them, None if there is none."""
     size, device = context.page_size, context.k_pages.device
     table, lengths = context.page_table.cpu().to(torch.int64), context.page_lengths.cpu()
-    rows, pages, last, keys, values, made = [], [], [], [], [], 0
+    keys: list[torch.Tensor] = []
+    values: list[torch.Tensor] = []
+    rows, pages, last, made = [], [], [], 0
     for b, head, of_list, logical in lists:
         some = logical[lengths[b, logical] < size]
         if not some.numel():

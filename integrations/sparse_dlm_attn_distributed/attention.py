@@ -11,6 +11,7 @@ import torch
 
 from sparse_dlm_attn import (
     Backend,
+    Context,
     InvalidArgumentError,
     InvalidTypeError,
     LayerMemory,
@@ -72,7 +73,7 @@ class DistributedAttention(PrefixAttention):
             )
 
     def __call__(
-        self, q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None, context: ShardedContext,
+        self, q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None, context: Context,
         memory: LayerMemory | None = None, info: PassInfo | None = None, *, scale: float | None = None,
     ) -> tuple[torch.Tensor, LayerMemory]:
         """Run one pass of one layer on this rank, in step with the others.

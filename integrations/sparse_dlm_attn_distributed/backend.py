@@ -131,7 +131,7 @@ class DistributedBackend(Backend):
         """
         if self.ranks.pages.on_host:
             return
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
         try:
             self.ranks.watch.wait_for_device(event.query)

@@ -140,6 +140,6 @@ def _dimensions(mesh: DeviceMesh, context: str | None, heads: str | None) -> tup
     return context, others[0] if others else None
 
 
-def _store() -> dist.Store:
+def _store() -> Any:
     """Return the store that the job was set up with; it has no public name."""
     return torch.distributed.distributed_c10d._get_default_store()

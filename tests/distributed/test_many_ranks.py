@@ -15,7 +15,8 @@ pytest.importorskip("torch")
 import torch
 from shards import BLOCKS, block_of, infos, policies, policy_of
 
-from sparse_dlm_attn import PrefixAttention, policies as registered
+from sparse_dlm_attn import PrefixAttention
+from sparse_dlm_attn import policies as registered
 from sparse_dlm_attn.operators import gather_pages
 from sparse_dlm_attn_conformance.accuracy import CEILING
 from sparse_dlm_attn_distributed.packing import packed_bytes

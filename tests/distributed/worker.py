@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "policies"))
 
 from shards import BLOCKS, block_of, infos, policies, policy_of, rule_of
+
 from sparse_dlm_attn import SparseAttentionError
 from sparse_dlm_attn_distributed import DistributedAttention, DistributedBackend, ShardedContext
 from sparse_dlm_attn_torch import TorchBackend
@@ -133,10 +134,12 @@ def ranking(on: Rank) -> Any:
     for seed in range(40):
         rng = torch.Generator().manual_seed(seed)
         shape = (2, 3, 4, (5, 33, 130)[seed % 3])
-        values = torch.tensor([0.0, -0.0, 1.0, -1.0, 2.0, torch.inf, -torch.inf, torch.nan][: 5 + 3 * (seed % 2)])
+        wild = [0.0, -0.0, 1.0, -1.0, 2.0, torch.inf, -torch.inf, torch.nan]
+        values = torch.tensor(wild[: 5 + 3 * (seed % 2)])
         scores = values[torch.randint(len(values), shape, generator=rng)]
         eligible = torch.rand(shape, generator=rng) < 0.7
-        count = torch.randint(0, 4 if seed % 4 else shape[-1] + 2, shape[:3], generator=rng, dtype=torch.int32)
+        most = 4 if seed % 4 else shape[-1] + 2
+        count = torch.randint(0, most, shape[:3], generator=rng, dtype=torch.int32)
         owner = torch.randint(on.world, shape[-1:], generator=rng)
         whole, eligible, count = (part.to(on.device) for part in (scores, eligible, count))
         known = torch.where((owner == on.rank).to(on.device), whole, -torch.inf)
