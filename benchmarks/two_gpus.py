@@ -36,6 +36,7 @@ TOLERANCE = 3.2e-2  # of the largest value: two roundings to bfloat16 and their 
 
 
 def arguments() -> argparse.Namespace:
+    """Return what the command line asks for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--backend", default="sparse_dlm_attn_torch:TorchBackend", help="name or module:attr")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -137,6 +138,7 @@ def slowest(value: float, device: torch.device) -> float:
 
 
 def measure(rank: int, given: argparse.Namespace, port: int) -> None:
+    """Run on one rank: every context length and policy, compared first and then timed."""
     device = torch.device(given.device, rank) if given.device == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -187,6 +189,7 @@ def measure(rank: int, given: argparse.Namespace, port: int) -> None:
 
 
 def main() -> None:
+    """Start one process a rank."""
     given = arguments()
     if given.device == "cuda" and torch.cuda.device_count() < given.ranks:
         sys.exit(f"needs {given.ranks} GPUs, there are {torch.cuda.device_count()}")

@@ -1,4 +1,7 @@
-"""Existing kernels as backends, by head folding: `flash-attn` and `flashinfer`. See docs/how-to/existing-kernels.md."""
+"""Existing kernels as backends, by head folding: `flash-attn` and `flashinfer`.
+
+See docs/how-to/existing-kernels.md.
+"""
 
 from sparse_dlm_attn import UnavailableError
 

@@ -80,11 +80,13 @@ class DistributedAttention(PrefixAttention):
 
         Parameters
         ----------
-        q, k, v, memory, info, scale
+        q, k, v
             As for :class:`sparse_dlm_attn.PrefixAttention`; the same on every rank, but for heads that
             are spread over ranks.
         context : ShardedContext
             The whole context, with the pages that this rank holds.
+        memory, info, scale
+            As for :class:`sparse_dlm_attn.PrefixAttention`; the same on every rank.
 
         Returns
         -------

@@ -32,11 +32,11 @@ class Ranks:
             pytest.skip(f"needs {world} GPUs, there are {torch.cuda.device_count()}")
         folder = self.folder / f"{scenarios.replace(',', '-')}-{device}-{world}"
         folder.mkdir()
-        logs = [open(folder / f"{rank}.log", "w+", encoding="utf-8") for rank in range(world)]
+        logs = [(folder / f"{rank}.log").open("w", encoding="utf-8") for rank in range(world)]
+        command = [sys.executable, str(HERE / "worker.py"), scenarios, device]
         started = [
             subprocess.Popen(
-                [sys.executable, str(HERE / "worker.py"), scenarios, device, str(rank), str(world), str(folder)],
-                stdout=log, stderr=subprocess.STDOUT,
+                [*command, str(rank), str(world), str(folder)], stdout=log, stderr=subprocess.STDOUT
             )
             for rank, log in enumerate(logs)
         ]
@@ -45,9 +45,9 @@ class Ranks:
         finally:
             for process in started:
                 process.kill()
-            said = [log.seek(0) or log.read() for log in logs]
             for log in logs:
                 log.close()
+        said = [Path(log.name).read_text(encoding="utf-8") for log in logs]
         assert codes == [0] * world, "\n".join(text[-3000:] for text in said)
         seen: list[dict[str, Any]] = [{} for _ in range(world)]
         for path in folder.glob("*.pt"):
