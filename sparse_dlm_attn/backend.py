@@ -262,6 +262,26 @@ class Backend(ABC):
         """
         return operators.top_pages(scores, count, eligible=eligible)
 
+    def complete_scores(self, scores: Array) -> Array:
+        """Return page scores in which every page has its own.
+
+        A backend whose pages are spread over several devices gives scores of the pages that it holds,
+        and for the others a value that is not above theirs; `top_pages` ranks them all the same, and so
+        it does after maxima over pages, or after any sum over rows and heads. A policy that combines
+        *different* pages in any other way asks for complete scores first. Here they are complete.
+
+        Parameters
+        ----------
+        scores : array
+            ``(..., pages)``, made from `page_scores` or `pooled_scores`.
+
+        Returns
+        -------
+        array
+            Like ``scores``.
+        """
+        return scores
+
     def query_change(self, q: Array, q_reference: Array) -> Array:
         """Return how far each row's query moved, float32 ``(batch, tokens)`` (clause CHANGE-1).
 

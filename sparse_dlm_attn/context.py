@@ -133,6 +133,14 @@ class Context:
         return self.page_lengths > 0
 
     @property
+    def resident(self) -> Array:
+        """Bool ``(batch, pages)``: existing pages whose keys and values lie in ``k_pages`` and ``v_pages``.
+
+        All that exist, unless a context is spread over several devices.
+        """
+        return self.exists
+
+    @property
     def tokens(self) -> Array:
         """int32 ``(batch,)``: valid tokens of each sequence."""
         xp = namespace(self.page_lengths)
@@ -268,7 +276,7 @@ class Context:
                 "page_lengths", f"must lie in 0..page_size = 0..{self.page_size}",
                 f"{lengths[where]} at {where}",
             )
-        bad = (lengths > 0) & ((table < 0) | (table >= self.k_pages.shape[0]))
+        bad = to_numpy(self.resident) & ((table < 0) | (table >= self.k_pages.shape[0]))
         if bad.any():
             where = tuple(int(i) for i in np.argwhere(bad)[0])
             raise InvalidArgumentError(

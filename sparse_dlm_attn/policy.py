@@ -174,6 +174,16 @@ class PrefixAttentionPolicy(ABC, Generic[MemoryT]):
     memory_scope: ClassVar[Literal["block", "sequence"]] = "block"
     """Whether memory ends with the block or is carried to the next one."""
 
+    @property
+    def mixes_heads(self) -> bool:
+        """Whether the pages of one KV head depend on queries or keys of another one's group.
+
+        Devices that hold some KV heads each (tensor parallelism) can run a policy only if this is False:
+        they see their own heads alone, and :meth:`sparse_dlm_attn.Backend.query_change` is the one
+        operator over all of them.
+        """
+        return False
+
     def computed_tokens(self, info: PassInfo, rows: Array) -> Array:
         """Return the rows that the model computes at all in this pass, bool ``(batch, tokens)``.
 

@@ -145,6 +145,10 @@ class BoundRanking(PrefixAttentionPolicy[MemoryT]):
         check_choice("group_scores", self.group_scores, get_args(GroupScores))
         check_choice("first_pass", self.first_pass, get_args(FirstPass))
 
+    @property
+    def mixes_heads(self) -> bool:
+        return self.pages == "union" and self.union_over == "layer"
+
     def in_dense_layer(self, inputs: PassInputs[MemoryT]) -> bool:
         """Return whether this layer always reads everything, for all rows."""
         return inputs.info.layer < self.dense_layers

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, get_args
 
 from sparse_dlm_attn.arrays import Array
-from sparse_dlm_attn.context import PROMPT, SUFFIX, Context
+from sparse_dlm_attn.context import PROMPT, SUFFIX
 from sparse_dlm_attn.errors import InvalidArgumentError
 from sparse_dlm_attn.policies.page_choice import with_page_count
 from sparse_dlm_attn.policies.windows import pool_neighbours
@@ -120,10 +120,10 @@ class SnapKV(PrefixAttentionPolicy[SnapKVMemory]):
         total = xp.sum(lengths, axis=-1, keepdims=True, dtype=xp.int32)
         last = prompt & (ends > total - min(self.window, context.pages * context.page_size))
         earlier = prompt & ~last
-        scores = pool_neighbours(
-            self._masses(inputs, lengths, total), earlier, self.kernel // 2 // context.page_size,
-            largest=self.pooling == "max",
-        )
+        scores, half = self._masses(inputs, lengths, total), self.kernel // 2 // context.page_size
+        if half and self.pooling == "avg":  # a sum of different pages needs all of them
+            scores = ops.complete_scores(scores)
+        scores = pool_neighbours(scores, earlier, half, largest=self.pooling == "max")
         count = min((self.capacity - self.window) // context.page_size, context.pages)
         fits = total <= min(self.capacity, 2**31 - 1)
         counts = xp.where(fits, xp.full_like(total, context.pages), xp.full_like(total, count))
@@ -144,5 +144,5 @@ class SnapKV(PrefixAttentionPolicy[SnapKVMemory]):
         observing = xp.take_along_axis(
             inputs.q, xp.broadcast_to(places[:, None, :, None], shape), axis=2
         )
-        alone = Context(context.k_pages, context.v_pages, context.page_table, lengths)
+        alone = replace(context, page_lengths=lengths, page_segments=None, bounds=None)
         return ops.pooled_scores(observing, alone, span=rows, scale=inputs.scale)

@@ -84,6 +84,10 @@ class SparseDLLM(PrefixAttentionPolicy[SparseDLLMMemory]):
             raise InvalidArgumentError("kernel", "must be odd, so that it has a middle", self.kernel)
         check_count("delay", self.delay)
 
+    @property
+    def mixes_heads(self) -> bool:
+        return True
+
     def computed_tokens(self, info: PassInfo, rows: Array) -> Array:
         """Return all rows up to the pass that chooses, then the window's."""
         if info.window is None:

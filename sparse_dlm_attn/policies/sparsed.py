@@ -160,6 +160,10 @@ class SparseD(PrefixAttentionPolicy[SparseDMemory]):
         if self.span is not None:
             check_count("span", self.span, 1)
 
+    @property
+    def mixes_heads(self) -> bool:
+        return self.score_scale == "heads"  # by their number
+
     def warmup_passes(self, total_passes: int) -> int:
         """Return the dense passes of a block planned to take ``total_passes``."""
         if self.warmup is not None:

@@ -1,0 +1,80 @@
+"""FlashInfer's paged prefill as a backend."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from typing import Any, ClassVar
+
+import torch
+
+from sparse_dlm_attn import Capabilities, UnavailableError
+from sparse_dlm_attn.values import check_int
+from sparse_dlm_attn_folded.backend import FoldedBackend
+from sparse_dlm_attn_folded.folding import Pool, Requests
+
+__all__ = ["FlashInferBackend"]
+
+REMEDY = "Install it: pip install flashinfer-python; or use backend 'torch'."
+
+
+class FlashInferBackend(FoldedBackend):
+    """Context attention by ``BatchPrefillWithPagedKVCacheWrapper`` (fa2), per-head page lists by folding.
+
+    Nothing is copied but partly filled pages. Each call plans on the host, which for one pass of one layer
+    can take longer than the attention.
+
+    Parameters
+    ----------
+    workspace : int
+        Bytes of the kernel's workspace, at least 1 MiB.
+
+    Raises
+    ------
+    UnavailableError
+        If FlashInfer cannot be imported here, or there is no GPU.
+    """
+
+    name: ClassVar[str] = "flashinfer"
+
+    def __init__(self, workspace: int = 128 << 20) -> None:
+        self.workspace = check_int("workspace", workspace, 1 << 20)
+        try:
+            self.library = importlib.import_module("flashinfer")
+        except (ImportError, OSError, RuntimeError) as error:
+            raise UnavailableError("backend 'flashinfer'", [str(error)], REMEDY) from error
+        if not torch.cuda.is_available():
+            raise UnavailableError(
+                "backend 'flashinfer'", ["no usable GPU was found"], "Use backend 'torch' on this machine."
+            )
+
+    def __repr__(self) -> str:
+        return f"FlashInferBackend(workspace={self.workspace})"
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Half precision and the head sizes that its kernels are made for; plans on the host."""
+        return Capabilities(
+            dtypes=("bfloat16", "float16"), devices=("cuda",), head_dims=(64, 128, 256), deterministic=True,
+            notes="fa2 kernels, compiled on first use; plans and reads selections on the host.",
+        )
+
+    def run(
+        self, q: torch.Tensor, pool: Pool, requests: Requests, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        workspace = torch.empty(self.workspace, dtype=torch.uint8, device=q.device)
+        wrapper = self.library.BatchPrefillWithPagedKVCacheWrapper(workspace, "HND", backend="fa2")
+        return paged_call(wrapper, q, pool, requests, scale)
+
+
+def paged_call(
+    wrapper: Any, q: torch.Tensor, pool: Pool, requests: Requests, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plan and run a wrapper made for layout "HND"; its log-sum-exp has base 2."""
+    wrapper.plan(
+        requests.row_starts, requests.page_starts, requests.pages, requests.last_lengths,
+        num_qo_heads=1, num_kv_heads=1, head_dim_qk=q.shape[1], page_size=pool.k.shape[1], causal=False,
+        sm_scale=scale, q_data_type=q.dtype, kv_data_type=pool.k.dtype,
+    )
+    out, lse = wrapper.run(q[:, None], (pool.k[:, None], pool.v[:, None]), return_lse=True)
+    return out[:, 0], lse[:, 0] * math.log(2.0)

@@ -1,0 +1,62 @@
+"""Starts one process for each rank, and makes what the ranks share importable."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "policies")]
+
+DEVICES = ("cpu", "cuda")
+TIME_LIMIT = 240  # seconds; a scenario that hangs is a failure
+
+
+class Ranks:
+    """Runs scenarios of `worker.py`, each once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.run = cache(self._run)
+
+    def _run(self, scenarios: str, device: str, world: int) -> list[dict[str, Any]]:
+        torch = pytest.importorskip("torch")
+        if device == "cuda" and torch.cuda.device_count() < world:
+            pytest.skip(f"needs {world} GPUs, there are {torch.cuda.device_count()}")
+        folder = self.folder / f"{scenarios.replace(',', '-')}-{device}-{world}"
+        folder.mkdir()
+        logs = [(folder / f"{rank}.log").open("w", encoding="utf-8") for rank in range(world)]
+        command = [sys.executable, str(HERE / "worker.py"), scenarios, device]
+        started = [
+            subprocess.Popen(
+                [*command, str(rank), str(world), str(folder)], stdout=log, stderr=subprocess.STDOUT
+            )
+            for rank, log in enumerate(logs)
+        ]
+        try:
+            codes = [process.wait(TIME_LIMIT) for process in started]
+        finally:
+            for process in started:
+                process.kill()
+            for log in logs:
+                log.close()
+        said = [Path(log.name).read_text(encoding="utf-8") for log in logs]
+        assert codes == [0] * world, "\n".join(text[-3000:] for text in said)
+        seen: list[dict[str, Any]] = [{} for _ in range(world)]
+        for path in folder.glob("*.pt"):
+            name, _, rank = path.stem.rpartition("-")
+            seen[int(rank)][name] = torch.load(path, weights_only=False)
+        return seen
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    with TemporaryDirectory() as folder:
+        yield Ranks(Path(folder))

@@ -1,0 +1,88 @@
+"""Head folding against the suite, with stand-ins for the kernels; and what is said where they are missing."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="the backends need PyTorch")
+
+from sparse_dlm_attn import Context, Selection, UnavailableError, UnsupportedError, get_backend  # noqa: E402
+from sparse_dlm_attn_conformance.programmatic import check_backend  # noqa: E402
+from sparse_dlm_attn_folded.folding import folded  # noqa: E402
+
+KERNELS = ("Planned", "Packed", "Paged")
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_attention_keeps_the_specification(kernel: str) -> None:
+    import stand_ins
+
+    found = check_backend(
+        getattr(stand_ins, kernel)(), clauses=("ATTEND-1", "CONTEXT-2"), dtypes=("float32",),
+        first_only=True, shrink=False,
+    )
+    assert not found, found[0].text
+
+
+def test_a_log_sum_exp_left_in_base_2_is_noticed() -> None:
+    import stand_ins
+
+    class Unconverted(stand_ins.Planned):
+        def run(self, *arguments: Any) -> Any:
+            out, lse = super().run(*arguments)
+            return out, lse / math.log(2.0)
+
+    assert check_backend(
+        Unconverted(), clauses=("ATTEND-1",), dtypes=("float32",), first_only=True, shrink=False
+    )
+
+
+@pytest.mark.parametrize("layout", ["HND", "NHD", "dense"])
+def test_folding_views_every_layout_without_a_copy(layout: str) -> None:
+    if layout == "dense":
+        cache = torch.randn(2, 3, 8, 4)
+        context = Context.from_dense(cache, cache.clone(), 2)
+    else:
+        pages = torch.randn(5, 3, 2, 4) if layout == "HND" else torch.randn(5, 2, 3, 4).transpose(1, 2)
+        table = torch.arange(5, dtype=torch.int32)[None]
+        context = Context(pages, pages, table, torch.full_like(table, 2))
+    pool = folded(context, "any")
+    assert pool.k.untyped_storage().data_ptr() == context.k_pages.untyped_storage().data_ptr()
+    for page in context.page_table.flatten().tolist():
+        for head in range(3):
+            number = page * pool.page_step + head * pool.head_step
+            assert torch.equal(pool.k[number], context.k_pages[page, head])
+            assert torch.equal(pool.v[number], context.v_pages[page, head])
+
+
+def test_keys_and_values_of_different_strides_are_refused() -> None:
+    import stand_ins
+
+    table = torch.zeros(1, 1, dtype=torch.int32)
+    k, v = torch.randn(1, 2, 4, 8), torch.randn(1, 4, 2, 8).transpose(1, 2)
+    context = Context(k, v, table, table + 4)
+    with pytest.raises(UnsupportedError, match="allocate both alike"):
+        stand_ins.Planned().attend_pages(
+            torch.randn(1, 2, 3, 8), context, Selection.all_pages(context, 3),
+            torch.ones(1, 3, dtype=torch.bool),
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "modules", "remedy"),
+    [
+        ("flash-attn", ("flash_attn", "flash_attn_interface"), "pip install flash-attn"),
+        ("flashinfer", ("flashinfer",), "pip install flashinfer-python"),
+    ],
+)
+def test_a_missing_library_is_named_with_the_remedy(
+    name: str, modules: Any, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in modules:
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UnavailableError, match=remedy):
+        get_backend(name)
