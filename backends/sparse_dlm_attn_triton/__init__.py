@@ -29,6 +29,7 @@ from sparse_dlm_attn.checks import (
     check_context,
     check_library,
     check_page_scores,
+    check_pooled_scores,
     check_top_pages,
 )
 from sparse_dlm_attn.ranked import check_ranked_pass
@@ -51,11 +52,10 @@ DTYPES = ("bfloat16", "float16", "float32")
 OTHERS = ("int8", "int32", "int64", "bool", "float64")
 MOST = 256
 """Largest head size and page size, in channels and tokens."""
-LONGEST_BLOCK = 128
 
 
 class TritonBackend(Backend):
-    """The operators on ``torch.Tensor``, fused for blocks of up to 128 rows.
+    """The operators on ``torch.Tensor``, a pass of a block of up to 128 rows fused.
 
     Parameters
     ----------
@@ -85,14 +85,14 @@ class TritonBackend(Backend):
 
     @property
     def capabilities(self) -> Capabilities:
-        """Half and single precision; heads and pages up to 256; blocks up to 128 rows."""
+        """Half and single precision; heads and pages up to 256 channels and tokens."""
         notes = f"device={self.device}"
         if launch.INTERPRETED:
             notes += ", interpreted: bfloat16 products are wrong in Triton's interpreter"
         return Capabilities(
             dtypes=DTYPES[1:] if launch.INTERPRETED else DTYPES, devices=(self._device.type,),
             head_dims=tuple(range(1, MOST + 1)), page_sizes=tuple(range(1, MOST + 1)),
-            max_block_length=LONGEST_BLOCK, deterministic=True, batch_invariant=False, notes=notes + ".",
+            deterministic=True, batch_invariant=False, notes=notes + ".",
         )
 
     def asarray(self, values: Any, *, dtype: str | None = None) -> torch.Tensor:
@@ -122,6 +122,18 @@ class TritonBackend(Backend):
         check_page_scores(q, bounds, active)
         self._check("q", q)
         scores: torch.Tensor = ops.page_scores(q, bounds.lower, bounds.upper)
+        return scores
+
+    def pooled_scores(
+        self, q: torch.Tensor, context: Context, *, span: int, scale: float | None = None,
+        lse: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        check_pooled_scores(q, context, span, scale, lse)
+        self._check("q", q)
+        scores: torch.Tensor = ops.pooled_scores(
+            q, context.k_pages, context.page_table, context.page_lengths, min(span, max(q.shape[2], 1)),
+            softmax_scale(q.shape[3], scale), lse,
+        )
         return scores
 
     def top_pages(
@@ -168,6 +180,8 @@ class TritonBackend(Backend):
         if cached is not None:
             check_cached(cached, q)
         self._check("q", q)
+        if q.shape[2] > launch.MOST_ROWS:
+            return super().attend(q, k, v, context, selection, active, cached, scale=scale)
         out, *state = ops.attend(
             q, k, v, *_pages(context), selection.mask, min(selection.span, max(q.shape[2], 1)), active,
             softmax_scale(q.shape[3], scale), *_parts(cached),
@@ -181,7 +195,8 @@ class TritonBackend(Backend):
         check_ranked_pass(q, k, v, context, bounds, ranked_pass, cached, scale)
         self._check("q", q)
         rule = ranked_pass
-        if context.pages > launch.MOST_RANKED or 0 in (context.pages, *q.shape):
+        too_long = q.shape[2] > launch.MOST_ROWS or context.pages > launch.MOST_RANKED
+        if too_long or 0 in (context.pages, *q.shape):
             return super().attend_ranked(q, k, v, context, bounds, rule, cached, scale=scale)
         out, state_out, state_lse, active, mask, kept = ops.attend_ranked(
             q, k, v, *_pages(context), bounds.lower, bounds.upper, rule.reference, rule.count, rule.mass,

@@ -51,7 +51,7 @@ def _wanted(mask, is_active, token, page, stride_row, stride_span, pages, spans,
 
 
 @triton.jit
-def _list_pages(wanted, page, physical, length, taken, split, physicals, lengths, logicals,
+def _list_pages(wanted, page, physical, length, taken, split, entries, logicals,
                 SPLITS: tl.constexpr, OWN: tl.constexpr):  # fmt: skip
     """Write those wanted pages that are a split's to its list, and return how many are taken by all.
 
@@ -62,15 +62,15 @@ def _list_pages(wanted, page, physical, length, taken, split, physicals, lengths
     rank = taken + tl.cumsum(wanted, axis=0) - 1
     mine = (wanted > 0) & (rank % SPLITS == split)
     place = rank // SPLITS
-    tl.store(physicals + place, physical, mask=mine)
-    tl.store(lengths + place, length, mask=mine)
+    # One number for both: what is scattered has to be reordered among threads first.
+    tl.store(entries + place, (physical.to(tl.int64) << 16) | length, mask=mine)
     if OWN:
-        tl.store(logicals + place, page, mask=mine)
+        tl.store(logicals + place, page.to(tl.int64), mask=mine)
     return taken + tl.sum(wanted, axis=0)
 
 
 @triton.jit
-def _pages_of_tile(physicals, lengths, first, listed, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+def _pages_of_tile(entries, first, listed, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
     """Return physical page and length of the tokens of a tile: scalars where it lies in one page.
 
     They are fetched a tile ahead. A load whose address waits for another load in the same turn of a loop
@@ -80,8 +80,8 @@ def _pages_of_tile(physicals, lengths, first, listed, PAGE_SIZE: tl.constexpr, B
         place = first // PAGE_SIZE
     else:
         place = (first + tl.arange(0, BLOCK_N)) // PAGE_SIZE
-    physical = tl.load(physicals + place, mask=place < listed, other=0)
-    return physical.to(tl.int64), tl.load(lengths + place, mask=place < listed, other=0)
+    entry = tl.load(entries + place, mask=place < listed, other=0)
+    return entry >> 16, (entry & 0xFFFF).to(tl.int32)
 
 
 @triton.jit
@@ -179,6 +179,14 @@ def splits_kernel(
     page = tl.arange(0, BLOCK_P)
     page_length = tl.load(page_lengths + page, mask=page < pages, other=0)
     page_physical = tl.load(page_table + page, mask=page < pages, other=0)
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    of_group = row // ROWS
+    channel = tl.arange(0, BLOCK_D)
+    wide = (channel < HEAD_DIM)[None, :]
+    if ROWS == TOKENS:  # nor for queries; a row that turns out inactive is computed and not stored
+        token, exists = row % TOKENS, of_group < GROUP
+        from_q = q + of_group[:, None] * stride_qh + token[:, None] * stride_qt
+        queries = tl.load(from_q + channel[None, :], mask=exists[:, None] & wide, other=0.0)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -189,22 +197,17 @@ def splits_kernel(
     wanted = _wanted(
         mask, is_active, block_token, page, stride_mr, stride_ms, pages, spans, span, MASK_ROWS, OWN
     )
-    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    token, exists = _active_rows(is_active, block_token, row, ROWS)
-    of_group = row // ROWS
-    exists = exists & (of_group < GROUP)
-    if tl.max(exists.to(tl.int32), axis=0) == 0:
+    if ROWS < TOKENS:
+        token, found = _active_rows(is_active, block_token, row, ROWS)
+        exists = found & (of_group < GROUP)
+        from_q = q + of_group[:, None] * stride_qh + token[:, None] * stride_qt
+        queries = tl.load(from_q + channel[None, :], mask=exists[:, None] & wide, other=0.0)
+    if tl.max(is_active.to(tl.int32), axis=0) == 0:
         return
-    channel = tl.arange(0, BLOCK_D)
-    wide = (channel < HEAD_DIM)[None, :]
-    from_q = q + of_group[:, None] * stride_qh + token[:, None] * stride_qt
-    queries = tl.load(from_q + channel[None, :], mask=exists[:, None] & wide, other=0.0)
 
-    physicals = scratch + ((pair * tl.num_programs(1) + tile) * SPLITS + split).to(tl.int64) * 3 * capacity
-    lengths, logicals = physicals + capacity, physicals + 2 * capacity
-    taken = _list_pages(
-        wanted, page, page_physical, page_length, 0, split, physicals, lengths, logicals, SPLITS, OWN
-    )
+    entries = scratch + ((pair * tl.num_programs(1) + tile) * SPLITS + split).to(tl.int64) * 2 * capacity
+    logicals = entries + capacity
+    taken = _list_pages(wanted, page, page_physical, page_length, 0, split, entries, logicals, SPLITS, OWN)
     if LONG:
         for first_page in range(BLOCK_P, pages, BLOCK_P):
             more = first_page + tl.arange(0, BLOCK_P)
@@ -214,9 +217,8 @@ def splits_kernel(
                 mask, is_active, block_token, more, stride_mr, stride_ms, pages, spans, span, MASK_ROWS, OWN
             )
             taken = _list_pages(
-                more_wanted, more, more_physical, more_length, taken, split, physicals, lengths, logicals,
-                SPLITS, OWN,
-            )  # fmt: skip
+                more_wanted, more, more_physical, more_length, taken, split, entries, logicals, SPLITS, OWN
+            )
     listed = (taken - split + SPLITS - 1) // SPLITS
     tl.debug_barrier()  # the list was written by other threads of this program
     peak = tl.full((BLOCK_M,), NOTHING, tl.float32)
@@ -225,7 +227,7 @@ def splits_kernel(
     k_pages += head * stride_kh
     v_pages += head * stride_vh
     mask_row = mask + (of_group % MASK_ROWS) * stride_mr + (token // span) * stride_ms
-    physical, length = _pages_of_tile(physicals, lengths, 0, listed, PAGE_SIZE, BLOCK_N)
+    physical, length = _pages_of_tile(entries, 0, listed, PAGE_SIZE, BLOCK_N)
     for first in tl.range(0, listed * PAGE_SIZE, BLOCK_N, num_stages=STAGES):
         if PAGE_SIZE % BLOCK_N == 0:
             slot = first % PAGE_SIZE + tl.arange(0, BLOCK_N)
@@ -254,7 +256,9 @@ def splits_kernel(
             mixed = tl.where(hit > 0, float("nan"), mixed)
             values = tl.where(bad, 0.0, values).to(values.dtype)
         mixed = tl.dot(weights.to(values.dtype), values, acc=mixed, input_precision=PRECISION)
-        physical, length = _pages_of_tile(physicals, lengths, first + BLOCK_N, listed, PAGE_SIZE, BLOCK_N)
+        physical, length = _pages_of_tile(entries, first + BLOCK_N, listed, PAGE_SIZE, BLOCK_N)
+    if ROWS == TOKENS:
+        exists = exists & (tl.load(active + token, mask=exists, other=0) != 0)
     slot_of_row = slots + (of_group * TOKENS + token) * SLOTS + split
     _store_part(part_out, part_lse, slot_of_row, exists, peak, total, mixed, scale_log2, channel, HEAD_DIM)
 

@@ -7,6 +7,7 @@ See docs/backends/full-sequence.md.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -245,7 +246,9 @@ def attend_spans(
     if 0 in (*q.shape, *mask.shape, k_pages.shape[0], page_size):
         return out.zero_(), lse.fill_(-float("inf"))
     span = min(span, tokens)
-    tile = tile or attend_tile(q.dtype, head_dim, tokens, span, page_size)
+    if tile is None:
+        tile = attend_tile(q.dtype, head_dim, tokens, span, page_size)
+        tile = replace(tile, tma=span >= 128 and _can_describe(k_pages, v_pages, tile))
     if lists is None:
         lists = lists_for(q, v_pages, page_table, page_lengths, mask, span, active, tile)
     heads, groups, pages = lists.entries.shape[1:]
@@ -261,6 +264,15 @@ def attend_spans(
         TOGETHER=lists.spans_together, TMA=tile.tma, SPECIALIZE=tile.warp_specialize, **tile.launch_options(),
     )
     return out, lse
+
+
+def _can_describe(k_pages: torch.Tensor, v_pages: torch.Tensor, tile: Tile) -> bool:
+    """Return whether tiles of these pages can be copied by descriptors, which only some GPUs follow."""
+    if k_pages.device.type != "cuda" or torch.cuda.get_device_capability(k_pages.device) < (9, 0):
+        return False
+    if k_pages.dtype == torch.float32 or k_pages.shape[2] % tile.tokens:
+        return False
+    return row_view(k_pages) is not None and row_view(v_pages) is not None
 
 
 def _descriptors(

@@ -13,12 +13,14 @@ import triton
 from sparse_dlm_attn_triton.attention import finish_kernel, splits_kernel
 from sparse_dlm_attn_triton.decisions import bounds_kernel, scores_kernel, select_kernel, top_kernel
 
-__all__ = ["INTERPRETED", "MOST_RANKED", "Part", "attend", "page_bounds", "page_scores", "rank", "top_pages"]
+__all__ = ["INTERPRETED", "MOST_RANKED", "MOST_ROWS", "Part", "attend", "page_bounds", "page_scores", "rank", "top_pages"]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Whether Triton interprets kernels on CPU tensors, as it decided when it was imported."""
 MOST_RANKED = 16384
 """Most pages that one program ranks in registers."""
+MOST_ROWS = 128
+"""Longest block that the kernels of a pass take; longer ones are whole sequences (`full_sequence`)."""
 MOST_LISTED = 2048
 """Most pages that one turn of a page list takes."""
 LOG2_E = 1.4426950408889634
@@ -204,6 +206,7 @@ def _splits(q: Tensor, block: tuple[Tensor, Tensor] | None, part: Part | None, s
     block_m = _rows_of_tile(q.dtype, head_dim, group * rows)
     settings = settings_for(q.dtype, head_dim, block_m, page_size)
     block_m = max(block_m, settings.least_m)
+    rows = tokens if group * tokens <= block_m else rows  # all rows fit: no need to look for the active ones
     tiles, splits = triton.cdiv(group * rows, block_m), 0
     if has_pages:
         most = max(min(triton.cdiv(pages * page_size, settings.block_n), pages, 128), 1)
@@ -217,7 +220,7 @@ def _splits(q: Tensor, block: tuple[Tensor, Tensor] | None, part: Part | None, s
     )
     capacity = triton.cdiv(pages, max(splits, 1))
     scratch = torch.empty(
-        batch * kv_heads * tiles * splits * 3 * capacity, dtype=torch.int32, device=q.device
+        batch * kv_heads * tiles * splits * 2 * capacity, dtype=torch.int64, device=q.device
     )
     mask = lined(part.mask)
     mask_rows = group if heads == q_heads and heads != kv_heads else 1
@@ -231,7 +234,7 @@ def _splits(q: Tensor, block: tuple[Tensor, Tensor] | None, part: Part | None, s
         TOKENS=tokens, GROUP=group, ROWS=rows, SPLITS=splits, SLOTS=slots, MASK_ROWS=mask_rows,
         OWN=mask_rows > 1 or spans > 1, PAGE_SIZE=page_size, HEAD_DIM=head_dim, BLOCK_M=block_m,
         BLOCK_N=settings.block_n, BLOCK_K=min(power_of_two(k.shape[2]), 32),
-        BLOCK_P=min(power_of_two(pages), MOST_LISTED), BLOCK_T=power_of_two(tokens),
+        BLOCK_P=min(power_of_two(pages), MOST_LISTED), BLOCK_T=power_of_two(tokens) if splits else 16,
         BLOCK_D=power_of_two(head_dim), LONG=pages > MOST_LISTED, PRECISION=precision(q), STAGES=settings.stages, num_warps=settings.warps, **launched(q.device),
     )  # fmt: skip
     return parts

@@ -8,9 +8,18 @@ from __future__ import annotations
 
 import torch
 
-from sparse_dlm_attn_triton import launch
+from sparse_dlm_attn_triton import full_sequence, launch, pooled
 
-__all__ = ["attend", "attend_block", "attend_pages", "attend_ranked", "page_bounds", "page_scores", "top_pages"]
+__all__ = [
+    "attend",
+    "attend_block",
+    "attend_pages",
+    "attend_ranked",
+    "page_bounds",
+    "page_scores",
+    "pooled_scores",
+    "top_pages",
+]
 
 Tensor = torch.Tensor
 KEEP = {"nothing": 0, "queries": 1, "active_queries": 2}
@@ -121,6 +130,10 @@ def attend_pages(
     tuple of torch.Tensor
         ``out`` like ``q`` and float32 ``lse`` ``(batch, q_heads, tokens)``.
     """
+    if q.shape[2] > launch.MOST_ROWS:
+        return full_sequence.attend_spans(
+            q, k_pages, v_pages, page_table, page_lengths, mask, span, active, scale
+        )
     part = launch.Part(k_pages, v_pages, page_table, page_lengths, mask, span, active, q.shape[2])
     return launch.attend(q, None, part, None, scale)[1:3]
 
@@ -218,6 +231,41 @@ def attend_ranked(
         q, (k, v), part, _cached(cached_out, cached_lse), scale, KEEP[kind], reference
     )
     return out, state[0], state[1], active, mask, kept
+
+
+@torch.library.custom_op(
+    "sparse_dlm_attn_triton::pooled_scores", mutates_args=(),
+    schema="(Tensor q, Tensor k_pages, Tensor page_table, Tensor page_lengths, SymInt span, float scale, "
+    "Tensor? lse=None) -> Tensor",
+)
+def pooled_scores(
+    q: Tensor, k_pages: Tensor, page_table: Tensor, page_lengths: Tensor, span: int, scale: float,
+    lse: Tensor | None = None,
+) -> Tensor:
+    """Return the mean softmax mass of each page over each span's rows (clause POOLED-1).
+
+    Parameters
+    ----------
+    q, k_pages, page_table, page_lengths, span, scale
+        As for `attend_pages`.
+    lse : torch.Tensor or None
+        float32 ``(batch, q_heads, tokens)``: what masses are shares of; None for the context's own.
+
+    Returns
+    -------
+    torch.Tensor
+        float32 ``(batch, q_heads, spans, pages)``.
+    """
+    return pooled.pooled_scores(q, k_pages, page_table, page_lengths, span, scale, lse)
+
+
+@pooled_scores.register_fake
+def _(
+    q: Tensor, k_pages: Tensor, page_table: Tensor, page_lengths: Tensor, span: int, scale: float,
+    lse: Tensor | None = None,
+) -> Tensor:
+    spans = (q.shape[2] + span - 1) // span
+    return q.new_empty((q.shape[0], q.shape[1], spans, page_table.shape[1]), dtype=torch.float32)
 
 
 def _state_like(q: Tensor) -> tuple[Tensor, Tensor]:

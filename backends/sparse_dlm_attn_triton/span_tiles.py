@@ -83,9 +83,7 @@ def attend_tile(dtype: torch.dtype, head_dim: int, tokens: int, span: int, page_
         return _fit(Tile(32 if dim <= 128 else 16, 16, 4, 2), tokens, span)
     if dim > 128:
         return _fit(Tile(128 if span >= 128 else 64, 32, 8 if span >= 128 else 4, 2), tokens, span)
-    if span >= 128:
-        return _fit(Tile(128, 64, 8, 3), tokens, span)
-    return _fit(Tile(64, 64, 4, 3), tokens, span)
+    return _fit(Tile(64, 64, 4, 3 if span >= 128 else 2), tokens, span)
 
 
 def pooled_tile(dtype: torch.dtype, head_dim: int, tokens: int, span: int, page_size: int) -> Tile:
@@ -95,7 +93,7 @@ def pooled_tile(dtype: torch.dtype, head_dim: int, tokens: int, span: int, page_
         return _fit(Tile(32 if dim <= 128 else 16, 32, 4, 2), tokens, span)
     if dim > 128:
         return _fit(Tile(64, 64, 4, 2), tokens, span)
-    return _fit(Tile(128, 128, 8, 2), tokens, span)
+    return _fit(Tile(128, 128, 4, 2), tokens, span)
 
 
 def row_view(pages: torch.Tensor) -> tuple[torch.Tensor, int, int] | None:
