@@ -59,7 +59,7 @@ class Layer:
 def layers(
     shape: Shape, backend: Backend, *, seed: int = 0, shuffled: bool = False, share: float = 0.1
 ) -> list[Layer]:
-    """Make as many layers as it takes to keep the L2 cache cold, where a pass reads ``share`` of the context.
+    """Make as many layers as it takes to keep the L2 cache cold.
 
     Parameters
     ----------
@@ -81,7 +81,8 @@ def layers(
         return torch.randn(sizes, generator=generator, device="cuda", dtype=torch.float32).to(dtype)
 
     made = []
-    for _ in range(max(2, min(-(-COLD_BYTES // int(shape.cache_bytes * share)), MOST_BYTES // shape.cache_bytes))):
+    wanted = -(-COLD_BYTES // int(shape.cache_bytes * share))
+    for _ in range(max(2, min(wanted, MOST_BYTES // shape.cache_bytes))):
         cache = tuple(normal(shape.batch, shape.kv_heads, shape.context, shape.head_dim) for _ in range(2))
         context = Context.from_dense(*cache, shape.page_size)
         if shuffled:

@@ -13,7 +13,7 @@ __all__ = ["dense_peers"]
 
 
 def _folded(layer: Layer, shape: Shape) -> torch.Tensor:
-    """Queries with the group folded into the rows: ``(batch, kv_heads, group * tokens, head_dim)``."""
+    """Fold the group into the rows of the queries: ``(batch, kv_heads, group * tokens, head_dim)``."""
     return layer.q_next.reshape(shape.batch, shape.kv_heads, -1, shape.head_dim)
 
 

@@ -6,7 +6,7 @@ sizes them. See docs/backends/triton.md.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from sparse_dlm_attn import (
     AttentionState,
@@ -247,7 +247,7 @@ def _check_device(device: object) -> torch.device:
     """Return the device, if Triton can compute on it here."""
     rule = "must be 'cuda' or 'cuda:<number>', or 'cpu' under TRITON_INTERPRET=1"
     try:
-        chosen = torch.device(device)  # type: ignore[call-overload]
+        chosen = torch.device(cast("str", device))
     except (RuntimeError, TypeError) as error:
         raise InvalidArgumentError("device", rule, repr(device)) from error
     if launch.INTERPRETED:

@@ -96,12 +96,11 @@ def scores_kernel(
     best = tl.dot(negative, tl.trans(low), acc=best, input_precision=PRECISION)
     into = scores + of_row.to(tl.int64)[:, None] * pages + page[None, :]
     tl.store(into, best, mask=exists[:, None] & (page < pages)[None, :])
-    if CHANGES:
-        if part == 0:  # the union has one row for a KV head, a query head or a query row
-            rows_each = unions // kv_heads
-            for i in range(rows_each):
-                at_union = union + (sequence * unions + head * rows_each + i) * pages + page
-                tl.store(at_union, tl.zeros((BLOCK_P,), tl.int8), mask=page < pages)
+    if CHANGES and part == 0:  # the union has one row for a KV head, a query head or a query row
+        rows_each = unions // kv_heads
+        for i in range(rows_each):
+            at_union = union + (sequence * unions + head * rows_each + i) * pages + page
+            tl.store(at_union, tl.zeros((BLOCK_P,), tl.int8), mask=page < pages)
 
 
 @triton.jit
@@ -132,8 +131,8 @@ def _best(keys, eligible, wanted):
         one, two = counts & 0xFFFF, counts >> 16
         # Which of the three parts holds the cut; a part of width 1 if a value is the cut itself.
         low, high = (
-            tl.where(two > wanted, second, tl.where(two == wanted, second - 1,
-                     tl.where(one > wanted, first, tl.where(one == wanted, first - 1, low)))),
+            tl.where(two > wanted, second, tl.where(two == wanted, second - 1, tl.where(
+                     one > wanted, first, tl.where(one == wanted, first - 1, low)))),
             tl.where(two > wanted, high, tl.where(two == wanted, second,
                      tl.where(one > wanted, second, first))),
         )  # fmt: skip
@@ -193,8 +192,8 @@ def _changed(
 def select_kernel(
     scores, changes, page_lengths, active, union,
     q_heads, pages, unions, numbers, count, mass, budget, bought,
-    TOKENS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BY_MASS: tl.constexpr,
-    ALL_ROWS: tl.constexpr, PDL: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr,
+    BY_MASS: tl.constexpr,    ALL_ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program an active row and query head: which pages does it want.
 

@@ -1,4 +1,4 @@
-"""Sizes of tiles and grids, and the launches. Nothing here looks at a value, so nothing waits for the device."""
+"""Sizes of tiles and grids, and the launches. Nothing here looks at a value, so nothing waits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,17 @@ import triton
 from sparse_dlm_attn_triton.attention import finish_kernel, splits_kernel
 from sparse_dlm_attn_triton.decisions import bounds_kernel, scores_kernel, select_kernel, top_kernel
 
-__all__ = ["INTERPRETED", "MOST_RANKED", "MOST_ROWS", "Part", "attend", "page_bounds", "page_scores", "rank", "top_pages"]
+__all__ = [
+    "INTERPRETED",
+    "MOST_RANKED",
+    "MOST_ROWS",
+    "Part",
+    "attend",
+    "page_bounds",
+    "page_scores",
+    "rank",
+    "top_pages",
+]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Whether Triton interprets kernels on CPU tensors, as it decided when it was imported."""
@@ -24,7 +34,6 @@ MOST_ROWS = 128
 MOST_LISTED = 2048
 """Most pages that one turn of a page list takes."""
 LOG2_E = 1.4426950408889634
-FINISH_WARPS, SELECT_WARPS, SCORES_WARPS, SCORES_PAGES = 1, 4, 4, 64
 Tensor = torch.Tensor
 
 
@@ -104,7 +113,7 @@ def _scores(
         return scores
     group, wide = q_heads // kv_heads, q.dtype == torch.float32
     block_m = min(power_of_two(group * tokens), 32 if wide else 64)
-    block_p = min(power_of_two(pages), 32 if wide or head_dim > 128 else SCORES_PAGES)
+    block_p = min(power_of_two(pages), 32 if wide or head_dim > 128 else 64)
     # One more tile of programs sums the changes of queries.
     tiles = triton.cdiv(pages, block_p)
     grid = (tiles + (changes is not None), triton.cdiv(group * tokens, block_m), batch * kv_heads)
@@ -114,8 +123,9 @@ def _scores(
         bytes_of(torch.empty(0, dtype=torch.bool, device=q.device)) if union is None else bytes_of(union),
         *q.stride()[:3], *lower.stride()[:3], *upper.stride()[:3], *none.stride()[:3],
         kv_heads, pages, unions,
-        TOKENS=tokens, GROUP=group, HEAD_DIM=head_dim, BLOCK_M=block_m, BLOCK_P=block_p, BLOCK_D=power_of_two(head_dim),
-        PRECISION=precision(q), TILES=tiles, CHANGES=union is not None, num_warps=SCORES_WARPS, **launched(q.device),
+        TOKENS=tokens, GROUP=group, HEAD_DIM=head_dim, BLOCK_M=block_m, BLOCK_P=block_p,
+        BLOCK_D=power_of_two(head_dim), PRECISION=precision(q), TILES=tiles, CHANGES=union is not None,
+        num_warps=4, **launched(q.device),
     )  # fmt: skip
     return scores
 
@@ -213,10 +223,10 @@ def _splits(q: Tensor, block: tuple[Tensor, Tensor] | None, part: Part | None, s
         splits = min(max(settings.programs // (batch * kv_heads * tiles), 1), most)
         splits = 1 << (splits.bit_length() - 1)
     slots = splits + (block is not None)
-    options = {"dtype": torch.float32, "device": q.device}
+    states = (batch, q_heads, tokens, slots)
     parts = Parts(
-        torch.empty((batch, q_heads, tokens, slots, head_dim), **options),
-        torch.empty((batch, q_heads, tokens, slots), **options), splits,
+        torch.empty((*states, head_dim), dtype=torch.float32, device=q.device),
+        torch.empty(states, dtype=torch.float32, device=q.device), splits,
     )
     capacity = triton.cdiv(pages, max(splits, 1))
     scratch = torch.empty(
@@ -235,7 +245,8 @@ def _splits(q: Tensor, block: tuple[Tensor, Tensor] | None, part: Part | None, s
         OWN=mask_rows > 1 or spans > 1, PAGE_SIZE=page_size, HEAD_DIM=head_dim, BLOCK_M=block_m,
         BLOCK_N=settings.block_n, BLOCK_K=min(power_of_two(k.shape[2]), 32),
         BLOCK_P=min(power_of_two(pages), MOST_LISTED), BLOCK_T=power_of_two(tokens) if splits else 16,
-        BLOCK_D=power_of_two(head_dim), LONG=pages > MOST_LISTED, PRECISION=precision(q), STAGES=settings.stages, num_warps=settings.warps, **launched(q.device),
+        BLOCK_D=power_of_two(head_dim), LONG=pages > MOST_LISTED, PRECISION=precision(q),
+        STAGES=settings.stages, num_warps=settings.warps, **launched(q.device),
     )  # fmt: skip
     return parts
 
@@ -303,7 +314,7 @@ def attend(
         *q.stride()[:3], *old[0].stride()[:3], *old[1].stride()[:2], *before.stride()[:3], q_heads,
         TOKENS=tokens, SPLITS=parts.splits, SLOTS=parts.lse.shape[3], HEAD_DIM=head_dim,
         BLOCK_S=power_of_two(parts.splits, 1), BLOCK_D=power_of_two(head_dim), CONTEXT=part is not None,
-        CACHED=cached is not None, BLOCK=block is not None, KEEP=keep, num_warps=FINISH_WARPS,
+        CACHED=cached is not None, BLOCK=block is not None, KEEP=keep, num_warps=1,
         **launched(q.device),
     )  # fmt: skip
     return out, state_out, state_lse, kept
@@ -348,9 +359,9 @@ def rank(
     select_kernel[(most, q_heads, batch)](
         scores, changes, page_lengths.contiguous(), bytes_of(active), bytes_of(mask),
         q_heads, pages, heads * spans, q_heads * q.shape[3], count or 0, limit, budget, bought,
-        TOKENS=tokens, BLOCK_H=power_of_two(q_heads, 1), BLOCK_T=power_of_two(tokens, 1), BLOCK_P=power_of_two(pages),
-        BY_MASS=mass is not None, ALL_ROWS=reference is None, num_warps=SELECT_WARPS if pages <= 4096 else 8,
-        **launched(q.device),
+        TOKENS=tokens, BLOCK_H=power_of_two(q_heads, 1), BLOCK_T=power_of_two(tokens, 1),
+        BLOCK_P=power_of_two(pages), BY_MASS=mass is not None, ALL_ROWS=reference is None,
+        num_warps=4 if pages <= 4096 else 8, **launched(q.device),
     )  # fmt: skip
     return active, mask
 

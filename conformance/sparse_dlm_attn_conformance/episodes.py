@@ -188,7 +188,11 @@ def play(
 def episodes(
     draw: Any, /, *, max_passes: int = 4, regimes: tuple[str, ...] = EXACT, max_batch: int = 2, **narrow: Any
 ) -> Episode:
-    """Draw an episode; values lie on a grid, so that every decision is exact."""
+    """Draw an episode; values lie on a grid, so that every decision is exact.
+
+    Pages are small: policies have budgets of a few tokens here, and one page leaves nothing to choose.
+    """
+    narrow.setdefault("page_sizes", (1, 2, 3, 4, 5, 8, 16))
     case = draw(cases(regimes=regimes, max_batch=max_batch, max_pages=8, heads=("one",), **narrow))
     later = draw(st.integers(1, max_passes - 1), label="later passes")
     one_row = st.integers(0, case.tokens - 1).map(lambda row: 1 << row)

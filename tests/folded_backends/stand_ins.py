@@ -127,5 +127,7 @@ class Paged(_OnHost, FlashAttentionBackend):
 
 
 class Planned(_OnHost, FlashInferBackend):
+    workspace = 1 << 20
+
     def run(self, q: Any, pool: Any, requests: Any, scale: float) -> Any:
         return planned_call(PrefillWrapper(), q, pool, requests, scale)

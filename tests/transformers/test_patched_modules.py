@@ -7,8 +7,8 @@ import gc
 import weakref
 from typing import Any
 
+import module_stand_ins as stand_ins
 import pytest
-import stand_ins
 import torch
 from tiny_models import assert_within_budget, cache_name, causal_shape, in_double, new_cache, tokens
 

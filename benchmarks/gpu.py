@@ -1,0 +1,218 @@
+"""Every kernel of the Triton backend and whole passes on one GPU, beside the dense peers that import.
+
+    python benchmarks/gpu.py --out gpu.json [--plot gpu.png]
+
+A pass is a whole one: change, active rows, scores, pages, attention, block, merge. Results are compared
+with the PyTorch backend's plain path before anything is timed. Times are medians of CUDA-graph replays over
+layers that rotate, so that the L2 cache is cold; see `timing`. About a minute and a half on an H100.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from layer import Layer, Shape, budget_for, layers, relative_density, runner
+from peers import DENSE, dense_peers
+from rich.console import Console
+from rich.table import Table
+from timing import Timing, bandwidth, measure, relative_error
+
+from sparse_dlm_attn import PassInfo, PrefixAttention
+from sparse_dlm_attn_torch import TorchBackend
+from sparse_dlm_attn_triton import TritonBackend, launch
+
+SHAPES = (
+    Shape(context=16384), Shape(context=32768), Shape(), Shape(context=131072), Shape(batch=8),
+    Shape(page_size=16),
+)
+TOLERANCE = 1e-2  # of bfloat16, relative to the norm of a pass's output
+MAGE = "mage:dense_layers=0,budget=1024"
+Row = dict[str, Any]
+
+
+def check(shape: Shape, policy: str) -> float:
+    """Return the relative error of three passes against float32, the same pages read; exit if it is large."""
+    backend, plain = TritonBackend(), TorchBackend(device="cuda", attention="masked")
+    layer = layers(shape, backend)[0]
+    ours, theirs = PrefixAttention(policy, backend), PrefixAttention(policy, plain)
+    memory, other, worst = None, None, 0.0
+    for index in range(3):
+        q = layer.q if index < 2 else layer.q_next
+        out, memory = ours(q, layer.k, layer.v, layer.context, memory, PassInfo(index))
+        expected, other = theirs(q, layer.k, layer.v, layer.context, other, PassInfo(index))
+        worst = max(worst, relative_error(out, expected))
+        # Scores of random numbers may round to either side of a cut: pages differ, but few of them.
+        differing = (memory.selection.mask != other.selection.mask).float().mean()
+        if float(differing) > 1e-3:
+            sys.exit(f"{shape}, {policy}: {float(differing):.2%} of the pages differ from the plain path's")
+    if worst > TOLERANCE:
+        sys.exit(f"{shape}, {policy}: relative error {worst:.1e} exceeds {TOLERANCE}")
+    return worst
+
+
+def roofline(shape: Shape, density: float, metadata: bool, rate: float) -> float:
+    """Return the microseconds that reading the pages, their bounds and the states takes at ``rate``."""
+    states = 6 * shape.batch * shape.q_heads * shape.tokens * shape.head_dim * 2
+    read = shape.cache_bytes * density + (shape.metadata_bytes if metadata else 0) + states
+    return read / rate * 1e6
+
+
+def kernels(shape: Shape, made: list[Layer], policy: Any) -> dict[str, list[Callable[[], Any]]]:
+    """Return the stages of a ranked pass, each on every layer."""
+    stages: dict[str, list[Callable[[], Any]]] = {"scores": [], "change, scores, select": [], "attend": []}
+    for layer in made:
+        bounds, lengths = layer.context.bounds, layer.context.page_lengths
+
+        def rank(layer: Layer = layer, bounds: Any = bounds, lengths: Any = lengths) -> Any:
+            return launch.rank(
+                layer.q_next, (bounds.lower, bounds.upper), lengths, layer.q, policy.active, None,
+                policy.budget, policy.budget // shape.page_size, "kv_head",
+            )
+
+        active, mask = rank()
+        context = layer.context
+        part = launch.Part(
+            context.k_pages, context.v_pages, context.page_table, lengths, mask, shape.tokens, active,
+            policy.active,
+        )
+        cached = launch.attend(layer.q, (layer.k, layer.v), None, None, 1.0)[1:3]
+
+        def attend(layer: Layer = layer, part: Any = part, cached: Any = cached) -> Any:
+            return launch.attend(layer.q_next, (layer.k, layer.v), part, cached, 0.088, 1, layer.q)
+
+        stages["scores"].append(
+            lambda layer=layer, bounds=bounds: launch.page_scores(layer.q_next, bounds.lower, bounds.upper)
+        )
+        stages["change, scores, select"].append(rank)
+        stages["attend"].append(attend)
+    return stages
+
+
+def time_shape(shape: Shape, rate: float, peer_names: tuple[str, ...], repeats: int) -> list[Row]:
+    """Time policies, kernels and peers on one shape."""
+    backend = TritonBackend()
+    made = layers(shape, backend)
+    sparse, density = budget_for(0.10, "losa:", shape, backend, made[0])
+    rows: list[Row] = []
+
+    def add(name: str, kind: str, timing: Timing, density: float, metadata: bool = False) -> None:
+        floor = roofline(shape, density, metadata, rate)
+        rows.append({
+            "shape": str(shape), "name": name, "kind": kind, "density": density, "roofline_us": floor,
+            "policy": sparse if name.startswith("losa") else name, **timing.as_dict(),
+        })  # fmt: skip
+
+    for name, works in dense_peers(made[:4], shape, peer_names).items():
+        if isinstance(works, str):
+            print(f"{shape}: {name} is not here ({works})")
+        else:
+            add(name, "dense peer", measure(works, repeats), 1.0)
+    for name in ("dense", sparse, sparse.replace("losa:", "quest:first_pass=dense,"), MAGE, "losa:active=0"):
+        read = relative_density(name, backend, made[0])
+        timing = measure([runner(name, backend, layer) for layer in made], repeats)
+        add(name.split(":budget")[0], "pass", timing, read, "budget" in name and "mage" not in name)
+    for name, works in kernels(shape, made, PrefixAttention(sparse, backend).policy).items():
+        add(name, "kernels", measure(works, repeats), density)
+    best = min((row["alone_us"] for row in rows if row["kind"] == "dense peer"), default=None)
+    chained = min((row["chained_us"] for row in rows if row["kind"] == "dense peer"), default=None)
+    for row in rows:
+        row["speedup_alone"] = best / row["alone_us"] if best else None
+        row["speedup_chained"] = chained / row["chained_us"] if chained else None
+        row["of_roofline"] = row["roofline_us"] / row["chained_us"] if row["kind"] != "kernels" else None
+    return rows
+
+
+def blocks(rows: list[Row], shape: Shape) -> list[Row]:
+    """Return what a whole block costs with S passes, the first of them dense, against its ceiling."""
+    named = {row["name"]: row for row in rows}
+    dense = min(row["chained_us"] for row in rows if row["kind"] == "dense peer")
+    losa, density = named["losa"], named["losa"]["density"] + 1 / shape.page_size
+    found = []
+    for passes in (5, 17):
+        ours = named["dense"]["chained_us"] + (passes - 1) * losa["chained_us"]
+        ceiling = passes / (1 + (passes - 1) * density)
+        speedup = passes * dense / ours
+        found.append({"passes": passes, "speedup": speedup, "ceiling": ceiling, "share": speedup / ceiling})
+    return found
+
+
+def print_rows(rows: list[Row]) -> None:
+    """Print a table of one shape."""
+    table = Table(title=f"{rows[0]['shape']}, microseconds")
+    for column in ("", "read", "alone", "chained", "plain", "x alone", "x chained", "of roofline"):
+        table.add_column(column, justify="left" if not column else "right")
+    for row in rows:
+        ratios = [row["speedup_alone"], row["speedup_chained"]] if row["kind"] == "pass" else [None, None]
+        table.add_row(
+            row["name"], f"{row['density']:.1%}",
+            *(f"{row[key]:.1f}" for key in ("alone_us", "chained_us", "plain_us")),
+            *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
+            "" if row["of_roofline"] is None else f"{row['of_roofline']:.0%}",
+        )  # fmt: skip
+    Console(width=120).print(table)
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Draw time against context length for batch 1."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    picked = [row for row in rows if row["shape"].startswith("B1 ") and row["shape"].endswith("p64")]
+    for name in dict.fromkeys(row["name"] for row in picked if row["kind"] != "kernels"):
+        mine = [row for row in picked if row["name"] == name]
+        points = [(int(row["shape"].split()[1][:-1]), row["chained_us"]) for row in mine]
+        style = "--" if name in DENSE else "-"
+        axes.plot(*zip(*sorted(points), strict=True), style, marker="o", label=name)
+    axes.set(xscale="log", yscale="log", xlabel="context, K tokens", ylabel="time of a pass and layer, us")
+    axes.set_xticks([16, 32, 64, 128], ["16", "32", "64", "128"])
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="JSON to write")
+    parser.add_argument("--plot", type=Path, help="PNG to write")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--peer", action="append", choices=sorted(DENSE),
+                        help="peers to ask; default: all but the slow ones")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("A CUDA GPU is needed; benchmarks/test_cpu.py times the CPU.")
+    names = tuple(options.peer or ("SDPA flash, group folded", "SDPA cuDNN", "flash-attn 3"))
+    rate = bandwidth()
+    device = torch.cuda.get_device_name()
+    print(f"{device}, torch {torch.__version__}, Triton {triton.__version__}, read {rate / 1e12:.2f} TB/s")
+    for policy in ("losa:budget=512", "dense", MAGE, "quest:budget=512,pages=own"):
+        print(f"checked {policy}: relative error {check(Shape(context=16384, batch=2), policy):.1e}")
+    rows: list[Row] = []
+    whole: dict[str, list[Row]] = {}
+    for shape in SHAPES:
+        found = time_shape(shape, rate, names, options.repeats)
+        print_rows(found)
+        rows += found
+        if any(row["kind"] == "dense peer" for row in found):
+            whole[str(shape)] = blocks(found, shape)
+            for block in whole[str(shape)]:
+                print(f"block of {block['passes']} passes, the first dense: {block['speedup']:.2f}x, "
+                      f"{block['share']:.0%} of its ceiling")
+        torch.cuda.empty_cache()
+        written = {"device": device, "torch": torch.__version__, "triton": triton.__version__,
+                   "read_bytes_per_s": rate, "rows": rows, "blocks": whole}
+        options.out.write_text(json.dumps(written, indent=1), encoding="utf-8")
+    if options.plot:
+        plot(rows, options.plot)
+
+
+if __name__ == "__main__":
+    main()
