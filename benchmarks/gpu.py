@@ -102,11 +102,13 @@ def time_shape(shape: Shape, rate: float, peer_names: tuple[str, ...], repeats: 
     sparse, density = budget_for(0.10, "losa:", shape, backend, made[0])
     rows: list[Row] = []
 
-    def add(name: str, kind: str, timing: Timing, density: float, metadata: bool = False) -> None:
+    def add(
+        name: str, kind: str, timing: Timing, density: float, policy: str = "", metadata: bool = False
+    ) -> None:
         floor = roofline(shape, density, metadata, rate)
         rows.append({
             "shape": str(shape), "name": name, "kind": kind, "density": density, "roofline_us": floor,
-            "policy": sparse if name.startswith("losa") else name, **timing.as_dict(),
+            "policy": policy, **timing.as_dict(),
         })  # fmt: skip
 
     for name, works in dense_peers(made[:4], shape, peer_names).items():
@@ -114,10 +116,12 @@ def time_shape(shape: Shape, rate: float, peer_names: tuple[str, ...], repeats: 
             print(f"{shape}: {name} is not here ({works})")
         else:
             add(name, "dense peer", measure(works, repeats), 1.0)
-    for name in ("dense", sparse, sparse.replace("losa:", "quest:first_pass=dense,"), MAGE, "losa:active=0"):
-        read = relative_density(name, backend, made[0])
-        timing = measure([runner(name, backend, layer) for layer in made], repeats)
-        add(name.split(":budget")[0], "pass", timing, read, "budget" in name and "mage" not in name)
+    policies = {"dense": "dense", "losa": sparse, "quest": sparse.replace("losa:", "quest:first_pass=dense,"),
+                "mage": MAGE, "losa, never refreshed": "losa:active=0"}
+    for name, policy in policies.items():
+        read = relative_density(policy, backend, made[0])
+        timing = measure([runner(policy, backend, layer) for layer in made], repeats)
+        add(name, "pass", timing, read, policy, name in ("losa", "quest"))
     for name, works in kernels(shape, made, PrefixAttention(sparse, backend).policy).items():
         add(name, "kernels", measure(works, repeats), density)
     best = min((row["alone_us"] for row in rows if row["kind"] == "dense peer"), default=None)
@@ -163,18 +167,19 @@ def plot(rows: list[Row], path: Path) -> None:
     """Draw time against context length for batch 1."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
     picked = [row for row in rows if row["shape"].startswith("B1 ") and row["shape"].endswith("p64")]
     for name in dict.fromkeys(row["name"] for row in picked if row["kind"] != "kernels"):
         mine = [row for row in picked if row["name"] == name]
         points = [(int(row["shape"].split()[1][:-1]), row["chained_us"]) for row in mine]
-        style = "--" if name in DENSE else "-"
+        style = "--" if name in DENSE else "-"  # dashes: other people's kernels
         axes.plot(*zip(*sorted(points), strict=True), style, marker="o", label=name)
     axes.set(xscale="log", yscale="log", xlabel="context, K tokens", ylabel="time of a pass and layer, us")
     axes.set_xticks([16, 32, 64, 128], ["16", "32", "64", "128"])
+    axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     figure.savefig(path, dpi=130)
 
 

@@ -157,6 +157,8 @@ class TorchBackend(Backend):
                 return values.detach().to(device=self._device, dtype=kind, copy=True)
             return torch.tensor(values, dtype=kind, device=self._device)
         except (TypeError, ValueError, RuntimeError) as error:
+            if isinstance(error, getattr(torch, "AcceleratorError", ())):
+                raise  # the device failed earlier; the values are not to blame
             raise InvalidTypeError(
                 "values", f"must be numbers that fit dtype {dtype or 'of their own'}", repr(values)[:80]
             ) from error

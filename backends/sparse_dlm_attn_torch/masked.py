@@ -16,7 +16,7 @@ from sparse_dlm_attn_torch.states import keep_active
 
 __all__ = ["attend_lists", "attend_pages"]
 
-CHUNK_BYTES = 64 << 20  # of keys in computing precision
+CHUNK_BYTES = 32 << 20  # of keys in computing precision
 
 
 def attend_pages(

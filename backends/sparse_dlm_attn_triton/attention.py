@@ -177,7 +177,7 @@ def splits_kernel(
     page_table += sequence * pages
     page_lengths += sequence * pages
     page = tl.arange(0, BLOCK_P)
-    page_length = tl.load(page_lengths + page, mask=page < pages, other=0)
+    page_length = tl.minimum(tl.load(page_lengths + page, mask=page < pages, other=0), PAGE_SIZE)
     page_physical = tl.load(page_table + page, mask=page < pages, other=0)
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     of_group = row // ROWS
@@ -211,7 +211,7 @@ def splits_kernel(
     if LONG:
         for first_page in range(BLOCK_P, pages, BLOCK_P):
             more = first_page + tl.arange(0, BLOCK_P)
-            more_length = tl.load(page_lengths + more, mask=more < pages, other=0)
+            more_length = tl.minimum(tl.load(page_lengths + more, mask=more < pages, other=0), PAGE_SIZE)
             more_physical = tl.load(page_table + more, mask=more < pages, other=0)
             more_wanted = _wanted(
                 mask, is_active, block_token, more, stride_mr, stride_ms, pages, spans, span, MASK_ROWS, OWN

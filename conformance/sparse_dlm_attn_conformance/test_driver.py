@@ -106,7 +106,7 @@ def bad_inputs(
 def test_bad_input_raises_a_typed_error_and_changes_nothing(subject: Subject, case: Case) -> None:
     arrays = case.arrays(subject.dtype)
     on, watched = subject.load(arrays), Watched(subject.backend)
-    attention = PrefixAttention("dense", watched)
+    attention = PrefixAttention("dense", watched, check_contents=True)  # of tables on a device, too
     before = {name: host(array) for name, array in on.arrays().items()}
     for name, (argument, make) in bad_inputs(subject, arrays, on).items():
         try:
@@ -140,7 +140,7 @@ def test_bad_input_raises_a_typed_error_and_changes_nothing(subject: Subject, ca
 def test_memory_of_something_else_is_refused(subject: Subject, case: Case) -> None:
     arrays = case.arrays(subject.dtype)
     on, watched = subject.load(arrays), Watched(subject.backend)
-    attention = PrefixAttention("dense", watched)
+    attention = PrefixAttention("dense", watched, check_contents=True)  # of tables on a device, too
     _, memory = attention(on.q, on.k, on.v, on.context, None, PassInfo(0, num_layers=2))
     kept = host(memory.state.out), host(memory.state.lse)
     shorter = np.where(arrays.page_lengths > 0, arrays.page_lengths - 1, 1).astype(np.int32)
@@ -152,7 +152,7 @@ def test_memory_of_something_else_is_refused(subject: Subject, case: Case) -> No
     )
     changed: dict[str, tuple[PrefixAttention, Loaded, Context, PassInfo]] = {
         "another policy": (
-            PrefixAttention("sliding-window", watched),
+            PrefixAttention("sliding-window", watched, check_contents=True),
             on,
             on.context,
             PassInfo(1, num_layers=2),

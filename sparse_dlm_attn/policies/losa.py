@@ -144,6 +144,8 @@ class Losa(BoundRanking[LosaMemory]):
                 return inputs.ops.largest_changes(change, mass=self.mass)
             return inputs.ops.largest_changes(change, count=min(self.active, inputs.tokens))
 
+        if self._reads_nothing(inputs):  # known on the host: do not measure a change that moves nobody
+            return inputs.no_rows()
         if self.save_pass == "reuse":
             return inputs.rows_where(inputs.saves(), inputs.no_rows, largest)
         return largest()
