@@ -17,12 +17,14 @@ from sparse_dlm_attn import (
     PassInputs,
     PrefixAttentionPolicy,
     Problem,
+    RankedPass,
+    RankedResult,
     Selection,
 )
 from sparse_dlm_attn.arrays import Array, to_numpy
 from sparse_dlm_attn_reference import ReferenceBackend
 
-__all__ = ["Delegate", "Grid", "Probe", "Watched"]
+__all__ = ["Delegate", "Grid", "Probe", "Ranking", "Watched"]
 
 GRID = 1024.0
 
@@ -117,6 +119,28 @@ class Watched(Delegate):
         """Note the operator, then run it."""
         self.calls.append(operator)
         return super().call(operator, *arguments, **options)
+
+
+class Ranking(Watched):
+    """A watched backend that takes ranked passes as one operator, whether or not the inner one fuses them."""
+
+    name: ClassVar[str] = "ranking"
+
+    def attend_ranked(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        context: Context,
+        bounds: PageBounds,
+        ranked_pass: RankedPass,
+        cached: AttentionState | None,
+        *,
+        scale: float | None = None,
+    ) -> RankedResult:
+        return self.call(  # type: ignore[no-any-return]
+            "attend_ranked", q, k, v, context, bounds, ranked_pass, cached, scale=scale
+        )
 
 
 class Grid(Delegate):

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sparse_dlm_attn import AttentionState, PageBounds
+from sparse_dlm_attn import AttentionState, PageBounds, RankedPass, RankedResult
 from sparse_dlm_attn.arrays import Array, is_array
 from sparse_dlm_attn_conformance.cases import Arrays
 from sparse_dlm_attn_conformance.subjects import Loaded, Subject
@@ -28,8 +28,9 @@ OPERATORS = (
     "merge",
     "reuse",
     "attend",
+    "attend_ranked",
 )
-OVER_CONTEXT = ("page_bounds", "pooled_scores", "attend_pages", "attend")
+OVER_CONTEXT = ("page_bounds", "pooled_scores", "attend_pages", "attend", "attend_ranked")
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +66,12 @@ def prepare(subject: Subject, arrays: Arrays, operator: str, on: Loaded | None =
         "attend": lambda: ops.attend(
             on.q, on.k, on.v, on.context, on.selection, on.active, extra["cached"], scale=scale
         ),
-    }
+        "attend_ranked": lambda: ops.attend_ranked(
+            on.q, on.k, on.v, on.context, extra["bounds"],
+            RankedPass(arrays.page_size, 2, reference=on.q_other, count=2, keep="queries"),
+            extra["cached"], scale=scale,
+        ),
+    }  # fmt: skip
     arguments = on.arrays()
     for name, value in {**extra, "change": changes}.items():
         for part, array in arrays_in(value).items():
@@ -85,6 +91,8 @@ def _extra(subject: Subject, arrays: Arrays, operator: str) -> dict[str, Any]:
             "scores": subject.floats(rng.integers(-3, 4, shape).astype(float), "float32"),
             "eligible": subject.ints(np.ascontiguousarray(eligible)),
         }
+    if operator == "attend_ranked":
+        return {**_extra(subject, arrays, "page_scores"), **_extra(subject, arrays, "attend")}
     if operator in ("merge", "reuse", "attend"):
         rng = np.random.default_rng(arrays.q.size)
         made = [
@@ -104,6 +112,12 @@ def arrays_in(value: Any) -> dict[str, Array]:
         return {".out": value.out, ".lse": value.lse}
     if isinstance(value, PageBounds):
         return {".lower": value.lower, ".upper": value.upper}
+    if isinstance(value, RankedResult):
+        parts = {"out": value.out, "state": value.state, "active": value.active,
+                 "selection": value.selection.mask, "kept": value.kept}  # fmt: skip
+        return {
+            f".{part}{name}": array for part, held in parts.items() for name, array in arrays_in(held).items()
+        }
     if isinstance(value, tuple):
         return {
             f"[{i}]{name}": array for i, part in enumerate(value) for name, array in arrays_in(part).items()

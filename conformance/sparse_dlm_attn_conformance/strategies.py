@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from sparse_dlm_attn import Capabilities
 from sparse_dlm_attn_conformance.cases import REGIMES, Case
-from sparse_dlm_attn_conformance.tables import ChangeTable, MergeTable, ScoreTable
+from sparse_dlm_attn_conformance.tables import ChangeTable, MergeTable, RankedRule, ScoreTable
 
-__all__ = ["cases", "change_tables", "merge_tables", "score_tables", "within"]
+__all__ = ["cases", "change_tables", "merge_tables", "ranked_rules", "score_tables", "within"]
 
 MAX_ELEMENTS = int(os.environ.get("SDA_CONFORMANCE_MAX_ELEMENTS", "8192"))
 """Cap on the elements of one sequence in one array, so that a failing problem stays readable."""
@@ -223,4 +223,20 @@ def merge_tables(draw: Any, *, states: tuple[int, ...] = (2, 1, 3, 4), empty: bo
         levels=tuple(draw(st.sampled_from((0.0, 1.0, -3.0, 40.0, -90.0, 3000.0))) for _ in range(count)),
         kinds=tuple(_pick(draw, kinds, "kind") for _ in range(count)),
         seed=draw(st.integers(0, 999), label="seed"),
+    )
+
+
+@st.composite
+def ranked_rules(draw: Any) -> RankedRule:
+    """Draw the rule of a ranked pass."""
+    rows = _pick(draw, ("count", "mass", "all"), "rows")
+    keeps = ("nothing", "queries") if rows == "all" else ("active_queries", "queries", "nothing")
+    return RankedRule(
+        rows=rows,
+        count=draw(st.integers(0, 6), label="count"),
+        mass=_pick(draw, (0.5, 0.0, 1.0, 0.25, 0.9, 1 / 3), "mass"),
+        fits=_pick(draw, ("nothing", "exactly", "one less", "everything"), "budget"),
+        pages=_pick(draw, (1, 2, 3, 0, 9), "pages"),
+        union=_pick(draw, ("kv_head", "query_head", "row"), "union"),
+        keep=_pick(draw, keeps, "keep"),
     )

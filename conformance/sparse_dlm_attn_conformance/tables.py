@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 
 from sparse_dlm_attn import Problem
-from sparse_dlm_attn_conformance.cases import Host, round_to
+from sparse_dlm_attn.arrays import Array
+from sparse_dlm_attn.ranked import Keep, RankedPass, Union
+from sparse_dlm_attn_conformance.cases import Arrays, Host, round_to
 
-__all__ = ["ChangeTable", "HostState", "MergeTable", "ScoreTable"]
+__all__ = ["ChangeTable", "HostState", "MergeTable", "RankedRule", "ScoreTable"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,3 +103,50 @@ class MergeTable:
             empty = {"plain": 0.0, "some rows empty": 0.5, "empty": 1.0}[kind] > rng.random(shape)
             made.append(HostState(np.where(empty[..., None], 0.0, out), np.where(empty, -np.inf, lse)))
         return made
+
+
+@dataclass(frozen=True)
+class RankedRule:
+    """The rule of a ranked pass over any problem, whose ``q_other`` change is measured against.
+
+    Parameters
+    ----------
+    rows : {"all", "count", "mass"}
+        Who is active.
+    count, mass : int, float
+        How many, where ``rows`` says so.
+    fits : {"nothing", "one less", "exactly", "everything"}
+        Budget in tokens, measured by the context of the first sequence.
+    pages, union, keep
+        As in `sparse_dlm_attn.RankedPass`.
+    """
+
+    rows: str = "all"
+    count: int = 1
+    mass: float = 0.5
+    fits: str = "nothing"
+    pages: int = 1
+    union: Union = "kv_head"
+    keep: Keep = "nothing"
+
+    def features(self) -> list[str]:
+        """Name what this rule covers."""
+        return [f"rows by {self.rows}", f"union of a {self.union}", f"keeps {self.keep}",
+                f"budget fits {self.fits}"]  # fmt: skip
+
+    def budget(self, arrays: Arrays) -> int:
+        """Return the budget in tokens."""
+        tokens = int(arrays.page_lengths[0].sum())
+        return {
+            "nothing": 0, "one less": max(tokens - 1, 0), "exactly": tokens, "everything": 2**31 - 1,
+        }[self.fits]  # fmt: skip
+
+    def over(self, arrays: Arrays, reference: Array) -> RankedPass:
+        """Return the rule for a problem; ``reference`` holds its ``q_other``."""
+        return RankedPass(
+            self.budget(arrays), self.pages, self.union,
+            reference=None if self.rows == "all" else reference,
+            count=self.count if self.rows == "count" else None,
+            mass=self.mass if self.rows == "mass" else None,
+            keep=self.keep,
+        )  # fmt: skip

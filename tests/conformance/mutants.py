@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mutants_attention
+import mutants_ranked
 import mutants_ranking
 import mutants_reading
 import mutants_scores
@@ -18,5 +19,6 @@ MODULES = (
     mutants_states,
     mutants_scores,
     mutants_ranking,
+    mutants_ranked,
     mutants_sizes,
 )

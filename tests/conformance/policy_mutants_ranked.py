@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from policy_mutation import LOSA, POLICIES, QUEST, PolicyMutant, broken, select
 
-from sparse_dlm_attn import AttentionState, PassInputs, Selection
+from sparse_dlm_attn import AttentionState, PassInputs, RankedPass, Selection
 from sparse_dlm_attn.policies.losa import Losa, LosaMemory
 from sparse_dlm_attn.policies.mage import Mage
 from sparse_dlm_attn.policies.quest import Quest
@@ -282,3 +282,26 @@ POLICIES["memory_leaks_into_the_next_block"] = PolicyMutant(
     ("MEMORY-1", "POLICY-1", "POLICY-6"),
     KeepsItsBlock(budget=4, dense_layers=0),
 )
+
+
+@broken(Losa, "ranked_pass", "RANKED-2", **LOSA)
+def rule_of_another_budget(self: Any, right: Any, inputs: PassInputs[Any]) -> RankedPass | None:
+    rule = right(inputs)
+    return None if rule is None else replace(rule, pages=rule.pages + 1)
+
+
+@broken(Quest, "ranked_pass", "RANKED-2", **QUEST)
+def rule_without_the_contexts_that_fit(self: Any, right: Any, inputs: PassInputs[Any]) -> RankedPass | None:
+    rule = right(inputs)
+    return None if rule is None else replace(rule, budget=0)
+
+
+@broken(Losa, "ranked_pass", "RANKED-2", drift="refresh", **LOSA)
+def rule_that_keeps_every_query(self: Any, right: Any, inputs: PassInputs[Any]) -> RankedPass | None:
+    rule = right(inputs)
+    return None if rule is None else replace(rule, keep="queries")
+
+
+@broken(Losa, "ranked_pass", "RANKED-2", save_pass="dense", **LOSA)
+def rule_for_a_dense_save_pass(self: Any, right: Any, inputs: PassInputs[Any]) -> RankedPass | None:
+    return replace(self, save_pass="step").ranked_pass(inputs)

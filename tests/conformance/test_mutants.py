@@ -48,5 +48,5 @@ def test_there_are_mutants_of_every_operator() -> None:
 
 OPERATORS = {
     "page_bounds", "page_scores", "pooled_scores", "top_pages", "query_change", "largest_changes",
-    "attend_pages", "attend_block", "merge", "reuse", "attend", "why_not", "asarray",
+    "attend_pages", "attend_block", "merge", "reuse", "attend", "attend_ranked", "why_not", "asarray",
 }  # fmt: skip

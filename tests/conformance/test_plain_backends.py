@@ -19,6 +19,7 @@ OPERATORS = (
     "BLOCK",
     "MERGE",
     "REUSE",
+    "RANKED",
     "PURE",
 )
 

@@ -1,0 +1,287 @@
+"""Laws of ranked passes: the rule decides what the operators decide, and policies say the right rule."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sparse_dlm_attn import (
+    AttentionState,
+    PageBounds,
+    PassInputs,
+    PrefixAttentionPolicy,
+    RankedPass,
+    RankedResult,
+    get_policy,
+    ranked,
+)
+from sparse_dlm_attn.arrays import is_array
+from sparse_dlm_attn_conformance import accuracy
+from sparse_dlm_attn_conformance.cases import Arrays, Case, Host
+from sparse_dlm_attn_conformance.checks import (
+    expect,
+    expect_array,
+    expect_close,
+    expect_same_bits,
+    expect_state,
+)
+from sparse_dlm_attn_conformance.contenders import Contender
+from sparse_dlm_attn_conformance.doubles import Probe, Ranking, Watched
+from sparse_dlm_attn_conformance.episodes import EXACT, Episode, episodes, play
+from sparse_dlm_attn_conformance.laws import law
+from sparse_dlm_attn_conformance.oracle import block_keys, context_keys
+from sparse_dlm_attn_conformance.strategies import cases, ranked_rules
+from sparse_dlm_attn_conformance.subjects import Subject, host
+from sparse_dlm_attn_conformance.tables import HostState, RankedRule
+from sparse_dlm_attn_conformance.test_decisions import ranked as by_change
+from sparse_dlm_attn_conformance.test_decisions import scores_on_host
+from sparse_dlm_attn_conformance.test_pass import cached_state, merged_expectation
+from sparse_dlm_attn_conformance.test_policies import SHARE, loaded, output_budget
+
+READ = ("bytes_read", "page_bytes", "tokens_read", "pairs", "density")
+ASKED = ("losa:budget=4,active=2", "losa:budget=3,mass=0.5,drift=refresh,pages=own", "quest:budget=4")
+
+
+def run(
+    subject: Subject,
+    arrays: Arrays,
+    rule: RankedRule,
+    cached: AttentionState | None = None,
+    bounds: PageBounds | None = None,
+) -> RankedResult:
+    """Run a ranked pass and check the types and shapes of its result."""
+    on, bounds = subject.load(arrays), bounds or arrays.bounds()
+    result = subject.backend.attend_ranked(
+        on.q, on.k, on.v, on.context, subject.bounds(bounds, arrays.layout), rule.over(arrays, on.q_other),
+        cached, scale=arrays.scale,
+    )  # fmt: skip
+    expect(
+        isinstance(result, RankedResult),
+        "RANKED-1",
+        f"attend_ranked must return a RankedResult; got {type(result).__qualname__}",
+    )
+    expect_array(subject, result.out, "out of attend_ranked", arrays.q.shape, subject.dtype, "STATE-4")
+    expect_state(subject, result.state, "the context state of attend_ranked", arrays.q.shape)
+    expect_array(
+        subject, result.active, "active of attend_ranked", arrays.active.shape, "bool", "RANKED-1"
+    )
+    return result
+
+
+def rows_by_change(arrays: Arrays, rule: RankedRule) -> Host:
+    """Return the active rows by the definition, one sequence after the other."""
+    active = np.ones_like(arrays.active)
+    if rule.rows == "all":
+        return active
+    change = ((arrays.q - arrays.q_other) ** 2).mean(axis=(1, 3)).astype(np.float32)
+    for b, row in enumerate(change.astype(np.float64)):
+        order, wanted = by_change(row), rule.count
+        if rule.rows == "mass":
+            target, reached, wanted = rule.mass * float(row.sum()), 0.0, 0
+            while wanted < len(order) and not reached >= target:
+                reached, wanted = reached + float(row[order[wanted]]), wanted + 1
+            if np.isnan(row).any():
+                wanted = len(order)
+        active[b] = np.isin(np.arange(len(row)), order[:wanted])
+    return active
+
+
+def pages_by_bounds(arrays: Arrays, rule: RankedRule, active: Host) -> tuple[Host, int]:
+    """Return the selection of a ranked pass by the definition, as mask and span."""
+    scores = scores_on_host(arrays)
+    scores = np.where(np.isnan(scores), np.inf, scores)
+    own = np.zeros(scores.shape, dtype=bool)
+    whole = arrays.page_lengths.sum(axis=1) <= rule.budget(arrays)
+    for b, head, row in np.ndindex(*scores.shape[:3]):
+        if active[b, row]:
+            pages = np.flatnonzero(arrays.page_lengths[b] > 0)
+            best = sorted(pages, key=lambda page, at=(b, head, row): (-scores[at][page], page))
+            own[b, head, row, best if whole[b] else best[: rule.pages]] = True
+    if rule.union == "row":
+        return own, 1
+    mask = own.any(axis=2, keepdims=True)
+    if rule.union == "kv_head":
+        batch, heads, _, pages = mask.shape
+        mask = mask.reshape(batch, heads // arrays.group, arrays.group, 1, pages).any(axis=2)
+    return mask, own.shape[2]
+
+
+def expect_decided(result: RankedResult, arrays: Arrays, rule: RankedRule) -> None:
+    """Compare active rows, pages and kept queries with the definition, bit for bit."""
+    active = rows_by_change(arrays, rule)
+    expect_same_bits(host(result.active), active, "active rows of attend_ranked", "RANKED-1")
+    mask, span = pages_by_bounds(arrays, rule, active)
+    expect(result.selection.span == span, "RANKED-1", f"span must be {span}; got {result.selection.span}")
+    expect_same_bits(host(result.selection.mask), mask, "pages of attend_ranked", "RANKED-1")
+    if rule.keep == "nothing":
+        expect(result.kept is None, "RANKED-1", "attend_ranked must keep nothing where the rule says so")
+        return
+    rows = active[:, None, :, None] | (rule.keep == "queries")
+    kept = host(result.kept).astype(np.float64)
+    expect_same_bits(kept, np.where(rows, arrays.q, arrays.q_other), "kept of attend_ranked", "RANKED-1")
+
+
+@pytest.mark.clause("RANKED-1", "ACCURACY-3")
+@law(case=cases(regimes=EXACT), rule=ranked_rules())
+def test_a_rule_decides_what_the_operators_decide(subject: Subject, case: Case, rule: RankedRule) -> None:
+    arrays = case.arrays(subject.dtype)
+    expect_decided(run(subject, arrays, rule), arrays, rule)
+
+
+@pytest.mark.clause("RANKED-1", "TOP-4", "CHANGE-2", "CHANGE-3")
+@law(case=cases(regimes=EXACT, min_pages=1, poisons=("zero",)), rule=ranked_rules(), share=0.5)
+def test_nan_in_a_query_or_a_key_ranks_first(subject: Subject, case: Case, rule: RankedRule) -> None:
+    arrays = case.arrays(subject.dtype)
+    q, k_pages = arrays.q.copy(), arrays.k_pages.copy()
+    if case.seed % 2:
+        q[-1, -1, case.seed % case.tokens, -1] = np.nan
+    else:
+        k_pages[arrays.stored().nonzero()[0][-1:], :, 0, -1] = np.nan
+    rotten = arrays.but(q=q, k_pages=k_pages)
+    expect_decided(run(subject, rotten, rule), rotten, rule)
+
+
+@pytest.mark.clause("RANKED-1", "ATTEND-4", "REUSE-1")
+@law(case=cases(), rule=ranked_rules())
+def test_a_rule_computes_what_the_operators_compute(subject: Subject, case: Case, rule: RankedRule) -> None:
+    """On any values: attention over the pages that were reported, and the cached bits of other rows."""
+    arrays = case.arrays(subject.dtype)
+    given, cached = cached_state(subject, arrays, case.seed)
+    if case.seed % 4 == 0:
+        given, cached = HostState(np.zeros(arrays.q.shape), np.full(arrays.q.shape[:3], -np.inf)), None
+    result = run(subject, arrays, rule, cached)
+    chosen = decided(arrays, result)
+    rows = np.broadcast_to(chosen.active[:, None, :], arrays.q.shape[:3])
+    for name in ("out", "lse"):
+        got = host(getattr(result.state, name)).astype(np.float64)
+        what = f"{name} of inactive rows, which keep what was cached"
+        expect_same_bits(got[~rows], getattr(given, name)[~rows], what, "RANKED-1")
+    fresh = accuracy.attention(chosen, context_keys(chosen))
+    block = accuracy.attention(chosen, block_keys(chosen))
+    expect_close(
+        host(result.state.lse)[rows], fresh.state.lse[rows], fresh.lse_budget[rows], "lse of active rows",
+        "RANKED-1",
+    )  # fmt: skip
+    expect_close(
+        host(result.state.out)[rows], fresh.state.out[rows], fresh.out_budget[rows], "out of active rows",
+        "RANKED-1",
+    )  # fmt: skip
+    merged, budget = merged_expectation(chosen, rows, given, fresh, block)
+    expect_close(host(result.out), merged, budget, "out of attend_ranked", "RANKED-1")
+
+
+def decided(arrays: Arrays, result: RankedResult) -> Arrays:
+    """Return the problem with what a ranked pass decided in it."""
+    return arrays.but(
+        mask=host(result.selection.mask), span=result.selection.span, active=host(result.active)
+    )
+
+
+@pytest.mark.clause("RANKED-1", "ATTEND-3", "CONTEXT-2")
+@law(case=cases(poisons=("zero",), regimes=EXACT), rule=ranked_rules(), share=0.7)
+def test_a_rule_reads_no_page_that_it_did_not_choose(subject: Subject, case: Case, rule: RankedRule) -> None:
+    """Neither those pages, nor what does not exist, nor what is cached for active rows."""
+    arrays = case.arrays(subject.dtype)
+    given, cached = cached_state(subject, arrays, case.seed)
+    clean = run(subject, arrays, rule, cached)
+    chosen = decided(arrays, clean)
+    entry = (-(2**31), 2**31 - 1)[case.seed % 2]
+    rotten = arrays.poisoned(~arrays.stored(chosen.loaded()), np.nan).but(
+        page_table=np.where(arrays.page_lengths > 0, arrays.page_table, entry).astype(np.int32)
+    )
+    rows = np.broadcast_to(chosen.active[:, None, :], arrays.q.shape[:3])
+    stale = HostState(np.where(rows[..., None], np.nan, given.out), np.where(rows, np.nan, given.lse))
+    again = run(subject, rotten, rule, subject.state(stale), arrays.bounds())
+    for name, want, got in (
+        ("out", clean.out, again.out),
+        ("out of the context part", clean.state.out, again.state.out),
+        ("lse of the context part", clean.state.lse, again.state.lse),
+        ("active rows", clean.active, again.active),
+        ("pages", clean.selection.mask, again.selection.mask),
+    ):
+        expect_same_bits(host(got), host(want), f"{name} with NaN in what was not chosen", "RANKED-1")
+
+
+@pytest.mark.clause("RANKED-1", "DENSITY-2")
+@pytest.mark.parametrize("policy_name", ASKED)
+@law(episode=episodes(), share=SHARE)
+def test_the_driver_asks_for_ranked_passes_and_counts_the_same(
+    subject: Subject, episode: Episode, policy_name: str
+) -> None:
+    policy, fused = get_policy(policy_name), Ranking(subject.backend)
+    arrays = episode.case.arrays(subject.dtype)
+    apart = play(subject.using(Watched(subject.backend)), policy, episode, arrays=arrays)
+    together = play(subject.using(fused), policy, episode, arrays=arrays)
+    asked, expected = fused.calls.count("attend_ranked"), episode.passes - (policy.name == "losa")
+    expect(asked == expected, "RANKED-1", f"{expected} passes are ranked; attend_ranked was asked {asked}")
+    for number, (one, two) in enumerate(zip(together, apart, strict=True)):
+        where = f"in pass {number}, ranked"
+        expect_same_bits(one.active, two.active, f"active rows {where}", "RANKED-1")
+        expect_same_bits(one.pages, two.pages, f"pages {where}", "RANKED-1")
+        expect_close(one.out, two.out, output_budget(arrays), f"out {where}", "RANKED-1")
+        read, wanted = one.memory.traffic, two.memory.traffic
+        for name in READ:
+            expect_same_bits(
+                host(getattr(read, name)), host(getattr(wanted, name)), f"traffic.{name} {where}", "DENSITY-2"
+            )
+
+
+@pytest.mark.clause("RANKED-2")
+@law(episode=episodes(max_passes=5), share=2 * SHARE)
+def test_the_rule_of_a_policy_is_what_it_decides(
+    subject: Subject, policy: Contender, episode: Episode
+) -> None:
+    inner, case = loaded(policy), episode.case
+    for name in ("reuse", "merge", "computed_tokens"):
+        if getattr(type(inner), name) is not getattr(PrefixAttentionPolicy, name):
+            pytest.skip(f"a policy with its own {name} is not asked for a rule")
+    block = subject.floats(np.zeros((case.batch, case.kv_heads, case.tokens, case.head_dim)))
+
+    def check(
+        inner: PrefixAttentionPolicy[Any], question: str, inputs: PassInputs[Any], *answer: Any
+    ) -> None:
+        rule = inner.ranked_pass(inputs) if question == "select_pages" else None
+        if rule is None:
+            return
+        expect(
+            isinstance(rule, RankedPass),
+            "RANKED-2",
+            f"ranked_pass() must return a RankedPass or None; got {type(rule).__qualname__}",
+        )
+        active, selection = answer
+        # The definition, on operators that have laws of their own: only the rule is in question here.
+        result = ranked.attend_ranked(
+            subject.backend, inputs.q, block, block, inputs.context, inputs.ops.page_bounds(inputs.context),
+            rule, inputs.cached, inputs.scale,
+        )  # fmt: skip
+        expect_same_bits(host(result.active), host(active), "active rows of ranked_pass()", "RANKED-2")
+        arrays = case.arrays(subject.dtype)
+        pages = (
+            arrays.but(mask=host(part.mask), span=part.span, active=host(active)).rows()
+            for part in (result.selection, selection)
+        )
+        expect_same_bits(*pages, "pages of ranked_pass()", "RANKED-2")
+        inputs = replace(inputs, state=result.state)
+        want = leaves(inner.remember(inputs, active, selection))
+        got = leaves(inner.remember(replace(inputs, kept=result.kept), active, selection))
+        expect(got.keys() == want.keys(), "RANKED-2", "remember() must hold the same with and without kept")
+        for name, value in want.items():
+            expect_same_bits(got[name], value, f"memory{name} from what a ranked pass kept", "RANKED-2")
+
+    play(subject, Probe(inner, check), episode)
+
+
+def leaves(value: Any, name: str = "") -> dict[str, Host]:
+    """Return what a policy remembers as host arrays by name."""
+    if is_array(value):
+        return {name: host(value)}
+    if is_dataclass(value) and not isinstance(value, type):
+        held = {field.name: getattr(value, field.name) for field in fields(value)}
+    elif isinstance(value, tuple):
+        held = {str(number): part for number, part in enumerate(value)}
+    else:
+        return {} if value is None else {name: np.asarray(value)}
+    return {key: leaf for part in held for key, leaf in leaves(held[part], f"{name}.{part}").items()}
