@@ -250,7 +250,7 @@ def _check_device(device: object) -> torch.device:
     """Return the device, if Triton can compute on it here."""
     rule = "must be 'cuda' or 'cuda:<number>', or 'cpu' under TRITON_INTERPRET=1"
     try:
-        chosen = torch.device(device)  # type: ignore[call-overload]
+        chosen: torch.device = torch.device(device)  # type: ignore[call-overload]
     except (RuntimeError, TypeError) as error:
         raise InvalidArgumentError("device", rule, repr(device)) from error
     if launch.INTERPRETED:

@@ -134,6 +134,10 @@ def test_a_ranked_pass_is_its_operators(name: str, rule: RankedRule) -> None:
         law.body(subject(name.rpartition("-")[2]), case=CASES[name], rule=rule)
 
 
+def test_the_share_of_a_mass_rule_is_no_float32() -> None:
+    test_ranked.test_the_share_of_a_mass_rule_is_no_float32.body(subject("float32"), case=RAGGED)
+
+
 def test_a_ranked_pass_that_fits_no_kernel_is_its_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "MOST_ROWS", 2)
     monkeypatch.setattr(launch, "rank", None)
