@@ -136,7 +136,7 @@ def affordable_pages(context: Context, budget: int, pages: int) -> Array:
         Pages of a longer one.
     """
     xp = namespace(context.page_lengths)
-    tokens = context.tokens
+    tokens, budget = context.tokens, min(budget, context.pages * context.page_size)  # any int is legal
     return xp.where(
         tokens <= budget, xp.full_like(tokens, context.pages),
         xp.full_like(tokens, min(pages, context.pages)),

@@ -200,9 +200,12 @@ class TritonBackend(Backend):
         too_long = q.shape[2] > launch.MOST_ROWS or context.pages > launch.MOST_RANKED
         if too_long or 0 in (context.pages, *q.shape):
             return super().attend_ranked(q, k, v, context, bounds, rule, cached, scale=scale)
+        # Any int is legal, but a kernel takes small ones.
+        count = None if rule.count is None else min(rule.count, q.shape[2])
+        budget = min(rule.budget, context.pages * context.page_size)
         out, state_out, state_lse, active, mask, kept = ops.attend_ranked(
-            q, k, v, *_pages(context), bounds.lower, bounds.upper, rule.reference, rule.count, rule.mass,
-            rule.budget, rule.pages, rule.union, rule.keep, softmax_scale(q.shape[3], scale),
+            q, k, v, *_pages(context), bounds.lower, bounds.upper, rule.reference, count, rule.mass, budget,
+            min(rule.pages, context.pages), rule.union, rule.keep, softmax_scale(q.shape[3], scale),
             *_parts(cached),
         )
         span = 1 if rule.union == "row" else q.shape[2]

@@ -16,6 +16,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from sparse_dlm_attn import Capabilities
+from sparse_dlm_attn.ranked import Keep
 from sparse_dlm_attn_conformance.cases import REGIMES, Case
 from sparse_dlm_attn_conformance.tables import ChangeTable, MergeTable, RankedRule, ScoreTable
 
@@ -230,7 +231,7 @@ def merge_tables(draw: Any, *, states: tuple[int, ...] = (2, 1, 3, 4), empty: bo
 def ranked_rules(draw: Any) -> RankedRule:
     """Draw the rule of a ranked pass."""
     rows = _pick(draw, ("count", "mass", "all"), "rows")
-    keeps = ("nothing", "queries") if rows == "all" else ("active_queries", "queries", "nothing")
+    keeps: tuple[Keep, ...] = ("active_queries", "queries", "nothing")
     return RankedRule(
         rows=rows,
         count=draw(st.integers(0, 6), label="count"),
@@ -238,5 +239,5 @@ def ranked_rules(draw: Any) -> RankedRule:
         fits=_pick(draw, ("nothing", "exactly", "one less", "everything"), "budget"),
         pages=_pick(draw, (1, 2, 3, 0, 9), "pages"),
         union=_pick(draw, ("kv_head", "query_head", "row"), "union"),
-        keep=_pick(draw, keeps, "keep"),
+        keep=_pick(draw, keeps[1:] if rows == "all" else keeps, "keep"),
     )

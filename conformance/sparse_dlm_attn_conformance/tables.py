@@ -138,7 +138,7 @@ class RankedRule:
         """Return the budget in tokens."""
         tokens = int(arrays.page_lengths[0].sum())
         return {
-            "nothing": 0, "one less": max(tokens - 1, 0), "exactly": tokens, "everything": 2**31 - 1,
+            "nothing": 0, "one less": max(tokens - 1, 0), "exactly": tokens, "everything": 2**70,
         }[self.fits]  # fmt: skip
 
     def over(self, arrays: Arrays, reference: Array) -> RankedPass:

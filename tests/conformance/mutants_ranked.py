@@ -100,6 +100,13 @@ def ranked_mass_of_every_row(right: Any, given: Any, rule: RankedPass) -> Ranked
 
 
 @ranked_mutant()
+def ranked_mass_in_single_precision(right: Any, given: Any, rule: RankedPass) -> RankedResult:
+    """What a kernel makes of a Python float that it is passed."""
+    mass = None if rule.mass is None else min(float(np.float32(rule.mass)), 1.0)
+    return right(replace(rule, mass=mass))  # type: ignore[no-any-return]
+
+
+@ranked_mutant()
 def ranked_union_over_inactive_rows_too(right: Any, given: Any, rule: RankedPass) -> RankedResult:
     everyone = right(replace(rule, reference=None, count=None, mass=None, keep="nothing"))
     return replace(right(rule), selection=everyone.selection)
