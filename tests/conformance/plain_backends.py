@@ -135,7 +135,7 @@ class StrictOperators(PlainArrayApi):
 
     @property
     def capabilities(self) -> Capabilities:
-        return Capabilities(dtypes=("float32", "float64"), devices=("array_api_strict.device('cpu_device')",))
+        return Capabilities(dtypes=("float32", "float64"), devices=("array_api_strict.device('cpu_device')", "cpu"))
 
     def asarray(self, values: Any, *, dtype: str | None = None) -> Any:
         import array_api_strict
