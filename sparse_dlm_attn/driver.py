@@ -386,7 +386,7 @@ def _changed_context(context: Context, memory: LayerMemory, info: PassInfo, read
             continue
         if uniform and shape_of(old) != shape_of(new):
             return f"{name} had shape {shape_of(old)}, now {shape_of(new)}"
-        if read and is_host(new) and is_host(old):
+        if read:
             width = min(old.shape[1], new.shape[1])
             running = to_numpy(info.of_sequences("index", new)) > 0
             before, after = to_numpy(old)[running], to_numpy(new)[running]

@@ -82,6 +82,7 @@ def cases(
     blocks: tuple[int, ...] = BLOCKS,
     kv_heads: tuple[int, ...] | None = None,
     max_elements: int = MAX_ELEMENTS,
+    sparse_pages: bool = False,
 ) -> Case:
     """Draw a whole problem; every parameter narrows one part of it."""
     batch = draw(st.integers(1, max_batch), label="batch")
@@ -96,7 +97,7 @@ def cases(
     most = max(min_pages, min(max_pages, fitting))
     some, many = (st.integers(min(max(min_pages, least), most), most) for least in (1, (most + 1) // 2))
     pages = draw(st.one_of(some, many, st.integers(min_pages, most)), label="pages")
-    lengths = tuple(draw(_page_lengths(pages, page_size)) for _ in range(batch))
+    lengths = tuple(draw(_page_lengths(pages, page_size, sparse_pages)) for _ in range(batch))
     table, num_pages = draw(_page_tables(lengths, wild))
     all_spans = (tokens, 1, 2, 3, 32) if spans is None else spans
     return Case(
@@ -129,10 +130,13 @@ def _bits(width: int) -> st.SearchStrategy[int]:
 
 
 @st.composite
-def _page_lengths(draw: Any, pages: int, page_size: int) -> tuple[int, ...]:
+def _page_lengths(draw: Any, pages: int, page_size: int, sparse: bool = False) -> tuple[int, ...]:
     """Draw the lengths of one sequence: a prefix of full pages, or anything anywhere."""
     if draw(st.booleans(), label="pages filled in any way"):
-        length = st.one_of(st.just(page_size), st.integers(0, page_size))
+        if sparse and draw(st.booleans(), label="few tokens a page"):
+            length = st.integers(0, min(2, page_size))
+        else:
+            length = st.one_of(st.just(page_size), st.integers(0, page_size))
         return tuple(draw(length, label="page length") for _ in range(pages))
     unused = draw(st.integers(0, pages * page_size), label="unused context tokens")
     tokens = pages * page_size - unused

@@ -248,7 +248,7 @@ def test_the_driver_asks_for_ranked_passes_and_counts_the_same(
 
 
 @pytest.mark.clause("RANKED-2")
-@law(episode=episodes(max_passes=5), share=2 * SHARE)
+@law(episode=episodes(max_passes=5, page_sizes=(2, 4, 5, 16), sparse_pages=True), share=2 * SHARE)
 def test_the_rule_of_a_policy_is_what_it_decides(
     subject: Subject, policy: Contender, episode: Episode
 ) -> None:
