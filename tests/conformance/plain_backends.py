@@ -135,7 +135,8 @@ class StrictOperators(PlainArrayApi):
 
     @property
     def capabilities(self) -> Capabilities:
-        return Capabilities(dtypes=("float32", "float64"), devices=("array_api_strict.device('cpu_device')", "cpu"))
+        places = ("array_api_strict.device('cpu_device')", "cpu")
+        return Capabilities(dtypes=("float32", "float64"), devices=places)
 
     def asarray(self, values: Any, *, dtype: str | None = None) -> Any:
         import array_api_strict
