@@ -47,7 +47,7 @@ from sparse_dlm_attn_triton import launch, ops
 
 __all__ = ["TritonBackend"]
 
-OLDEST = {"PyTorch": (torch.__version__, (2, 5)), "Triton": (triton.__version__, (3, 3))}
+OLDEST = {"PyTorch": (torch.__version__, (2, 5)), "Triton": (triton.__version__, (3, 4))}
 DTYPES = ("bfloat16", "float16", "float32")
 OTHERS = ("int8", "int32", "int64", "bool", "float64")
 MOST = 256

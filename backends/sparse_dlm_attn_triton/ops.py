@@ -206,12 +206,14 @@ def attend_ranked(
 
     Parameters
     ----------
-    q, k, v, k_pages, v_pages, page_table, page_lengths, scale, cached_out, cached_lse
+    q, k, v, k_pages, v_pages, page_table, page_lengths
         As for `attend`.
     lower, upper : torch.Tensor
         As from `page_bounds`.
     reference, count, mass, budget, pages, union, keep
         The rule, see `sparse_dlm_attn.RankedPass`.
+    scale, cached_out, cached_lse
+        As for `attend`.
 
     Returns
     -------
