@@ -145,7 +145,7 @@ def _best(keys, eligible, wanted):
 
 @triton.jit
 def top_kernel(
-    scores, counts, eligible, chosen, pages, stride_count,
+    scores, counts, eligible, chosen, pages,
     BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """One program a row of scores: its ``count`` best eligible pages (clauses TOP-1 to TOP-4)."""
@@ -154,7 +154,7 @@ def top_kernel(
     inside = page < pages
     allowed = inside & (tl.load(eligible + row * pages + page, mask=inside, other=0) != 0)
     keys = _ordered(tl.load(scores + row * pages + page, mask=inside, other=0.0).to(tl.float32))
-    count = tl.load(counts + row * stride_count)
+    count = tl.load(counts + row)
     wanted = tl.minimum(tl.maximum(count, 0), tl.sum(allowed.to(tl.int32), axis=0))
     tl.store(chosen + row * pages + page, _best(keys, allowed, wanted).to(tl.int8), mask=inside)
 
@@ -193,7 +193,7 @@ def select_kernel(
     scores, changes, page_lengths, active, union,
     q_heads, pages, unions, numbers, count, mass, budget, bought,
     TOKENS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr,
-    BY_MASS: tl.constexpr,    ALL_ROWS: tl.constexpr, PDL: tl.constexpr,
+    BY_MASS: tl.constexpr, ALL_ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program an active row and query head: which pages does it want.
 

@@ -12,6 +12,7 @@ import triton
 
 from sparse_dlm_attn_triton.attention import finish_kernel, splits_kernel
 from sparse_dlm_attn_triton.decisions import bounds_kernel, scores_kernel, select_kernel, top_kernel
+from sparse_dlm_attn_triton.span_tiles import LOG2_E, padded_dim
 
 __all__ = [
     "INTERPRETED",
@@ -33,7 +34,6 @@ MOST_ROWS = 128
 """Longest block that the kernels of a pass take; longer ones are whole sequences (`full_sequence`)."""
 MOST_LISTED = 2048
 """Most pages that one turn of a page list takes."""
-LOG2_E = 1.4426950408889634
 Tensor = torch.Tensor
 
 
@@ -92,7 +92,7 @@ def page_bounds(k_pages: Tensor, page_table: Tensor, page_lengths: Tensor) -> tu
         bounds_kernel[(pages, kv_heads, batch)](
             k_pages, page_table.contiguous(), page_lengths.contiguous(), lower, upper, *k_pages.stride()[:3],
             kv_heads, pages, PAGE_SIZE=page_size, HEAD_DIM=head_dim,
-            BLOCK_T=min(power_of_two(page_size, 1), 64), BLOCK_D=power_of_two(head_dim),
+            BLOCK_T=min(power_of_two(page_size, 1), 64), BLOCK_D=padded_dim(head_dim),
         )  # fmt: skip
     return lower, upper
 
@@ -120,11 +120,11 @@ def _scores(
     none = q if reference is None else lined(reference)
     scores_kernel[grid](
         q, lower, upper, none, scores, scores if changes is None else changes,
-        bytes_of(torch.empty(0, dtype=torch.bool, device=q.device)) if union is None else bytes_of(union),
+        scores if union is None else bytes_of(union),
         *q.stride()[:3], *lower.stride()[:3], *upper.stride()[:3], *none.stride()[:3],
         kv_heads, pages, unions,
         TOKENS=tokens, GROUP=group, HEAD_DIM=head_dim, BLOCK_M=block_m, BLOCK_P=block_p,
-        BLOCK_D=power_of_two(head_dim), PRECISION=precision(q), TILES=tiles, CHANGES=union is not None,
+        BLOCK_D=padded_dim(head_dim), PRECISION=precision(q), TILES=tiles, CHANGES=union is not None,
         num_warps=4, **launched(q.device),
     )  # fmt: skip
     return scores
@@ -141,7 +141,7 @@ def top_pages(scores: Tensor, count: Tensor, eligible: Tensor) -> Tensor:
     counts = counts.to(torch.int32).expand(scores.shape[:-1]).contiguous()
     allowed = eligible.expand(scores.shape).contiguous()
     top_kernel[(rows,)](
-        scores.contiguous(), counts, bytes_of(allowed), bytes_of(chosen), pages, 1,
+        scores.contiguous(), counts, bytes_of(allowed), bytes_of(chosen), pages,
         BLOCK_P=power_of_two(pages), num_warps=4 if pages <= 4096 else 8,
     )  # fmt: skip
     return chosen
@@ -177,7 +177,7 @@ class Part:
     most_active: int
 
 
-def settings_for(dtype: torch.dtype, head_dim: int, block_m: int, page_size: int) -> Settings:
+def settings_for(dtype: torch.dtype, head_dim: int, block_m: int) -> Settings:
     """Return the tile for a problem."""
     if INTERPRETED:
         return Settings(block_n=32, programs=8)
@@ -214,7 +214,7 @@ def _splits(q: Tensor, block: tuple[Tensor, Tensor] | None, part: Part | None, s
     page_size, (_, heads, spans, pages) = part.k_pages.shape[2], part.mask.shape
     group, rows = q_heads // kv_heads, max(min(part.most_active, tokens), 1)
     block_m = _rows_of_tile(q.dtype, head_dim, group * rows)
-    settings = settings_for(q.dtype, head_dim, block_m, page_size)
+    settings = settings_for(q.dtype, head_dim, block_m)
     block_m = max(block_m, settings.least_m)
     rows = tokens if group * tokens <= block_m else rows  # all rows fit: no need to look for the active ones
     tiles, splits = triton.cdiv(group * rows, block_m), 0
@@ -245,7 +245,7 @@ def _splits(q: Tensor, block: tuple[Tensor, Tensor] | None, part: Part | None, s
         OWN=mask_rows > 1 or spans > 1, PAGE_SIZE=page_size, HEAD_DIM=head_dim, BLOCK_M=block_m,
         BLOCK_N=settings.block_n, BLOCK_K=min(power_of_two(k.shape[2]), 32),
         BLOCK_P=min(power_of_two(pages), MOST_LISTED), BLOCK_T=power_of_two(tokens) if splits else 16,
-        BLOCK_D=power_of_two(head_dim), LONG=pages > MOST_LISTED, PRECISION=precision(q),
+        BLOCK_D=padded_dim(head_dim), LONG=pages > MOST_LISTED, PRECISION=precision(q),
         STAGES=settings.stages, num_warps=settings.warps, **launched(q.device),
     )  # fmt: skip
     return parts
@@ -313,7 +313,7 @@ def attend(
         q, active, parts.out, parts.lse, *old, before, out, state_out, state_lse, kept,
         *q.stride()[:3], *old[0].stride()[:3], *old[1].stride()[:2], *before.stride()[:3], q_heads,
         TOKENS=tokens, SPLITS=parts.splits, SLOTS=parts.lse.shape[3], HEAD_DIM=head_dim,
-        BLOCK_S=power_of_two(parts.splits, 1), BLOCK_D=power_of_two(head_dim), CONTEXT=part is not None,
+        BLOCK_S=power_of_two(parts.splits, 1), BLOCK_D=padded_dim(head_dim), CONTEXT=part is not None,
         CACHED=cached is not None, BLOCK=block is not None, KEEP=keep, num_warps=1,
         **launched(q.device),
     )  # fmt: skip
