@@ -62,31 +62,37 @@ class TritonBackend(Backend):
     device : str, optional
         "cuda" (any NVIDIA GPU) or "cuda:1" (that one). Under Triton's interpreter (the environment variable
         ``TRITON_INTERPRET=1``, set before Triton is imported) it is "cpu". Default: whichever of them it is.
+    ragged : bool
+        Whether sequences of a batch differ much in length. Programs then take equal shares of all page lists
+        together instead of equal shares of each, for one more launch (docs/backends/triton.md has the times).
 
     Raises
     ------
-    InvalidArgumentError
-        If it is no such device.
+    InvalidArgumentError, InvalidTypeError
+        If it is no such device, or ``ragged`` is no bool.
     UnavailableError
         If PyTorch or Triton is too old, or there is no GPU.
     """
 
     name: ClassVar[str] = "triton"
 
-    def __init__(self, device: str | None = None) -> None:
+    def __init__(self, device: str | None = None, ragged: bool = False) -> None:
         _check_versions()
+        if not isinstance(ragged, bool):
+            raise InvalidTypeError("ragged", "must be a bool", repr(ragged))
+        self.ragged = ragged
         self._device = _check_device("cpu" if launch.INTERPRETED else "cuda") if device is None else (
             _check_device(device)
         )
         self.device = str(self._device)
 
     def __repr__(self) -> str:
-        return f"TritonBackend(device={self.device!r})"
+        return f"TritonBackend(device={self.device!r}, ragged={self.ragged})"
 
     @property
     def capabilities(self) -> Capabilities:
         """Half and single precision; heads and pages up to 256 channels and tokens."""
-        notes = f"device={self.device}"
+        notes = f"device={self.device}, ragged={self.ragged}"
         if launch.INTERPRETED:
             notes += ", interpreted: bfloat16 products are wrong in Triton's interpreter"
         return Capabilities(
@@ -162,7 +168,7 @@ class TritonBackend(Backend):
         return AttentionState(
             *ops.attend_pages(
                 q, *_pages(context), selection.mask, min(selection.span, max(q.shape[2], 1)), active,
-                softmax_scale(q.shape[3], scale),
+                softmax_scale(q.shape[3], scale), self.ragged,
             )
         )
 
@@ -186,7 +192,7 @@ class TritonBackend(Backend):
             return super().attend(q, k, v, context, selection, active, cached, scale=scale)
         out, *state = ops.attend(
             q, k, v, *_pages(context), selection.mask, min(selection.span, max(q.shape[2], 1)), active,
-            softmax_scale(q.shape[3], scale), *_parts(cached),
+            softmax_scale(q.shape[3], scale), *_parts(cached), self.ragged,
         )
         return out, AttentionState(*state)
 
@@ -206,7 +212,7 @@ class TritonBackend(Backend):
         out, state_out, state_lse, active, mask, kept = ops.attend_ranked(
             q, k, v, *_pages(context), bounds.lower, bounds.upper, rule.reference, count, rule.mass, budget,
             min(rule.pages, context.pages), rule.union, rule.keep, softmax_scale(q.shape[3], scale),
-            *_parts(cached),
+            *_parts(cached), self.ragged,
         )
         span = 1 if rule.union == "row" else q.shape[2]
         return RankedResult(

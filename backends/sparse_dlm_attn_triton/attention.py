@@ -6,9 +6,6 @@ Data flow of a pass, each arrow one launch (docs/backends/triton.md has the size
     cached states ----------------------------------------------------^
 
 The block is one more split, which a program of its own computes beside the others.
-
-Scores live in log2 units inside: ``exp2`` is what the hardware has, so ``log2(e)`` is folded into the
-scale once. What leaves a kernel as an LSE is a natural logarithm.
 """
 
 from __future__ import annotations
@@ -17,129 +14,20 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from sparse_dlm_attn_triton.tiles import (
+    NOTHING,
+    active_rows,
+    attend_tiles,
+    block_part,
+    list_pages,
+    pages_of_tile,
+    store_part,
+    wanted_pages,
+)
+
 __all__ = ["finish_kernel", "splits_kernel"]
 
 LN2 = tl.constexpr(0.6931471805599453)
-NOTHING = tl.constexpr(float("-inf"))
-
-
-@triton.jit
-def _active_rows(is_active, token, row, ROWS: tl.constexpr):
-    """Return for each row of a tile its token, and whether there is one.
-
-    A tile holds ``ROWS`` rows of each query head of a group: the active ones, in order. The ``r``-th active
-    token is found by comparing ranks, since registers cannot be indexed.
-    """
-    rank = tl.cumsum(is_active.to(tl.int32), axis=0) - 1
-    same = is_active[None, :] & (rank[None, :] == (row % ROWS)[:, None])
-    return tl.sum(tl.where(same, token[None, :], 0), axis=1), tl.sum(same.to(tl.int32), axis=1) > 0
-
-
-@triton.jit
-def _wanted(mask, is_active, token, page, stride_row, stride_span, pages, spans, span,
-            MASK_ROWS: tl.constexpr, OWN: tl.constexpr):  # fmt: skip
-    """Return which of some pages any active row of the group selected, int32."""
-    if not OWN:
-        return (tl.load(mask + page, mask=page < pages, other=0) != 0).to(tl.int32)
-    wanted = page * 0
-    for i in range(MASK_ROWS):
-        for s in range(spans):
-            used = tl.max((is_active & (token // span == s)).to(tl.int32), axis=0)
-            chosen = tl.load(mask + i * stride_row + s * stride_span + page, mask=page < pages, other=0)
-            wanted |= (chosen != 0).to(tl.int32) * used
-    return wanted
-
-
-@triton.jit
-def _list_pages(wanted, page, physical, length, taken, split, entries, logicals,
-                SPLITS: tl.constexpr, OWN: tl.constexpr):  # fmt: skip
-    """Write those wanted pages that are a split's to its list, and return how many are taken by all.
-
-    Of the wanted pages that exist, in reading order, a split takes every ``SPLITS``-th: no split waits for
-    a count, and none is longer than another by more than one.
-    """
-    wanted = tl.where(length > 0, wanted, 0)
-    rank = taken + tl.cumsum(wanted, axis=0) - 1
-    mine = (wanted > 0) & (rank % SPLITS == split)
-    place = rank // SPLITS
-    # One number for both: what is scattered has to be reordered among threads first.
-    tl.store(entries + place, (physical.to(tl.int64) << 16) | length, mask=mine)
-    if OWN:
-        tl.store(logicals + place, page.to(tl.int64), mask=mine)
-    return taken + tl.sum(wanted, axis=0)
-
-
-@triton.jit
-def _pages_of_tile(entries, first, listed, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Return physical page and length of the tokens of a tile: scalars where it lies in one page.
-
-    They are fetched a tile ahead. A load whose address waits for another load in the same turn of a loop
-    would halve how far ahead keys and values are fetched.
-    """
-    if PAGE_SIZE % BLOCK_N == 0:  # noqa: SIM108 (known at compile time: the types differ)
-        place = first // PAGE_SIZE
-    else:
-        place = (first + tl.arange(0, BLOCK_N)) // PAGE_SIZE
-    entry = tl.load(entries + place, mask=place < listed, other=0)
-    return entry >> 16, (entry & 0xFFFF).to(tl.int32)
-
-
-@triton.jit
-def _weighed(scores, peak, total, mixed, scale_log2):
-    """Take a tile of raw scores into a running softmax; return weights and the new peak, total and sum.
-
-    ``peak`` is a raw score: scaling it and subtracting is one multiply-add an element.
-    """
-    top = tl.maximum(peak, tl.max(scores, axis=1))
-    safe = tl.where(top == NOTHING, 0.0, top) * scale_log2  # -inf - -inf would be NaN
-    weights = tl.exp2(scores * scale_log2 - safe[:, None])
-    kept = tl.exp2(peak * scale_log2 - safe)
-    return weights, top, total * kept + tl.sum(weights, axis=1), mixed * kept[:, None]
-
-
-@triton.jit
-def _store_part(
-    part_out, part_lse, slot, exists, peak, total, mixed, scale_log2, channel,
-    HEAD_DIM: tl.constexpr,
-):  # fmt: skip
-    """Store a state: normalised ``out``, and ``lse`` in log2 units."""
-    share = tl.where(total == 0, 1.0, total)
-    lse = tl.where(total == 0, NOTHING, peak * scale_log2 + tl.log2(share))
-    tl.store(part_lse + slot, lse, mask=exists)
-    into = part_out + slot.to(tl.int64)[:, None] * HEAD_DIM + channel[None, :]
-    # One division a row: one an element would be a third of what a short program executes.
-    tl.store(into, mixed * (1.0 / share)[:, None], mask=exists[:, None] & (channel < HEAD_DIM)[None, :])
-
-
-@triton.jit
-def _block_part(
-    q, k, v, part_out, part_lse, slots, stride_qh, stride_qt, stride_kt, stride_vt, scale_log2, keys, tile,
-    tiles, GROUP: tl.constexpr, TOKENS: tl.constexpr, SLOTS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Attend from all rows of a group to the block's own keys, dense."""
-    channel = tl.arange(0, BLOCK_D)
-    wide = (channel < HEAD_DIM)[None, :]
-    for first_row in range(tile * BLOCK_M, GROUP * TOKENS, tiles * BLOCK_M):
-        row = first_row + tl.arange(0, BLOCK_M)
-        of_group, token = row // TOKENS, row % TOKENS
-        exists = row < GROUP * TOKENS
-        from_q = q + of_group[:, None] * stride_qh + token[:, None] * stride_qt + channel[None, :]
-        queries = tl.load(from_q, mask=exists[:, None] & wide, other=0.0)
-        peak = tl.full((BLOCK_M,), NOTHING, tl.float32)
-        total = tl.zeros((BLOCK_M,), tl.float32)
-        mixed = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-        for first in range(0, keys, BLOCK_K):
-            key = first + tl.arange(0, BLOCK_K)
-            there = (key < keys)[:, None] & wide
-            block_keys = tl.load(k + key[:, None] * stride_kt + channel[None, :], mask=there, other=0.0)
-            scores = tl.dot(queries, tl.trans(block_keys), input_precision=PRECISION)
-            scores = tl.where((key < keys)[None, :], scores, NOTHING)
-            weights, peak, total, mixed = _weighed(scores, peak, total, mixed, scale_log2)
-            values = tl.load(v + key[:, None] * stride_vt + channel[None, :], mask=there, other=0.0)
-            mixed = tl.dot(weights.to(values.dtype), values, acc=mixed, input_precision=PRECISION)
-        slot = slots + (of_group * TOKENS + token) * SLOTS + SLOTS - 1
-        _store_part(part_out, part_lse, slot, exists, peak, total, mixed, scale_log2, channel, HEAD_DIM)
 
 
 @triton.jit
@@ -152,28 +40,32 @@ def splits_kernel(
     SLOTS: tl.constexpr, MASK_ROWS: tl.constexpr, OWN: tl.constexpr, PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, LONG: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr, STAGES: tl.constexpr,
+    PIECES: tl.constexpr, LATER: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program a split, a tile of rows and a KV head: softmax attention over its share of the pages.
 
-    The program after the last split attends to the block itself, if there is one. ``OWN`` masks pages for
-    rows that did not select them, where rows or query heads have their own lists.
+    The program after the last split attends to the block itself, if there is one. ``PIECES`` splits share a
+    list of pages, each with its part of every page. ``LATER`` says that this is not the first kernel of a
+    pass: what the pass was given is complete, although the kernel before may not be.
     """
     split, tile, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence, head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
     slots = pair * (GROUP * TOKENS * SLOTS)
     q += sequence * stride_qb + head * GROUP * stride_qh
+    if PDL and not LATER:
+        gdc_wait()
+        gdc_launch_dependents()
     if split == SPLITS:
-        if PDL:
-            gdc_wait()
-            gdc_launch_dependents()
-        _block_part(
+        block_part(
             q, k + sequence * stride_bkb + head * stride_bkh, v + sequence * stride_bvb + head * stride_bvh,
             part_out, part_lse, slots, stride_qh, stride_qt, stride_bkt, stride_bvt, scale_log2, keys, tile,
             tl.num_programs(1), GROUP, TOKENS, SLOTS, HEAD_DIM, BLOCK_M, BLOCK_K, BLOCK_D, PRECISION,
+            PDL and LATER,
         )  # fmt: skip
+        if PDL and LATER:
+            gdc_launch_dependents()
         return
-    # Page tables were written before this pass began, so there is no need to wait for them.
     page_table += sequence * pages
     page_lengths += sequence * pages
     page = tl.arange(0, BLOCK_P)
@@ -183,84 +75,66 @@ def splits_kernel(
     of_group = row // ROWS
     channel = tl.arange(0, BLOCK_D)
     wide = (channel < HEAD_DIM)[None, :]
-    if ROWS == TOKENS:  # nor for queries; a row that turns out inactive is computed and not stored
+    if ROWS == TOKENS:  # a row that turns out inactive is computed and not stored
         token, exists = row % TOKENS, of_group < GROUP
         from_q = q + of_group[:, None] * stride_qh + token[:, None] * stride_qt
         queries = tl.load(from_q + channel[None, :], mask=exists[:, None] & wide, other=0.0)
-    if PDL:
+    if PDL and LATER:
         gdc_wait()
         gdc_launch_dependents()
     mask += sequence * stride_mb + head * stride_mh
     active += sequence * TOKENS
     block_token = tl.arange(0, BLOCK_T)
     is_active = tl.load(active + block_token, mask=block_token < TOKENS, other=0) != 0
-    wanted = _wanted(
+    wanted = wanted_pages(
         mask, is_active, block_token, page, stride_mr, stride_ms, pages, spans, span, MASK_ROWS, OWN
     )
     if ROWS < TOKENS:
-        token, found = _active_rows(is_active, block_token, row, ROWS)
+        token, found = active_rows(is_active, block_token, row, ROWS)
         exists = found & (of_group < GROUP)
         from_q = q + of_group[:, None] * stride_qh + token[:, None] * stride_qt
         queries = tl.load(from_q + channel[None, :], mask=exists[:, None] & wide, other=0.0)
     if tl.max(is_active.to(tl.int32), axis=0) == 0:
         return
 
+    SHARES: tl.constexpr = SPLITS // PIECES
+    # The first shares are a page longer. Programs of one multiprocessor are half a grid apart: let a long
+    # share meet a short one there.
+    turned = tl.where(2 * pair < tl.num_programs(2), split, SPLITS - 1 - split)
+    share, piece = turned // PIECES, turned % PIECES
     entries = scratch + ((pair * tl.num_programs(1) + tile) * SPLITS + split).to(tl.int64) * 2 * capacity
     logicals = entries + capacity
-    taken = _list_pages(wanted, page, page_physical, page_length, 0, split, entries, logicals, SPLITS, OWN)
+    taken, first = list_pages(
+        wanted, page, page_physical, page_length, 0, share, entries, logicals, SHARES, OWN
+    )
     if LONG:
         for first_page in range(BLOCK_P, pages, BLOCK_P):
             more = first_page + tl.arange(0, BLOCK_P)
             more_length = tl.minimum(tl.load(page_lengths + more, mask=more < pages, other=0), PAGE_SIZE)
             more_physical = tl.load(page_table + more, mask=more < pages, other=0)
-            more_wanted = _wanted(
+            more_wanted = wanted_pages(
                 mask, is_active, block_token, more, stride_mr, stride_ms, pages, spans, span, MASK_ROWS, OWN
             )
-            taken = _list_pages(
-                more_wanted, more, more_physical, more_length, taken, split, entries, logicals, SPLITS, OWN
+            taken, _ = list_pages(
+                more_wanted, more, more_physical, more_length, taken, share, entries, logicals, SHARES, OWN
             )
-    listed = (taken - split + SPLITS - 1) // SPLITS
+    listed = (taken - share + SHARES - 1) // SHARES
     tl.debug_barrier()  # the list was written by other threads of this program
-    peak = tl.full((BLOCK_M,), NOTHING, tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    mixed = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    k_pages += head * stride_kh
-    v_pages += head * stride_vh
+    PART: tl.constexpr = PAGE_SIZE // PIECES
+    if LONG or PART % BLOCK_N != 0:
+        physical, length = pages_of_tile(entries, 0, listed, PART, BLOCK_N)
+    else:  # the first page is still in registers, and the way through memory is long
+        physical, length = first >> 16, (first & 0xFFFF).to(tl.int32)
     mask_row = mask + (of_group % MASK_ROWS) * stride_mr + (token // span) * stride_ms
-    physical, length = _pages_of_tile(entries, 0, listed, PAGE_SIZE, BLOCK_N)
-    for first in tl.range(0, listed * PAGE_SIZE, BLOCK_N, num_stages=STAGES):
-        if PAGE_SIZE % BLOCK_N == 0:
-            slot = first % PAGE_SIZE + tl.arange(0, BLOCK_N)
-            from_k = k_pages + physical * stride_kp + slot[:, None] * stride_kt + channel[None, :]
-            from_v = v_pages + physical * stride_vp + slot[:, None] * stride_vt + channel[None, :]
-        else:
-            slot = (first + tl.arange(0, BLOCK_N)) % PAGE_SIZE
-            from_k = k_pages + (physical * stride_kp + slot * stride_kt)[:, None] + channel[None, :]
-            from_v = v_pages + (physical * stride_vp + slot * stride_vt)[:, None] + channel[None, :]
-        valid = slot < length
-        page_keys = tl.load(from_k, mask=valid[:, None] & wide, other=0.0)
-        scores = tl.dot(queries, tl.trans(page_keys), input_precision=PRECISION)
-        seen = valid[None, :]
-        if OWN:
-            place = (first + tl.arange(0, BLOCK_N)) // PAGE_SIZE
-            logical = tl.load(logicals + place, mask=place < listed, other=0)
-            chosen = tl.load(mask_row[:, None] + logical[None, :], mask=exists[:, None] & seen, other=0)
-            seen = seen & (chosen != 0)
-        scores = tl.where(seen, scores, NOTHING)
-        weights, peak, total, mixed = _weighed(scores, peak, total, mixed, scale_log2)
-        values = tl.load(from_v, mask=valid[:, None] & wide, other=0.0)
-        if OWN:
-            # A weight of 0 does not stop a NaN in a page that another row selected.
-            bad = values.to(tl.float32) - values.to(tl.float32) != 0
-            hit = tl.dot(seen.to(values.dtype), bad.to(values.dtype), input_precision=PRECISION)
-            mixed = tl.where(hit > 0, float("nan"), mixed)
-            values = tl.where(bad, 0.0, values).to(values.dtype)
-        mixed = tl.dot(weights.to(values.dtype), values, acc=mixed, input_precision=PRECISION)
-        physical, length = _pages_of_tile(entries, first + BLOCK_N, listed, PAGE_SIZE, BLOCK_N)
+    peak, total, mixed = attend_tiles(
+        queries, k_pages + head * stride_kh, v_pages + head * stride_vh, entries, logicals, physical, length,
+        mask_row, exists, channel, 0, listed * PART, listed, piece, stride_kp, stride_kt, stride_vp,
+        stride_vt, scale_log2, PAGE_SIZE, PART, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, OWN, PRECISION, STAGES,
+    )  # fmt: skip
     if ROWS == TOKENS:
         exists = exists & (tl.load(active + token, mask=exists, other=0) != 0)
     slot_of_row = slots + (of_group * TOKENS + token) * SLOTS + split
-    _store_part(part_out, part_lse, slot_of_row, exists, peak, total, mixed, scale_log2, channel, HEAD_DIM)
+    store_part(part_out, part_lse, slot_of_row, exists, peak, total, mixed, scale_log2, channel, HEAD_DIM)
 
 
 @triton.jit
@@ -277,15 +151,44 @@ def _merged(out, lse, other_out, other_lse):
 
 
 @triton.jit
+def _united(part_out, part_lse, base, step, ready, most, channel,
+            HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """Merge the first ``ready`` parts of a row, ``step`` apart from ``base``; LSE in log2 units."""
+    top = tl.full((1,), NOTHING, tl.float32)
+    total = tl.zeros((1,), tl.float32)
+    mixed = tl.zeros((BLOCK_D,), tl.float32)
+    for begin in range(0, most, BLOCK_S):
+        part = begin + tl.arange(0, BLOCK_S)
+        at = base + part.to(tl.int64) * step
+        lses = tl.load(part_lse + at, mask=part < ready, other=NOTHING)
+        there = (part < ready)[:, None] & (channel < HEAD_DIM)[None, :]
+        parts = tl.load(part_out + at[:, None] * HEAD_DIM + channel[None, :], mask=there, other=0.0)
+        peak = tl.maximum(top, tl.max(lses, axis=0))
+        safe = tl.where(peak == NOTHING, 0.0, peak)
+        weights, kept = tl.exp2(lses - safe), tl.exp2(top - safe)
+        # A part without a weight is dropped; NaN is no 0, and shows.
+        parts = tl.where((weights != 0)[:, None], parts * weights[:, None], 0.0)
+        mixed = tl.where(kept != 0, mixed * kept, 0.0) + tl.sum(parts, axis=0)
+        total = total * kept + tl.sum(weights, axis=0)
+        top = peak
+    share = tl.where(total == 0, 1.0, total)
+    lse = tl.where(total == 0, NOTHING, top + tl.log2(share))
+    return mixed * (1.0 / share), tl.sum(lse, axis=0)
+
+
+@triton.jit
 def finish_kernel(
-    q, active, part_out, part_lse, cached_out, cached_lse, reference, out, state_out, state_lse, kept,
+    q, active, part_out, part_lse, firsts, lasts, counts, cached_out, cached_lse, reference,
+    out, state_out, state_lse, kept,
     stride_qb, stride_qh, stride_qt, stride_cb, stride_ch, stride_ct, stride_lb, stride_lh,
-    stride_rb, stride_rh, stride_rt, q_heads,
-    TOKENS: tl.constexpr, SPLITS: tl.constexpr, SLOTS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, CONTEXT: tl.constexpr, CACHED: tl.constexpr,
-    BLOCK: tl.constexpr, KEEP: tl.constexpr, PDL: tl.constexpr,
+    stride_rb, stride_rh, stride_rt, q_heads, block_slots,
+    TOKENS: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr, SLOTS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, CONTEXT: tl.constexpr,
+    CACHED: tl.constexpr, BLOCK: tl.constexpr, SHARED: tl.constexpr, KEEP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program a query row: merge its splits, or take its cached state, and merge the block's part.
+    """One program a query row: merge its parts, or take its cached state, and merge the block's part.
+
+    Parts are those of `splits_kernel`, or ``SHARED``: those of `shares.shares_kernel`.
 
     ``KEEP`` stores what the next pass measures change against: the query of every row (1), or that of
     active rows and the old one of the others (2).
@@ -299,36 +202,42 @@ def finish_kernel(
         query = tl.load(from_q, mask=wide, other=0.0)
         if KEEP == 1:
             tl.store(kept + row * HEAD_DIM + channel, query, mask=wide)
+    if CACHED:  # of every row: which rows are active may not be known yet
+        from_old = cached_out + sequence * stride_cb + head * stride_ch + token * stride_ct + channel
+        old = tl.load(from_old, mask=wide, other=0.0).to(tl.float32)
+        old_lse = tl.load(cached_lse + sequence * stride_lb + head * stride_lh + token)
+    if KEEP == 2:
+        from_before = reference + sequence * stride_rb + head * stride_rh + token * stride_rt + channel
+        before = tl.load(from_before, mask=wide, other=0.0)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    if BLOCK:
+    if SHARED:
+        pair = sequence * (q_heads // GROUP) + head // GROUP
+        of_pair = (head % GROUP) * TOKENS + token
+        at_block = (block_slots + pair) * (GROUP * TOKENS) + of_pair
+    else:
         at_block = row * SLOTS + SLOTS - 1
+    if BLOCK:
         block_out = tl.load(part_out + at_block * HEAD_DIM + channel, mask=wide, other=0.0)
         block_lse = tl.load(part_lse + at_block)
     if CONTEXT:
         is_active = tl.load(active + sequence * TOKENS + token) != 0
-        # Lengths instead of conjunctions with a scalar, which Triton's interpreter does not take as masks.
-        ready, stored = tl.where(is_active, SPLITS, 0), tl.where(is_active, 0, HEAD_DIM)
-        split = tl.arange(0, BLOCK_S)
-        lses = tl.load(part_lse + row * SLOTS + split, mask=split < ready, other=NOTHING)
-        from_parts = part_out + (row * SLOTS + split)[:, None] * HEAD_DIM + channel[None, :]
-        parts = tl.load(from_parts, mask=(split < ready)[:, None] & wide[None, :], other=0.0)
-        top = tl.max(lses, axis=0)
-        safe = tl.where(top == NOTHING, 0.0, top)
-        weights = tl.exp2(lses - safe)
-        total = tl.sum(weights, axis=0)
-        share = tl.where(total == 0, 1.0, total)
-        # A split without a weight is dropped; NaN is no 0, and shows.
-        parts = tl.where((weights != 0)[:, None], parts * (weights / share)[:, None], 0.0)
-        context_out = tl.sum(parts, axis=0)
-        context_lse = tl.where(total == 0, NOTHING, safe + tl.log2(share))
+        if SHARED:
+            first = tl.load(firsts + pair)
+            ready = tl.where(tl.load(counts + pair) > 0, tl.load(lasts + pair) - first + 1, 0)
+            ready = tl.where(is_active, ready, 0)
+            base = (first + pair) * (GROUP * TOKENS) + of_pair
+            context_out, context_lse = _united(
+                part_out, part_lse, base, GROUP * TOKENS, ready, ready, channel, HEAD_DIM, BLOCK_S, BLOCK_D
+            )
+        else:
+            ready = tl.where(is_active, SPLITS, 0)
+            context_out, context_lse = _united(
+                part_out, part_lse, row * SLOTS, 1, ready, SPLITS, channel, HEAD_DIM, BLOCK_S, BLOCK_D
+            )
         natural = context_lse * LN2
         if CACHED:
-            from_old = cached_out + sequence * stride_cb + head * stride_ch + token * stride_ct + channel
-            old = tl.load(from_old, mask=channel < stored, other=0.0).to(tl.float32)
-            from_lse = cached_lse + sequence * stride_lb + head * stride_lh + token
-            old_lse = tl.load(from_lse, mask=is_active == 0, other=0.0)
             context_out = tl.where(is_active, context_out, old)
             natural = tl.where(is_active, natural, old_lse)
             context_lse = tl.where(is_active, context_lse, old_lse / LN2)
@@ -338,8 +247,6 @@ def finish_kernel(
             both = _merged(context_out, context_lse, block_out, block_lse)
             tl.store(out + row * HEAD_DIM + channel, both.to(out.dtype.element_ty), mask=wide)
         if KEEP == 2:
-            from_before = reference + sequence * stride_rb + head * stride_rh + token * stride_rt + channel
-            before = tl.load(from_before, mask=channel < stored, other=0.0)
             tl.store(kept + row * HEAD_DIM + channel, tl.where(is_active, query, before), mask=wide)
     else:
         tl.store(state_out + row * HEAD_DIM + channel, block_out.to(state_out.dtype.element_ty), mask=wide)

@@ -1,11 +1,12 @@
-"""Kernels of decisions: page bounds, page scores, changed rows, best pages.
+"""Kernels of decisions: page bounds, changed rows, page scores, best pages.
 
 Data flow of a ranked pass, each arrow one launch (docs/backends/triton.md has the sizes)::
 
-    q, q_reference, bounds -> [scores] -> [select] -> active rows, pages -> attention.py
+    q, q_reference -> [changes] -> [scores] -> [select] -> active rows, pages -> attention.py
+    q, bounds ------------------------^
 
-`scores` multiplies all rows of a block, active or not: they fit into the same tile of the tensor cores, and
-which of them are active is known only when the changes of all heads are.
+`scores` multiplies all rows of a block, active or not, while `changes` still runs: they fit into the same
+tile of the tensor cores. Which of them are active decides only what is stored.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-__all__ = ["bounds_kernel", "scores_kernel", "select_kernel", "top_kernel"]
+__all__ = ["bounds_kernel", "changes_kernel", "scores_kernel", "select_kernel", "top_kernel"]
+
+ABSENT = tl.constexpr(-0x80000000)  # below the key of every score, that of -inf too
 
 
 @triton.jit
@@ -48,20 +51,77 @@ def bounds_kernel(
 
 
 @triton.jit
+def changes_kernel(
+    q, reference, changes,
+    stride_qb, stride_qh, stride_qt, stride_rb, stride_rh, stride_rt, q_heads, numbers,
+    HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program a row of a block: mean squared change of its queries (clause CHANGE-1)."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    token, sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    channel = tl.arange(0, BLOCK_D)
+    q += sequence * stride_qb + token * stride_qt + channel[None, :]
+    reference += sequence * stride_rb + token * stride_rt + channel[None, :]
+    squares = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
+    for first in range(0, q_heads, BLOCK_H):
+        head = (first + tl.arange(0, BLOCK_H))[:, None]
+        there = (head < q_heads) & (channel < HEAD_DIM)[None, :]
+        now = tl.load(q + head * stride_qh, mask=there, other=0.0).to(tl.float32)
+        moved = now - tl.load(reference + head * stride_rh, mask=there, other=0.0).to(tl.float32)
+        squares += moved * moved
+    total = tl.sum(tl.sum(squares, axis=1), axis=0)
+    # the mean, rounded once
+    tl.store(changes + sequence * tl.num_programs(0) + token, tl.div_rn(total, numbers.to(tl.float32)))
+
+
+@triton.jit
+def _places(changes, token, tokens, count, mass, BLOCK_T: tl.constexpr, BY_MASS: tl.constexpr):
+    """Return how many rows of the block changed more than each ``token``, and whether it is active.
+
+    Clauses CHANGE-2 and CHANGE-3: among equals the first row comes first, and NaN changed most.
+    """
+    other = tl.arange(0, BLOCK_T)
+    inside = other < tokens
+    change = tl.load(changes + other, mask=inside, other=0.0)
+    mine = tl.load(changes + token)
+    nan = change != change
+    change = tl.where(nan, float("inf"), change)
+    mine = tl.where(mine != mine, float("inf"), mine)
+    before = (change[None, :] > mine[:, None]) | (
+        (change[None, :] == mine[:, None]) & (other[None, :] < token[:, None])
+    )
+    before = before & inside[None, :]
+    place = tl.sum(before.to(tl.int32), axis=1)
+    if not BY_MASS:
+        return place, place < count
+    amounts = tl.where(inside, change, 0.0).to(tl.float64)
+    reached = tl.sum(tl.where(before, amounts[None, :], 0.0), axis=1)
+    # A change that is NaN makes every row active.
+    unknown = tl.max(nan.to(tl.int32), axis=0) > 0
+    limit = tl.where(unknown, 1.0, tl.load(mass) * tl.sum(amounts, axis=0))
+    return place, tl.where(unknown, 0.0, reached) < limit
+
+
+@triton.jit
 def scores_kernel(
-    q, lower, upper, reference, scores, changes, union,
+    q, lower, upper, changes, mass, scores, active, order, union,
     stride_qb, stride_qh, stride_qt, stride_lb, stride_lh, stride_lp, stride_ub, stride_uh, stride_up,
-    stride_rb, stride_rh, stride_rt, kv_heads, pages, unions,
-    TOKENS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, TILES: tl.constexpr,
-    CHANGES: tl.constexpr, PDL: tl.constexpr,
+    kv_heads, pages, unions, count,
+    TOKENS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, RULE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of pages, a tile of rows and a KV head: ``relu(q) . upper + min(q, 0) . lower``.
 
-    Beside the scores, for the pass that `select_kernel` decides: programs behind the last tile of pages sum
-    the squared changes of their rows, and the others empty their part of the union.
+    ``RULE`` says which rows are active: those of largest change, so many of them ("count") or a share of all
+    change ("mass"), or all ("all"). Active rows are stored one behind the other, ``ROWS`` a head, with
+    ``order`` telling their tokens. For `select_kernel`, programs empty their part of the union. No rule:
+    scores of all rows and nothing else.
     """
-    if PDL:
+    CHANGED: tl.constexpr = (RULE == "count") | (RULE == "mass")
+    if PDL and not CHANGED:  # the first kernel of a pass
         gdc_wait()
         gdc_launch_dependents()
     tile, part, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -70,37 +130,44 @@ def scores_kernel(
     of_group, token = row // TOKENS, row % TOKENS
     exists = row < GROUP * TOKENS
     channel = tl.arange(0, BLOCK_D)
-    there = exists[:, None] & (channel < HEAD_DIM)[None, :]
-    from_q = q + sequence * stride_qb + head * GROUP * stride_qh
-    from_q += of_group[:, None] * stride_qh + token[:, None] * stride_qt
-    queries = tl.load(from_q + channel[None, :], mask=there, other=0.0)
-    of_row = pair * (GROUP * TOKENS) + row
-    if tile == TILES:
-        from_old = reference + sequence * stride_rb + head * GROUP * stride_rh
-        from_old += of_group[:, None] * stride_rh + token[:, None] * stride_rt
-        before = tl.load(from_old + channel[None, :], mask=there, other=0.0)
-        moved = queries.to(tl.float32) - before.to(tl.float32)
-        tl.store(changes + of_row, tl.sum(moved * moved, axis=1), mask=exists)
-        return
+    wide = (channel < HEAD_DIM)[None, :]
     page = tile * BLOCK_P + tl.arange(0, BLOCK_P)
-    stored = (page < pages)[:, None] & (channel < HEAD_DIM)[None, :]
+    stored = (page < pages)[:, None] & wide
     from_lower = lower + sequence * stride_lb + head * stride_lh + page[:, None] * stride_lp
     low = tl.load(from_lower + channel[None, :], mask=stored, other=0.0)
     from_upper = upper + sequence * stride_ub + head * stride_uh + page[:, None] * stride_up
     high = tl.load(from_upper + channel[None, :], mask=stored, other=0.0)
+    from_q = q + sequence * stride_qb + head * GROUP * stride_qh
+    from_q += of_group[:, None] * stride_qh + token[:, None] * stride_qt
+    queries = tl.load(from_q + channel[None, :], mask=exists[:, None] & wide, other=0.0)
     # Written so that a NaN query is in both parts: a maximum with 0 might hide it.
     nothing = tl.zeros_like(queries)
     positive = tl.where(queries < nothing, nothing, queries)
     negative = tl.where(queries > nothing, nothing, queries)
     best = tl.dot(positive, tl.trans(high), input_precision=PRECISION)
     best = tl.dot(negative, tl.trans(low), acc=best, input_precision=PRECISION)
-    into = scores + of_row.to(tl.int64)[:, None] * pages + page[None, :]
-    tl.store(into, best, mask=exists[:, None] & (page < pages)[None, :])
-    if CHANGES and part == 0:  # the union has one row for a KV head, a query head or a query row
-        rows_each = unions // kv_heads
-        for i in range(rows_each):
-            at_union = union + (sequence * unions + head * rows_each + i) * pages + page
-            tl.store(at_union, tl.zeros((BLOCK_P,), tl.int8), mask=page < pages)
+    place, is_active = token, exists
+    if CHANGED:
+        if PDL:  # inputs of the pass were complete before `changes_kernel` let this one start
+            gdc_wait()
+            gdc_launch_dependents()
+        place, changed = _places(
+            changes + sequence * TOKENS, token, TOKENS, count, mass, BLOCK_T, RULE == "mass"
+        )
+        is_active = exists & changed
+    into = scores + ((pair * GROUP + of_group) * ROWS + place).to(tl.int64)[:, None] * pages + page[None, :]
+    tl.store(into, best, mask=is_active[:, None] & (page < pages)[None, :])
+    if RULE != "":
+        if part == 0:  # the union has one row for a KV head, a query head or a query row
+            rows_each = unions // kv_heads
+            for i in range(rows_each):
+                at_union = union + (sequence * unions + head * rows_each + i) * pages + page
+                tl.store(at_union, tl.zeros((BLOCK_P,), tl.int8), mask=page < pages)
+        if (tile == 0) & (head == 0):
+            first = exists & (of_group == 0)
+            tl.store(active + sequence * TOKENS + token, is_active.to(tl.int8), mask=first)
+            listed = tl.where(is_active, token, -1)
+            tl.store(order + sequence * ROWS + place, listed, mask=first & (place < ROWS))
 
 
 @triton.jit
@@ -112,22 +179,21 @@ def _ordered(scores):
 
 
 @triton.jit
-def _best(keys, eligible, wanted):
-    """Return the mask of the ``wanted`` largest eligible keys, the lowest index first among equals.
+def _best(keys, wanted):
+    """Return the mask of the ``wanted`` largest keys that are not `ABSENT`, the lowest index first of equals.
 
     A search for the cut: at least ``wanted`` keys reach ``low``, fewer reach ``high``. Each turn counts above
     two values between them, in one sum. It ends early where exactly ``wanted`` keys reach one of them, which
     is the rule unless scores tie.
     """
-    low = tl.min(tl.where(eligible, keys, 0x7FFFFFFE), axis=0)
-    high = tl.max(tl.where(eligible, keys, -0x7FFFFFFF), axis=0) + 1
+    low = tl.min(tl.where(keys == ABSENT, 0x7FFFFFFE, keys), axis=0)
+    high = tl.max(keys, axis=0) + 1
     while low + 1 < high:
         width = high.to(tl.int64) - low
         third = tl.maximum((width * 0x5555) >> 16, 1)
         first = (low + third).to(tl.int32)
         second = tl.maximum(low + 2 * third, first).to(tl.int32)
-        reach = tl.where(keys >= first, 1, 0) + tl.where(keys >= second, 0x10000, 0)
-        counts = tl.sum(tl.where(eligible, reach, 0), axis=0)
+        counts = tl.sum(tl.where(keys >= first, 1, 0) + tl.where(keys >= second, 0x10000, 0), axis=0)
         one, two = counts & 0xFFFF, counts >> 16
         # Which of the three parts holds the cut; a part of width 1 if a value is the cut itself.
         low, high = (
@@ -136,7 +202,7 @@ def _best(keys, eligible, wanted):
             tl.where(two > wanted, high, tl.where(two == wanted, second,
                      tl.where(one > wanted, second, first))),
         )  # fmt: skip
-    above, equal = eligible & (keys >= high), eligible & (keys == low)
+    above, equal = keys >= high, keys == low
     room = wanted - tl.sum(above.to(tl.int32), axis=0)
     if room > 0:  # some that tie with the last one taken are left out
         above = above | (equal & (tl.cumsum(equal.to(tl.int32), axis=0) <= room))
@@ -156,53 +222,23 @@ def top_kernel(
     keys = _ordered(tl.load(scores + row * pages + page, mask=inside, other=0.0).to(tl.float32))
     count = tl.load(counts + row)
     wanted = tl.minimum(tl.maximum(count, 0), tl.sum(allowed.to(tl.int32), axis=0))
-    tl.store(chosen + row * pages + page, _best(keys, allowed, wanted).to(tl.int8), mask=inside)
-
-
-@triton.jit
-def _changed(
-    changes, sequence, q_heads, tokens, numbers, count, mass,
-    BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr, BY_MASS: tl.constexpr,
-):  # fmt: skip
-    """Return which rows changed most, bool ``(BLOCK_T,)`` (clauses CHANGE-2 and CHANGE-3)."""
-    head, token = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_T)
-    inside = token < tokens
-    at = changes + (sequence * q_heads + head)[:, None] * tokens + token[None, :]
-    squares = tl.load(at, mask=(head < q_heads)[:, None] & inside[None, :], other=0.0)
-    change = tl.div_rn(tl.sum(squares, axis=0), numbers.to(tl.float32))  # the mean, rounded once
-    nan = change != change
-    change = tl.where(nan, float("inf"), change)
-    # change of row t as a column and as a row: rank[t] rows come before row t
-    column = tl.sum(tl.where(token[:, None] == token[None, :], change[None, :], 0.0), axis=1)
-    before = (change[None, :] > column[:, None]) | (
-        (change[None, :] == column[:, None]) & (token[None, :] < token[:, None])
-    )
-    before = before & inside[None, :]
-    if BY_MASS:
-        amounts = tl.where(inside, change, 0.0).to(tl.float64)
-        total = tl.sum(amounts, axis=0)
-        reached = tl.sum(tl.where(before, amounts[None, :], 0.0), axis=1)
-        limit = tl.load(mass) * total
-        enough = (reached < limit) | (tl.max(nan.to(tl.int32), axis=0) > 0)
-        return inside & enough
-    return inside & (tl.sum(before.to(tl.int32), axis=1) < count)
+    best = _best(tl.where(allowed, keys, ABSENT), wanted)
+    tl.store(chosen + row * pages + page, best.to(tl.int8), mask=inside)
 
 
 @triton.jit
 def select_kernel(
-    scores, changes, page_lengths, active, union,
-    q_heads, pages, unions, numbers, count, mass, budget, bought,
-    TOKENS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr,
-    BY_MASS: tl.constexpr, ALL_ROWS: tl.constexpr, PDL: tl.constexpr,
+    scores, order, page_lengths, union, q_heads, pages, unions, budget, bought,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program an active row and query head: which pages does it want.
 
-    Every program finds the active rows for itself, from a few hundred numbers, and takes one of them. A page
-    wanted is written as 1 into the union, which `scores_kernel` has emptied: programs that write the same 1
-    need no order.
+    A page wanted is written as 1 into the union, which `scores_kernel` has emptied: programs that write the
+    same 1 need no order.
     """
     number, query_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     page = tl.arange(0, BLOCK_P)
+    # Page tables were complete before the first kernel of this pass let the others start.
     length = tl.load(page_lengths + sequence * pages + page, mask=page < pages, other=0)
     there = length > 0
     existing = tl.sum(there.to(tl.int32), axis=0)
@@ -211,19 +247,11 @@ def select_kernel(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    token = tl.arange(0, BLOCK_T)
-    if ALL_ROWS:
-        rows = token < TOKENS
-    else:
-        rows = _changed(changes, sequence, q_heads, TOKENS, numbers, count, mass, BLOCK_H, BLOCK_T, BY_MASS)
-    if (query_head == 0) & (number == 0):
-        tl.store(active + sequence * TOKENS + token, rows.to(tl.int8), mask=token < TOKENS)
-    mine = rows & (tl.cumsum(rows.to(tl.int32), axis=0) - 1 == number)
-    row = tl.max(tl.where(mine, token, -1), axis=0)
-    if row >= 0:
-        of_scores = (sequence * q_heads + query_head) * TOKENS + row
-        keys = _ordered(tl.load(scores + of_scores * pages + page, mask=page < pages, other=0.0))
-        best = _best(keys, there, wanted)
+    row = tl.load(order + sequence * ROWS + number)
+    of_scores = (sequence * q_heads + query_head) * ROWS + number
+    keys = _ordered(tl.load(scores + of_scores * pages + page, mask=page < pages, other=0.0))
+    if row >= 0:  # fewer rows than places may be active
+        best = _best(tl.where(there, keys, ABSENT), wanted)
         # unions is kv_heads, q_heads or q_heads * tokens rows
         of_row = (query_head * TOKENS + row) * unions // (q_heads * TOKENS)
         tl.store(union + (sequence * unions + of_row) * pages + page, (best * 0 + 1).to(tl.int8), mask=best)

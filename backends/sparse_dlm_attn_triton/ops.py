@@ -102,11 +102,11 @@ def top_pages(scores: Tensor, count: Tensor, eligible: Tensor) -> Tensor:
 
 @torch.library.custom_op(
     "sparse_dlm_attn_triton::attend_pages", mutates_args=(),
-    schema=f"(Tensor q, {CONTEXT}, {CHOSEN}, float scale) -> (Tensor, Tensor)",
+    schema=f"(Tensor q, {CONTEXT}, {CHOSEN}, float scale, bool ragged=False) -> (Tensor, Tensor)",
 )
 def attend_pages(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, page_lengths: Tensor, mask: Tensor,
-    span: int, active: Tensor, scale: float,
+    span: int, active: Tensor, scale: float, ragged: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attend to selected pages (clause ATTEND-1).
 
@@ -124,6 +124,8 @@ def attend_pages(
         bool ``(batch, tokens)``.
     scale : float
         Factor on q.k.
+    ragged : bool
+        Whether programs take equal shares of all page lists together, for one more launch.
 
     Returns
     -------
@@ -135,7 +137,7 @@ def attend_pages(
             q, k_pages, v_pages, page_table, page_lengths, mask, span, active, scale
         )
     part = launch.Part(k_pages, v_pages, page_table, page_lengths, mask, span, active, q.shape[2])
-    return launch.attend(q, None, part, None, scale)[1:3]
+    return launch.attend(q, None, part, None, scale, ragged=ragged)[1:3]
 
 
 @torch.library.custom_op(
@@ -164,13 +166,13 @@ def attend_block(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor,
 
 @torch.library.custom_op(
     "sparse_dlm_attn_triton::attend", mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, {CONTEXT}, {CHOSEN}, float scale, {CACHED}) "
-    "-> (Tensor, Tensor, Tensor)",
+    schema=f"(Tensor q, Tensor k, Tensor v, {CONTEXT}, {CHOSEN}, float scale, {CACHED}, "
+    "bool ragged=False) -> (Tensor, Tensor, Tensor)",
 )
 def attend(
     q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor,
     page_lengths: Tensor, mask: Tensor, span: int, active: Tensor, scale: float, cached_out: Tensor | None,
-    cached_lse: Tensor | None,
+    cached_lse: Tensor | None, ragged: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run a whole pass (clause ATTEND-4); parameters as those of `attend_pages` and `attend_block`.
 
@@ -180,6 +182,8 @@ def attend(
         See there.
     cached_out, cached_lse : torch.Tensor or None
         Context part of inactive rows; None counts as the empty set.
+    ragged : bool
+        As for `attend_pages`.
 
     Returns
     -------
@@ -187,20 +191,20 @@ def attend(
         The output, and ``out`` and ``lse`` of the context part.
     """
     part = launch.Part(k_pages, v_pages, page_table, page_lengths, mask, span, active, q.shape[2])
-    return launch.attend(q, (k, v), part, _cached(cached_out, cached_lse), scale)[:3]
+    return launch.attend(q, (k, v), part, _cached(cached_out, cached_lse), scale, ragged=ragged)[:3]
 
 
 @torch.library.custom_op(
     "sparse_dlm_attn_triton::attend_ranked", mutates_args=(),
     schema=f"(Tensor q, Tensor k, Tensor v, {CONTEXT}, Tensor lower, Tensor upper, Tensor? reference, "
-    f"SymInt? count, float? mass, SymInt budget, SymInt pages, str union, str keep, float scale, {CACHED}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"SymInt? count, float? mass, SymInt budget, SymInt pages, str union, str keep, float scale, {CACHED}, "
+    "bool ragged=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def attend_ranked(
     q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor,
     page_lengths: Tensor, lower: Tensor, upper: Tensor, reference: Tensor | None, count: int | None,
     mass: float | None, budget: int, pages: int, union: str, keep: str, scale: float,
-    cached_out: Tensor | None, cached_lse: Tensor | None,
+    cached_out: Tensor | None, cached_lse: Tensor | None, ragged: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Decide and run a whole pass by a rule (clause RANKED-1).
 
@@ -212,7 +216,7 @@ def attend_ranked(
         As from `page_bounds`.
     reference, count, mass, budget, pages, union, keep
         The rule, see `sparse_dlm_attn.RankedPass`.
-    scale, cached_out, cached_lse
+    scale, cached_out, cached_lse, ragged
         As for `attend`.
 
     Returns
@@ -230,7 +234,8 @@ def attend_ranked(
     part = launch.Part(k_pages, v_pages, page_table, page_lengths, mask, span, active, most)
     kind = "queries" if keep == "active_queries" and reference is None else keep
     out, *state, kept = launch.attend(
-        q, (k, v), part, _cached(cached_out, cached_lse), scale, KEEP[kind], reference
+        q, (k, v), part, _cached(cached_out, cached_lse), scale, KEEP[kind], reference, later=True,
+        ragged=ragged,
     )
     return out, state[0], state[1], active, mask, kept
 

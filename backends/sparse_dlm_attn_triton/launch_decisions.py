@@ -1,0 +1,170 @@
+"""Launches of decisions: bounds and scores of pages, the best of them, ranked passes."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from sparse_dlm_attn_triton.common import bytes_of, launched, lined, power_of_two, precision
+from sparse_dlm_attn_triton.decisions import (
+    bounds_kernel,
+    changes_kernel,
+    scores_kernel,
+    select_kernel,
+    top_kernel,
+)
+from sparse_dlm_attn_triton.span_tiles import padded_dim
+
+__all__ = ["MOST_RANKED", "page_bounds", "page_scores", "rank", "top_pages"]
+
+MOST_RANKED = 16384
+"""Most pages that one program ranks in registers."""
+Tensor = torch.Tensor
+
+
+def page_bounds(k_pages: Tensor, page_table: Tensor, page_lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Return minimum and maximum of each page's valid keys, ``(batch, kv_heads, pages, head_dim)``."""
+    (batch, pages), (_, kv_heads, page_size, head_dim) = page_table.shape, k_pages.shape
+    lower = k_pages.new_empty((batch, kv_heads, pages, head_dim))
+    upper = torch.empty_like(lower)
+    if lower.numel():
+        bounds_kernel[(pages, kv_heads, batch)](
+            k_pages, page_table.contiguous(), page_lengths.contiguous(), lower, upper, *k_pages.stride()[:3],
+            kv_heads, pages, PAGE_SIZE=page_size, HEAD_DIM=head_dim,
+            BLOCK_T=min(power_of_two(page_size, 1), 64), BLOCK_D=padded_dim(head_dim),
+        )  # fmt: skip
+    return lower, upper
+
+
+def page_scores(q: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    """Return the QUEST bound of every row and page, float32 ``(batch, q_heads, tokens, pages)``."""
+    return _scores(q, lower, upper, None, q.shape[2])
+
+
+@dataclass(frozen=True, eq=False)
+class _Ranking:
+    """What `_scores` needs beside queries and bounds to decide for a ranked pass, and where it writes it."""
+
+    rule: str
+    count: int
+    mass: Tensor
+    changes: Tensor
+    active: Tensor
+    order: Tensor
+    union: Tensor
+    unions: int
+
+
+def _scores(q: Tensor, lower: Tensor, upper: Tensor, ranking: _Ranking | None, rows: int) -> Tensor:
+    (batch, q_heads, tokens, head_dim), (_, kv_heads, pages, _) = q.shape, lower.shape
+    q, lower, upper = lined(q), lined(lower), lined(upper)
+    scores = torch.empty((batch, q_heads, rows, pages), dtype=torch.float32, device=q.device)
+    if q.numel() == 0 or (ranking is None and pages == 0):
+        return scores
+    group, wide = q_heads // kv_heads, q.dtype == torch.float32
+    block_m = min(power_of_two(group * tokens), 32 if wide else 64)
+    block_p = min(power_of_two(pages), 32 if wide or head_dim > 128 else 64)
+    tiles, parts = max(triton.cdiv(pages, block_p), 1), triton.cdiv(group * tokens, block_m)
+    grid = (tiles, parts, batch * kv_heads)
+    ranks = ranking or _Ranking("", 0, scores, scores, scores, scores, scores, 0)
+    scores_kernel[grid](
+        q, lower, upper, ranks.changes, ranks.mass, scores, bytes_of(ranks.active), ranks.order,
+        bytes_of(ranks.union), *q.stride()[:3], *lower.stride()[:3], *upper.stride()[:3],
+        kv_heads, pages, ranks.unions, ranks.count,
+        TOKENS=tokens, GROUP=group, ROWS=rows, HEAD_DIM=head_dim, BLOCK_M=block_m, BLOCK_P=block_p,
+        BLOCK_T=power_of_two(tokens, 1), BLOCK_D=padded_dim(head_dim), PRECISION=precision(q),
+        RULE=ranks.rule, num_warps=4, **launched(q.device),
+    )  # fmt: skip
+    return scores
+
+
+def _changes(q: Tensor, reference: Tensor) -> Tensor:
+    """Return the mean squared change of each row, float32 ``(batch, tokens)``."""
+    batch, q_heads, tokens, head_dim = q.shape
+    changes = torch.empty((batch, tokens), dtype=torch.float32, device=q.device)
+    block_d = padded_dim(head_dim)
+    changes_kernel[(tokens, batch)](
+        q, reference, changes, *q.stride()[:3], *reference.stride()[:3], q_heads, q_heads * head_dim,
+        HEAD_DIM=head_dim, BLOCK_H=min(power_of_two(q_heads, 1), 8192 // block_d), BLOCK_D=block_d,
+        num_warps=8, **launched(q.device),
+    )  # fmt: skip
+    return changes
+
+
+def top_pages(scores: Tensor, count: Tensor, eligible: Tensor) -> Tensor:
+    """Return the mask of the ``count`` best eligible pages; at most `MOST_RANKED` pages."""
+    pages, rows = scores.shape[-1], scores[..., 0].numel() if scores.shape[-1] else 0
+    chosen = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+    if chosen.numel() == 0:
+        return chosen
+    # Clamped in its own dtype first: a count may not fit int32.
+    counts = count.clamp(0, min(pages, 127)) if count.dtype == torch.int8 else count.clamp(0, pages)
+    counts = counts.to(torch.int32).expand(scores.shape[:-1]).contiguous()
+    allowed = eligible.expand(scores.shape).contiguous()
+    top_kernel[(rows,)](
+        scores.contiguous(), counts, bytes_of(allowed), bytes_of(chosen), pages,
+        BLOCK_P=power_of_two(pages), num_warps=select_warps(pages),
+    )  # fmt: skip
+    return chosen
+
+
+def rank(
+    q: Tensor, bounds: tuple[Tensor, Tensor], page_lengths: Tensor, reference: Tensor | None,
+    count: int | None, mass: float | None, budget: int, bought: int, union: str,
+) -> tuple[Tensor, Tensor]:
+    """Launch the decisions of a ranked pass: scores and changes, then active rows and pages.
+
+    Parameters
+    ----------
+    q, bounds, page_lengths
+        Queries ``(batch, q_heads, tokens, head_dim)``, bounds ``(batch, kv_heads, pages, head_dim)``,
+        int32 ``(batch, pages)``.
+    reference : torch.Tensor or None
+        Queries to measure change against; None makes every row active.
+    count, mass : int or float or None
+        Which rows are active: exactly one of them where there is a reference.
+    budget, bought : int
+        Tokens that make a context small enough to be read whole, and pages of a row and head otherwise.
+    union : {"kv_head", "query_head", "row"}
+        Over what pages are united.
+
+    Returns
+    -------
+    active : torch.Tensor
+        bool ``(batch, tokens)``.
+    mask : torch.Tensor
+        bool ``(batch, kv_heads or q_heads, 1 or tokens, pages)``.
+    """
+    (batch, q_heads, tokens, _), (_, kv_heads, pages, _) = q.shape, bounds[0].shape
+    spans = tokens if union == "row" else 1
+    heads = kv_heads if union == "kv_head" else q_heads
+    mask = torch.empty((batch, heads, spans, pages), dtype=torch.bool, device=q.device)
+    active = torch.empty((batch, tokens), dtype=torch.bool, device=q.device)
+    rule = "all" if reference is None else "mass" if count is None else "count"
+    rows = min(max(count, 1), tokens) if rule == "count" and count is not None else tokens
+    order = torch.empty((batch, rows), dtype=torch.int32, device=q.device)
+    q = lined(q)
+    changes = order if reference is None else _changes(q, lined(reference))
+    limit = _constant(float(mass or 0.0), q.device)
+    ranking = _Ranking(rule, count or 0, limit, changes, active, order, mask, heads * spans)
+    scores = _scores(q, *bounds, ranking, rows)
+    select_kernel[(rows, q_heads, batch)](
+        scores, order, page_lengths.contiguous(), bytes_of(mask), q_heads, pages, heads * spans, budget,
+        bought, TOKENS=tokens, ROWS=rows, BLOCK_P=power_of_two(pages), num_warps=select_warps(pages),
+        **launched(q.device),
+    )  # fmt: skip
+    return active, mask
+
+
+def select_warps(pages: int) -> int:
+    """Return warps of a program that ranks so many pages: one, which waits for no other, while keys fit."""
+    return min(max(power_of_two(pages) // 1024, 1), 16)
+
+
+@functools.lru_cache(maxsize=64)
+def _constant(value: float, device: torch.device) -> Tensor:
+    """Return a float64 number on the device: kernels take floats as float32, which would round it."""
+    return torch.tensor([value], dtype=torch.float64, device=device)
