@@ -138,7 +138,9 @@ class DistributedAttention(PrefixAttention):
             torch.tensor([known], dtype=torch.int32, device=device),
             context.resident.reshape(-1).to(torch.int32),
         ])
-        everyone = self.backend.ranks.pages.gather(told, "the check of ownership").cpu()
+        everyone = self.backend.ranks.watch.read(
+            self.backend.ranks.pages.gather(told, "the check of ownership")
+        )
         if bool((everyone[:, 0] != everyone[0, 0]).any()):
             raise InvalidArgumentError(
                 "context", "must have the same lengths, segments and version on every rank",

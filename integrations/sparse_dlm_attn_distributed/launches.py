@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -55,19 +54,18 @@ def merges(state: AttentionState, block: Block | None) -> bool:
     """Return whether the kernel can merge such states, with this block."""
     if 0 in state.out.shape or state.out.dtype not in DTYPES:
         return False
-    if state.out.shape[3] > 256 or not _serves(state.out.device):
+    if state.out.shape[3] > 256 or state.out.device.type != "cuda" or not _has_triton():
         return False
     return block is None or (0 < block.k.shape[2] <= MOST_KEYS and block.k.dtype == state.out.dtype)
 
 
 @functools.cache
-def _serves(device: torch.device) -> bool:
+def _has_triton() -> bool:
     try:
         import triton  # noqa: F401
     except ImportError:
         return False
-    interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
-    return (device.type == "cpu") if interpreted else device.type == "cuda"
+    return True
 
 
 def programs_of_gather(words: int) -> int:
@@ -110,7 +108,7 @@ def merge_gathered(
     gathered: torch.Tensor, part: AttentionState, active: torch.Tensor | None,
     cached: AttentionState | None, block: Block | None,
 ) -> tuple[torch.Tensor | None, AttentionState]:
-    """Merge the packed states of all ranks, ``(ranks, packed_bytes / 4)`` int32, which a collective brought."""
+    """Merge packed states that a collective brought, int32 ``(ranks, packed_bytes / 4)``."""
     table = _address_of(gathered)
     return _merge(
         part, active, cached, block, table=table, epochs=gathered, words=(gathered, 0),

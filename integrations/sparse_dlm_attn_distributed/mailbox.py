@@ -8,6 +8,7 @@ that use it are in `kernels`. Nothing here uses multicast. Where a machine refus
 from __future__ import annotations
 
 import socket
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from sparse_dlm_attn_distributed.watch import Watch
 
 __all__ = ["Mailbox", "Mailboxes", "reasons_against"]
 
+TRIAL_SECONDS = 20.0  # for the first message, which waits until all ranks have compiled its kernel
 ALIGNMENT = 256  # bytes: flags and messages begin where any access may
 
 
@@ -72,11 +74,12 @@ class Mailboxes:
     def __init__(self, group: dist.ProcessGroup, watch: Watch, device: torch.device) -> None:
         self.group, self.watch, self.device = group, watch, device
         self.ranks, self.rank = group.size(), group.rank()
+        self._members = dist.get_process_group_ranks(group)
         self._made: dict[tuple[int, int], Mailbox] = {}
         self._stopped = torch.zeros(1, dtype=torch.int32, device=device)
         self._told = torch.zeros(1, dtype=torch.int32, pin_memory=True)
         self._seen = self._told.numpy()  # a look at it costs the host next to nothing
-        self._aside = torch.cuda.Stream(device)
+        self._aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._halt = torch.full((1,), -1, dtype=torch.int32, pin_memory=True)
 
     @property
@@ -88,6 +91,18 @@ class Mailboxes:
         """End the waits of kernels that run now or later; what they give is NaN."""
         with torch.cuda.stream(self._aside):  # a copy needs no multiprocessor, which may be taken
             self._stopped.copy_(self._halt, non_blocking=True)
+
+    def carries(self) -> bool:
+        """Return whether a first message arrives."""
+        got = self.gather(torch.full((1,), self.rank, dtype=torch.int32, device=self.device))
+        event, begun = torch.cuda.Event(), time.monotonic()  # type: ignore[no-untyped-call]
+        event.record()
+        while not event.query():  # type: ignore[no-untyped-call]
+            if time.monotonic() - begun > TRIAL_SECONDS:
+                self.halt()
+                return False
+            time.sleep(1e-3)
+        return got.flatten().tolist() == list(range(self.ranks))
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return every rank's tensor, ``(ranks, *shape)``."""
@@ -134,7 +149,7 @@ class Mailboxes:
     @property
     def words(self) -> tuple[torch.Tensor, int]:
         """The device's word that ends waits, and the longest wait in nanoseconds."""
-        return self._stopped, int(self.watch.timeout * 1e9)
+        return self._stopped, int(max(self.watch.timeout, TRIAL_SECONDS if len(self._made) < 2 else 0) * 1e9)
 
     def _box(self, size: int, programs: int) -> Mailbox:
         key = size, programs
@@ -151,7 +166,9 @@ class Mailboxes:
         from torch.distributed import _symmetric_memory as symmetric
 
         name = f"mailbox {len(self._made)} of {self.group.group_name}"
-        self.watch.agree(name, f"{size} bytes, {programs} programs", "Give every rank the same shapes.")
+        self.watch.agree(
+            name, f"{size} bytes, {programs} programs", "Give every rank the same shapes.", self._members
+        )
         space = -(-size // ALIGNMENT) * ALIGNMENT
         total = 2 * self.ranks * space + -(-4 * self.ranks * programs // ALIGNMENT) * ALIGNMENT
         memory = symmetric.empty(total, dtype=torch.uint8, device=self.device)
@@ -163,7 +180,8 @@ class Mailboxes:
         table = torch.tensor([*addresses, self._told.data_ptr()], dtype=torch.int64, device=self.device)
         epochs = torch.zeros(programs, dtype=torch.int32, device=self.device)
         torch.cuda.current_stream().synchronize()
-        self.watch.collect(f"{name} is empty", "")  # nobody writes before all have emptied theirs
+        # Nobody writes before all have emptied theirs.
+        self.watch.collect(f"{name} is empty", "", self._members)
         return Mailbox(table, epochs, space, programs, (memory, handle, everyone))
 
 
@@ -183,7 +201,7 @@ def reasons_against(watch: Watch, members: list[int], device: torch.device, name
     """
     mine = []
     try:
-        import torch.distributed._symmetric_memory  # noqa: F401
+        import torch.distributed._symmetric_memory
         import triton  # noqa: F401
     except ImportError as error:
         mine.append(str(error))

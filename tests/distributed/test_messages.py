@@ -1,4 +1,4 @@
-"""Kernels of the exchange, interpreted on the CPU: ranks run one after the other, all send, then all receive."""
+"""Kernels of the exchange, interpreted on the CPU: all ranks send, one after the other, then all receive."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ else:
             made.append(AttentionState(out, torch.where(empty, -torch.inf, lse)))
         return made
 
-    @pytest.mark.parametrize("words", [1, 1000, 5000])
+    @pytest.mark.parametrize("words", [1, 1500])
     @pytest.mark.parametrize("ranks", [2, 3])
     def test_every_rank_gets_every_message_again_and_again(ranks: int, words: int) -> None:
         programs = launches.programs_of_gather(words)
@@ -98,7 +98,7 @@ else:
     @pytest.mark.parametrize("case", ["pass", "pass with reuse", "context alone", "another shape"])
     @pytest.mark.parametrize("ranks", [2, 3])
     def test_merging_on_arrival_is_the_composed_merge(ranks: int, case: str, dtype: Any) -> None:
-        shape = (1, 6, 5, 24) if case == "another shape" else (2, 4, 3, 16)
+        shape = (1, 2, 3, 24) if case == "another shape" else (2, 4, 1, 16)
         keys, kv_heads = (19 if case == "another shape" else shape[2]), 2
         draw, ops = torch.Generator().manual_seed(5), TorchBackend()
         q = torch.randn(shape, generator=draw).to(dtype)
