@@ -149,7 +149,7 @@ class DistributedBackend(Backend):
         as it looks at a result. On the CPU every operator has done this already.
         """
         if not self.ranks.pages.on_host:
-            self.ranks.watch.begin()
+            self.ranks.watch.check()
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
             self.ranks.watch.wait_for_device(event.query)

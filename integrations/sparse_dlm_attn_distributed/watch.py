@@ -133,6 +133,10 @@ class Watch:
     def begin(self) -> None:
         """Note the start of an exchange; look at the store if this rank has not done so for long."""
         self._calls += 1
+        self.check()
+
+    def check(self) -> None:
+        """Raise `RankError` if a failure is known here; ask the store only after long without an answer."""
         if self._failure is not None:
             raise self._failure
         self._look_at_device()
