@@ -222,7 +222,7 @@ def table(given: argparse.Namespace, rank: int, device: torch.device, mesh: Any,
     """Measure everything; return whether all outputs were right."""
     backend, clock, right = backend_of(given.backend, given.device), Clock(device), True
     for tokens in given.tokens:
-        (_, kv_heads), token = given.heads, 4 * given.heads[1] * given.head_dim
+        token = 4 * given.heads[1] * given.head_dim
         for name in given.policies:
             share = given.density if name.startswith(("losa", "quest")) else 1.0
             read = token * tokens * given.batch * share / given.ranks
@@ -303,8 +303,9 @@ def measure(rank: int, given: argparse.Namespace, port: int | None) -> None:
             print(text, flush=True)
 
     card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    say(f"{card} x {given.ranks}, torch {torch.__version__}, heads {given.heads[0]}/{given.heads[1]}, head dim "
-        f"{given.head_dim}, T={given.block}, B={given.batch}, page {given.page_size}; us a pass, slowest rank")
+    say(f"{card} x {given.ranks}, torch {torch.__version__}, heads {given.heads[0]}/{given.heads[1]}, "
+        f"head dim {given.head_dim}, T={given.block}, B={given.batch}, page {given.page_size}; us a pass, "
+        "slowest rank")
     right = table(given, rank, device, mesh, say)
     sys.stdout.flush()
     if device.type == "cuda":

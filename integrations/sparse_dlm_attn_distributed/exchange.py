@@ -87,7 +87,7 @@ class Exchange:
         if not on_host:
             # Communicators are made at the first collective, which waits on the host for every rank: now,
             # while all of them are known to be here.
-            ready = torch.zeros(1, dtype=torch.int32, device=torch.device("cuda", torch.cuda.current_device()))
+            ready = torch.zeros(1, dtype=torch.int32, device="cuda")
             watch.on_failure(self.abort)
             watch.read(self.gather(ready, "the first exchange"))
             self.sent.clear()

@@ -19,7 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, globalti
 __all__ = ["BOTH", "RECEIVE", "SEND", "gather_kernel", "merge_kernel"]
 
 SEND, RECEIVE, BOTH = 1, 2, 3
-"""Phases of a kernel. Under Triton's interpreter ranks run one after the other: all send, then all receive."""
+"""Phases of a kernel. Under Triton's interpreter all ranks send, one after the other, then all receive."""
 NOTHING = tl.constexpr(float("-inf"))
 
 
@@ -157,8 +157,8 @@ def merge_kernel(
 
     Ranks are merged in their order on every rank, so all of them come to the same bits. The message of a
     rank is ``lse`` float32 of all rows, then, ``out_at`` bytes in, ``out`` in its dtype: `packing`. Messages
-    lie ``space`` bytes apart. Without ``COUNTED`` the messages came another way and are only merged (phase 2):
-    ``table`` then holds the one address of the first of them.
+    lie ``space`` bytes apart. Without ``COUNTED`` they came another way and are only merged (phase 2): ``table``
+    then holds the one address of the first of them.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     channel, rank = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_R)
