@@ -157,8 +157,8 @@ def merge_kernel(
 
     Ranks are merged in their order on every rank, so all of them come to the same bits. The message of a
     rank is ``lse`` float32 of all rows, then, ``out_at`` bytes in, ``out`` in its dtype: `packing`. Messages
-    lie ``space`` bytes apart. Without ``COUNTED`` they came another way and are only merged (phase 2): ``table``
-    then holds the one address of the first of them.
+    lie ``space`` bytes apart. Without ``COUNTED`` they came another way and are only merged (phase 2): the
+    one address in ``table`` is that of the first of them.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     channel, rank = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_R)
