@@ -18,6 +18,8 @@ from sparse_dlm_attn import (
     InvalidTypeError,
     PageBounds,
     Problem,
+    RankedPass,
+    RankedResult,
     Selection,
     get_backend,
 )
@@ -31,8 +33,9 @@ from sparse_dlm_attn.checks import (
     check_query_change,
     check_top_pages,
 )
+from sparse_dlm_attn.ranked import check_ranked_pass
 from sparse_dlm_attn.values import check_int, softmax_scale
-from sparse_dlm_attn_distributed import ranking
+from sparse_dlm_attn_distributed import ranked, ranking
 from sparse_dlm_attn_distributed.context import ShardedBounds, ShardedContext
 from sparse_dlm_attn_distributed.exchange import Way
 from sparse_dlm_attn_distributed.launches import Block
@@ -266,6 +269,32 @@ class DistributedBackend(Backend):
             block=Block(q, k, v, softmax_scale(q.shape[3], scale)),
         )
         return cast("torch.Tensor", out), state
+
+    def attend_ranked(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: Context, bounds: PageBounds,
+        ranked_pass: RankedPass, cached: AttentionState | None, *, scale: float | None = None,
+    ) -> RankedResult:
+        """Decide and run a whole pass by a rule: few launches where mailboxes carry the candidates."""
+        here, pages, rule = self._sharded(context), self.ranks.pages, ranked_pass
+        if pages.size == 1:
+            return self.backend.attend_ranked(q, k, v, here.local, bounds, rule, cached, scale=scale)
+        others = self.ranks.heads is not None and self.ranks.heads.size > 1 and rule.reference is not None
+        boxes = pages.mailboxes
+        if boxes is None or others or not isinstance(bounds, ShardedBounds):
+            return super().attend_ranked(q, k, v, context, bounds, rule, cached, scale=scale)
+        check_ranked_pass(q, k, v, context, bounds, rule, cached, scale)
+        if not ranked.serves(q, here, rule):
+            return super().attend_ranked(q, k, v, context, bounds, rule, cached, scale=scale)
+        pages.announce("top_pages", q, ranked.message_of(q, here, rule)[0])
+        active, mask = ranked.decide(boxes, self.backend, q, here, bounds, rule)
+        selection = Selection(mask, 1 if rule.union == "row" else q.shape[2])
+        out, state = self.attend(q, k, v, context, selection, active, cached, scale=scale)
+        kept = None
+        if rule.keep == "queries" or (rule.keep == "active_queries" and rule.reference is None):
+            kept = q.clone()
+        elif rule.keep == "active_queries" and rule.reference is not None:
+            kept = torch.where(active[:, None, :, None], q, rule.reference)
+        return RankedResult(out, state, active, selection, kept)
 
     def _sharded(self, context: Context) -> ShardedContext:
         """Return the context as shards; one rank holds all of any context."""

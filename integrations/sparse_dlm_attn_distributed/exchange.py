@@ -180,10 +180,8 @@ class Exchange:
         """
         fused = launches.merges(part, block)
         if fused and self.mailboxes is not None:
-            self._begin(part.out, what)
-            self.sent[what] += packing.packed_bytes(
-                part.lse.numel(), part.out.shape[3], part.out.element_size()
-            )
+            size = packing.packed_bytes(part.lse.numel(), part.out.shape[3], part.out.element_size())
+            self.announce(what, part.out, size)
             return self.mailboxes.merged(part, active, cached, block)
         pending = self.start_gather(packing.packed(part), what)
         if fused:
@@ -195,6 +193,11 @@ class Exchange:
         if cached is not None and active is not None:
             state = backend.reuse(active, state, cached)
         return (None if own is None else backend.merge(state, own).out), state
+
+    def announce(self, what: str, of: torch.Tensor, size: int) -> None:
+        """Note an exchange that a kernel runs itself: ``size`` bytes that belong to the tensor ``of``."""
+        self._begin(of, what)
+        self.sent[what] += size
 
     def finish(self, work: Any, what: str) -> None:
         """Wait for a collective: the host for host memory, the stream for a device."""

@@ -15,16 +15,18 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Block",
+    "chained",
     "gather",
+    "lined",
     "merge_gathered",
     "merge_sent",
     "merges",
+    "most_programs",
+    "power_of_two",
     "programs_of_gather",
     "programs_of_merge",
 ]
 
-MOST_PROGRAMS = 1024
-"""Programs of an exchange: few enough to be on a GPU all at once, since they wait for those of others."""
 GATHER_WORDS = 1024
 """Words of 4 bytes that a program carries at a time."""
 MOST_KEYS = 256
@@ -68,14 +70,25 @@ def _has_triton() -> bool:
     return True
 
 
-def programs_of_gather(words: int) -> int:
+@functools.cache
+def most_programs(device: torch.device, each: int) -> int:
+    """Return how many programs are on a GPU all at once, ``each`` on a multiprocessor.
+
+    Programs that wait for those of other ranks must be: what waits for its turn cannot answer.
+    """
+    if device.type != "cuda":
+        return each
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) * each
+
+
+def programs_of_gather(words: int, device: torch.device) -> int:
     """Return how many programs share ``words`` of 4 bytes."""
-    return min(-(-words // GATHER_WORDS), MOST_PROGRAMS)
+    return min(-(-words // GATHER_WORDS), most_programs(device, 4))
 
 
-def programs_of_merge(rows: int) -> int:
+def programs_of_merge(rows: int, device: torch.device) -> int:
     """Return how many programs share ``rows``."""
-    return min(rows, MOST_PROGRAMS)
+    return min(rows, most_programs(device, 8))
 
 
 def gather(
@@ -88,7 +101,7 @@ def gather(
     gather_kernel[(box.programs,)](
         box.table, box.epochs, stopped, source, result, source.numel(), box.space // 4, box.flags_at, limit,
         RANK=boxes.rank, RANKS=boxes.ranks, PHASE=phase, BLOCK=GATHER_WORDS, num_warps=4,
-        **_chained(source.device),
+        **chained(source.device),
     )  # fmt: skip
 
 
@@ -133,8 +146,8 @@ def _merge(
     batch, q_heads, tokens, head_dim = part_out.shape
     state = AttentionState(torch.empty_like(part_out), torch.empty_like(part_lse))
     out = torch.empty_like(part_out) if block is not None else None
-    q, k, v = (_lined(each) for each in (block.q, block.k, block.v)) if block is not None else (part_out,) * 3
-    old = (_lined(cached.out), _lined(cached.lse)) if cached is not None else (part_out, part_lse)
+    q, k, v = (lined(each) for each in (block.q, block.k, block.v)) if block is not None else (part_out,) * 3
+    old = (lined(cached.out), lined(cached.lse)) if cached is not None else (part_out, part_lse)
     if cached is not None and active is None:
         raise AssertionError("cached rows need to be told from active ones")
     rows_on = active.contiguous().view(torch.int8) if active is not None else part_lse
@@ -146,23 +159,26 @@ def _merge(
         *old[0].stride()[:3], *old[1].stride()[:2], block.scale if block is not None else 1.0,
         space, part_lse.numel() * 4, flags_at, limit,
         TOKENS=tokens, GROUP=q_heads // k.shape[1], HEAD_DIM=head_dim, RANK=rank, RANKS=ranks, PHASE=phase,
-        COUNTED=counted, CACHED=cached is not None, BLOCK=block is not None, BLOCK_D=_power(head_dim),
-        BLOCK_K=min(_power(k.shape[2]), 16 if head_dim <= 128 else 8), BLOCK_R=_power(ranks), num_warps=1,
-        **_chained(part_out.device),
+        COUNTED=counted, CACHED=cached is not None, BLOCK=block is not None, BLOCK_D=power_of_two(head_dim),
+        BLOCK_K=min(power_of_two(k.shape[2]), 16 if head_dim <= 128 else 8), BLOCK_R=power_of_two(ranks),
+        num_warps=1,
+        **chained(part_out.device),
     )  # fmt: skip
     return out, state
 
 
-def _lined(tensor: torch.Tensor) -> torch.Tensor:
+def lined(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor whose last axis is contiguous, as kernels read it: itself wherever it is."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
-def _power(number: int) -> int:
+def power_of_two(number: int) -> int:
+    """Return the least power of two that holds ``number``."""
     return 1 << max(number - 1, 0).bit_length()
 
 
 @functools.cache
-def _chained(device: torch.device) -> dict[str, Any]:
+def chained(device: torch.device) -> dict[str, Any]:
     """Return what lets a kernel start while the one before ends (programmatic dependent launch)."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
         return {"PDL": False}

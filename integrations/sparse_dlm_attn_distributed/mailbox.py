@@ -7,6 +7,7 @@ that use it are in `kernels`. Nothing here uses multicast. Where a machine refus
 
 from __future__ import annotations
 
+import json
 import socket
 import time
 from dataclasses import dataclass
@@ -116,8 +117,8 @@ class Mailboxes:
             source = filled.view(torch.int32)
         else:
             source = flat.view(torch.int32)
-        programs = launches.programs_of_gather(source.numel())
-        box = self._box(source.numel() * 4, programs)
+        programs = launches.programs_of_gather(source.numel(), self.device)
+        box = self.box(source.numel() * 4, programs)
         result = torch.empty((self.ranks, source.numel()), dtype=torch.int32, device=flat.device)
         launches.gather(self, box, source, result)
         if size % 4:
@@ -143,7 +144,7 @@ class Mailboxes:
         """
         rows = part.lse.numel()
         size = packed_bytes(rows, part.out.shape[3], part.out.element_size())
-        box = self._box(size, launches.programs_of_merge(rows))
+        box = self.box(size, launches.programs_of_merge(rows, self.device))
         return launches.merge_sent(self, box, part, active, cached, block)
 
     @property
@@ -151,7 +152,8 @@ class Mailboxes:
         """The device's word that ends waits, and the longest wait in nanoseconds."""
         return self._stopped, int(max(self.watch.timeout, TRIAL_SECONDS if len(self._made) < 2 else 0) * 1e9)
 
-    def _box(self, size: int, programs: int) -> Mailbox:
+    def box(self, size: int, programs: int) -> Mailbox:
+        """Return the mailbox for messages of ``size`` bytes that ``programs`` share, a new one if need be."""
         key = size, programs
         if key not in self._made:
             if torch.cuda.is_current_stream_capturing():
@@ -207,15 +209,16 @@ def reasons_against(watch: Watch, members: list[int], device: torch.device, name
         mine.append(str(error))
     if torch.cuda.get_device_capability(device) < (7, 0):
         mine.append("the GPU is too old")
-    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", device.index)
-    found = watch.collect(f"place in {name}", f"{socket.gethostname()}|{uuid}|{'; '.join(mine)}", members)
-    hosts = {given.split("|")[0] for given in found.values()}
-    places = {tuple(given.split("|")[:2]) for given in found.values()}
+    card = torch.cuda.get_device_properties(device)
+    kind = f"{card.name} with {card.multi_processor_count} multiprocessors"
+    place = [socket.gethostname(), kind, str(getattr(card, "uuid", device.index)), "; ".join(mine)]
+    told = watch.collect(f"place in {name}", json.dumps(place), members)
+    found = {rank: json.loads(given) for rank, given in told.items()}
+    hosts, kinds = ({given[part] for given in found.values()} for part in (0, 1))
     if len(hosts) > 1:
-        mine = [f"the ranks are on {len(hosts)} hosts"]
-    elif len(places) < len(found):
-        mine = ["two ranks share a GPU"]
-    else:
-        told = (f"rank {rank}: {given.split('|', 2)[2]}" for rank, given in found.items())
-        mine = [reason for reason in told if not reason.endswith(": ")]
-    return mine
+        return [f"the ranks are on {len(hosts)} hosts"]
+    if len(kinds) > 1:
+        return [f"the GPUs differ: {', '.join(sorted(kinds))}"]
+    if len({given[2] for given in found.values()}) < len(found):
+        return ["two ranks share a GPU"]
+    return [f"rank {rank}: {given[3]}" for rank, given in found.items() if given[3]]
