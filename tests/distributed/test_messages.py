@@ -81,9 +81,13 @@ def test_every_rank_gets_every_message_again_and_again(ranks: int, words: int) -
         assert all(torch.equal(result, sent) for result in results)
         assert all(bool((box.epochs == turn + 1).all()) for box in group.boxes)
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("case", ["pass", "pass with reuse", "context alone", "another shape"])
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize(
+    ("ranks", "case", "dtype"),
+    [
+        (2, "pass", torch.float32), (3, "pass", torch.float16), (2, "pass with reuse", torch.float32),
+        (2, "context alone", torch.float32), (2, "another shape", torch.float16),
+    ],
+)
 def test_merging_on_arrival_is_the_composed_merge(ranks: int, case: str, dtype: Any) -> None:
     shape = (1, 2, 3, 24) if case == "another shape" else (2, 4, 1, 16)
     keys, kv_heads = (19 if case == "another shape" else shape[2]), 2

@@ -260,10 +260,12 @@ def death(on: Rank) -> Any:
 
 def graphs(on: Rank) -> Any:
     """Passes captured in a CUDA graph, replayed with other queries: each against the pass without a graph."""
+    from sparse_dlm_attn_triton import TritonBackend
+
     mesh, results, block = on.mesh(), {}, on.block("64 pages")
     for policy in ("dense", "losa:active=2,budget=8", "quest:budget=8"):
         attention = DistributedAttention(
-            policy_of(policy), on.backend(), mesh, exchange=on.exchange, candidates=2, timeout=20.0
+            policy_of(policy), TritonBackend(), mesh, exchange=on.exchange, candidates=2, timeout=20.0
         )
         context = ShardedContext.of(block.context, on.held("round robin", block.context))
         context = context.with_bounds(attention.backend.page_bounds(context))
