@@ -28,6 +28,7 @@ from sparse_dlm_attn import Selection, SparseAttentionError
 from sparse_dlm_attn_distributed import DistributedAttention, DistributedBackend, ShardedContext
 from sparse_dlm_attn_torch import TorchBackend
 
+HANGS = 30.0  # seconds after which an attempt that should have failed is taken for hanging
 LIMITS = {"cpu": 2.0, "cuda": 4.0}  # seconds to wait for a rank that does not come
 
 
@@ -162,7 +163,14 @@ def failures(on: Rank) -> Any:
     """One rank raises, one sleeps, one runs another policy, meshes differ; each in a fresh group."""
     results = {}
 
+    if on.device == "cuda":  # compiles what ranks would otherwise wait for each other to compile
+        warm, block = on.attention("quest:budget=8", on.mesh(), check=True), on.block("pages of 4")
+        context = ShardedContext.of(block.context, on.held("random", block.context))
+        warm(block.q[0], block.k, block.v, context)
+        warm.synchronize()
+
     def attempt(name: str, act: Any) -> None:
+        faulthandler.dump_traceback_later(HANGS, exit=True)
         begun = time.monotonic()
         try:
             act()
@@ -229,6 +237,14 @@ def failures(on: Rank) -> Any:
     quest = f"quest:budget={8 if on.rank else 16}"
     attempt("policies differ", lambda: on.attention(quest, on.mesh(), timeout=on.limit))
     attempt("candidates differ", lambda: on.attention("dense", on.mesh(), candidates=1 + on.rank))
+    attempt("ways differ", lambda: on.attention(
+        "dense", on.mesh(), exchange="auto" if on.rank else "collective", timeout=on.limit
+    ))
+    attempt("no such way", lambda: on.attention("dense", on.mesh(), exchange="pigeons"))
+    if on.device == "cpu":
+        attempt("not on this device", lambda: on.attention("dense", on.mesh(), exchange="symmetric"))
+        taken = on.distributed(on.mesh(), timeout=on.limit)
+        results["taken"] = taken.exchange, taken.why_collective, repr(taken)
     ways = ("heads", "context") if on.rank else ("context", "heads")
     both = init_device_mesh(on.device, (on.world, 1), mesh_dim_names=("context", "heads"))
     attempt("meshes differ", lambda: on.distributed(
@@ -239,6 +255,7 @@ def failures(on: Rank) -> Any:
         time.sleep(on.limit + 1.0) if on.rank else on.distributed(mesh, timeout=on.limit)
     ))
     attempt("together again", lambda: on.distributed(mesh, timeout=30.0))
+    faulthandler.dump_traceback_later(HANGS, exit=True)
     return results
 
 
