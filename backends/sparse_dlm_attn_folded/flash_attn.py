@@ -40,8 +40,8 @@ class FlashAttentionBackend(FoldedBackend):
     module : str, optional
         One of `MODULES`, where several versions are installed; default: the first that has the function.
     num_splits : int
-        Parts that versions 3 and 4 cut the keys of a request into, to fill the GPU; 0 lets them choose.
-        Version 2 always does.
+        Parts that version 3 cuts the keys of a request into, to fill the GPU; 0 lets it choose. Version 4
+        takes it too, but on a datacenter Blackwell GPU alone: elsewhere it is 1. Version 2 always chooses.
 
     Raises
     ------
@@ -102,8 +102,10 @@ class FlashAttentionBackend(FoldedBackend):
     def run(
         self, q: torch.Tensor, pool: Pool, requests: Requests, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        call = packed_call if self.pages == "packed" else paged_call
-        return call(self.function, q, pool, requests, scale, self.num_splits)
+        call, splits = (packed_call if self.pages == "packed" else paged_call), self.num_splits
+        if self.module == "flash_attn.cute" and torch.cuda.get_device_capability(q.device)[0] not in (10, 11):
+            splits = 1
+        return call(self.function, q, pool, requests, scale, splits)
 
 
 def packed_call(
