@@ -112,7 +112,7 @@ class DistributedAttention(PrefixAttention):
             read = is_host(context.page_table) if self.check_contents is None else self.check_contents
             if read and starts:
                 self._check_ownership(context)
-            return super().__call__(q, k, v, context, memory, info, scale=scale)
+            return super().__call__(q, k, v, context.with_held_lengths(), memory, info, scale=scale)
 
     @contextmanager
     def guard(self) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -93,11 +93,18 @@ class ShardedContext(Context):
     @property
     def local(self) -> Context:
         """The same context with the pages of other ranks absent."""
-        lengths = self.held_lengths
-        if lengths is None:
-            # Made anew each time: an engine may write into lengths that a captured graph reads.
-            lengths = self.page_lengths * self.held
+        lengths = self.with_held_lengths().held_lengths
         return Context(self.k_pages, self.v_pages, self.page_table, lengths, version=self.version)
+
+    def with_held_lengths(self) -> ShardedContext:
+        """Return it with lengths of the pages held: itself where they are known.
+
+        They are made anew in each pass, early and once: an engine may write into lengths that a captured
+        graph reads, and kernels that start before the one ahead of them has ended read them first of all.
+        """
+        if self.held_lengths is not None:
+            return self
+        return replace(self, held_lengths=self.page_lengths * self.held)
 
     @classmethod
     def of(cls, context: Context, held: Array) -> ShardedContext:
