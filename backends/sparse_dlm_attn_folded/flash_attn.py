@@ -10,13 +10,14 @@ from typing import Any, ClassVar, Literal, cast, get_args
 import torch
 
 from sparse_dlm_attn import AttentionState, Capabilities, InvalidArgumentError, Problem, UnavailableError
+from sparse_dlm_attn.values import check_int
 from sparse_dlm_attn_folded.backend import FoldedBackend
 from sparse_dlm_attn_folded.folding import Pool, Requests
 
 __all__ = ["FlashAttentionBackend"]
 
-MODULES = ("flash_attn_interface", "flash_attn", "flash_attn.cute")
-"""Where versions 3, 2 and 4 put their functions."""
+MODULES = ("flash_attn_interface", "fa3_fwd_interface", "flash_attn", "flash_attn.cute")
+"""Where versions 3 (built from source, and the wheel `fa3_fwd`), 2 and 4 put their functions."""
 
 LSE_SWITCHES = ("return_attn_probs", "return_lse", "return_softmax_lse")
 PAGED_SIZES = 256
@@ -36,23 +37,31 @@ class FlashAttentionBackend(FoldedBackend):
         reading the selection once more. "paged" gives the kernel a block table and copies nothing but
         partly filled pages: version 2 for pages of a multiple of 256 tokens, version 3 where it was built
         with paged KV.
+    module : str, optional
+        One of `MODULES`, where several versions are installed; default: the first that has the function.
+    num_splits : int
+        Parts that version 3 cuts the keys of a request into, to fill the GPU; 0 lets it choose. Version 4
+        takes it too, but on a datacenter Blackwell GPU alone: elsewhere it is 1. Version 2 always chooses.
 
     Raises
     ------
     UnavailableError
         If no version of flash-attn can be imported here, or there is no GPU.
     InvalidArgumentError
-        If ``pages`` is something else.
+        If ``pages`` or ``module`` is something else.
     """
 
     name: ClassVar[str] = "flash-attn"
 
-    def __init__(self, pages: Pages = "packed") -> None:
+    def __init__(self, pages: Pages = "packed", module: str | None = None, num_splits: int = 0) -> None:
         if pages not in get_args(Pages):
             raise InvalidArgumentError("pages", f"must be one of {', '.join(get_args(Pages))}", repr(pages))
-        self.pages = pages
+        if module is not None and module not in MODULES:
+            raise InvalidArgumentError("module", f"must be one of {', '.join(MODULES)}", repr(module))
+        self.pages, self.num_splits = pages, check_int("num_splits", num_splits, 0)
         self.module, self.function = _installed(
-            "flash_attn_varlen_func" if pages == "packed" else "flash_attn_with_kvcache"
+            "flash_attn_varlen_func" if pages == "packed" else "flash_attn_with_kvcache",
+            MODULES if module is None else (module,),
         )
         if not torch.cuda.is_available():
             raise UnavailableError(
@@ -65,8 +74,9 @@ class FlashAttentionBackend(FoldedBackend):
     @property
     def capabilities(self) -> Capabilities:
         """Half precision on a GPU; plans on the host."""
+        half = not _flags(self.module).get("FLASHATTENTION_DISABLE_FP16", False)
         return Capabilities(
-            dtypes=("bfloat16", "float16"), devices=("cuda",), deterministic=True,
+            dtypes=("bfloat16", "float16") if half else ("bfloat16",), devices=("cuda",), deterministic=True,
             notes=f"{self.module}, pages {self.pages}; reads selections on the host.",
         )
 
@@ -85,18 +95,22 @@ class FlashAttentionBackend(FoldedBackend):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None = None
     ) -> AttentionState:
         if self.pages == "paged":  # a block is no page of 256 tokens; packed it is a view
-            return FlashAttentionBackend("packed").attend_block(q, k, v, scale=scale)
+            packed = FlashAttentionBackend("packed", self.module, self.num_splits)
+            return packed.attend_block(q, k, v, scale=scale)
         return super().attend_block(q, k, v, scale=scale)
 
     def run(
         self, q: torch.Tensor, pool: Pool, requests: Requests, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        call = packed_call if self.pages == "packed" else paged_call
-        return call(self.function, q, pool, requests, scale)
+        call, splits = (packed_call if self.pages == "packed" else paged_call), self.num_splits
+        if self.module == "flash_attn.cute" and torch.cuda.get_device_capability(q.device)[0] not in (10, 11):
+            splits = 1
+        return call(self.function, q, pool, requests, scale, splits)
 
 
 def packed_call(
-    function: Callable[..., Any], q: torch.Tensor, pool: Pool, requests: Requests, scale: float
+    function: Callable[..., Any], q: torch.Tensor, pool: Pool, requests: Requests, scale: float,
+    num_splits: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Call ``flash_attn_varlen_func`` on copies of the selected tokens, packed without gaps."""
     lengths = requests.lengths(pool.k.shape[1])
@@ -111,6 +125,8 @@ def packed_call(
     known = inspect.signature(function).parameters
     options: dict[str, Any] = {"softmax_scale": scale, "causal": False}
     options |= {switch: True for switch in LSE_SWITCHES if switch in known}
+    if "num_splits" in known:  # their own default, 1, leaves most of a GPU idle at a small batch
+        options["num_splits"] = num_splits
     result = function(
         q[:, None], keys, values, cu_seqlens_q=requests.row_starts.to(q.device),
         cu_seqlens_k=starts.to(q.device), max_seqlen_q=int(requests.row_starts.diff().max()),
@@ -126,7 +142,8 @@ def packed_call(
 
 
 def paged_call(
-    function: Callable[..., Any], q: torch.Tensor, pool: Pool, requests: Requests, scale: float
+    function: Callable[..., Any], q: torch.Tensor, pool: Pool, requests: Requests, scale: float,
+    num_splits: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Call ``flash_attn_with_kvcache`` with a block table; rows of a request are padded to the most."""
     counts, pages = requests.row_starts.diff().long(), requests.page_starts.diff().long()
@@ -135,11 +152,15 @@ def paged_call(
     listed = (torch.arange(int(pages.max())) < pages[:, None]).to(q.device)
     table = torch.zeros(listed.shape, dtype=torch.int32, device=q.device)
     table = table.masked_scatter(listed, requests.pages)
-    name = "page_table" if "block_table" not in inspect.signature(function).parameters else "block_table"
+    known = inspect.signature(function).parameters
+    name = "page_table" if "block_table" not in known else "block_table"
+    options: dict[str, Any] = {name: table}
+    if "num_splits" in known:
+        options["num_splits"] = num_splits
     result = function(
         padded[:, :, None], pool.k[:, :, None], pool.v[:, :, None],
         cache_seqlens=requests.lengths(pool.k.shape[1]).to(q.device), softmax_scale=scale, causal=False,
-        return_softmax_lse=True, **{name: table},
+        return_softmax_lse=True, **options,
     )
     out, lse = _with_lse(result)
     return out[:, :, 0][inside], lse[:, 0][inside]
@@ -154,14 +175,30 @@ def _with_lse(result: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return result[0], result[1]
 
 
-def _installed(wanted: str) -> tuple[str, Callable[..., Any]]:
+def _flags(module: str) -> dict[str, bool]:
+    """Return what a build of version 3 was made without; empty for other versions."""
+    if not module.endswith("_interface"):
+        return {}
+    try:
+        config = importlib.import_module(module.replace("_interface", "_config"))
+    except ImportError:
+        return {}
+    return dict(getattr(config, "CONFIG", {}).get("build_flags", {}))
+
+
+def _installed(wanted: str, modules: tuple[str, ...]) -> tuple[str, Callable[..., Any]]:
     """Return the module that has a function, and the function."""
     reasons = []
-    for name in MODULES:
+    for name in modules:
         try:
-            return name, cast("Callable[..., Any]", getattr(importlib.import_module(name), wanted))
+            function = cast("Callable[..., Any]", getattr(importlib.import_module(name), wanted))
         except (ImportError, AttributeError, OSError, RuntimeError) as error:  # built for another CUDA, too
             reasons.append(f"{name}: {error}")
+            continue
+        if wanted == "flash_attn_with_kvcache" and _flags(name).get("FLASHATTENTION_DISABLE_PAGEDKV"):
+            reasons.append(f"{name}: built without paged KV; pages='packed' does without")
+            continue
+        return name, function
     raise UnavailableError(
         "backend 'flash-attn'", reasons,
         "Install flash-attn for your GPU and PyTorch: pip install flash-attn (version 2), fa3_fwd (3) or "

@@ -112,7 +112,7 @@ class DistributedAttention(PrefixAttention):
             read = is_host(context.page_table) if self.check_contents is None else self.check_contents
             if read and starts:
                 self._check_ownership(context)
-            return super().__call__(q, k, v, context, memory, info, scale=scale)
+            return super().__call__(q, k, v, context.with_held_lengths(), memory, info, scale=scale)
 
     @contextmanager
     def guard(self) -> Iterator[None]:
@@ -138,7 +138,9 @@ class DistributedAttention(PrefixAttention):
             torch.tensor([known], dtype=torch.int32, device=device),
             context.resident.reshape(-1).to(torch.int32),
         ])
-        everyone = self.backend.ranks.pages.gather(told, "the check of ownership").cpu()
+        everyone = self.backend.ranks.watch.read(
+            self.backend.ranks.pages.gather(told, "the check of ownership")
+        )
         if bool((everyone[:, 0] != everyone[0, 0]).any()):
             raise InvalidArgumentError(
                 "context", "must have the same lengths, segments and version on every rank",

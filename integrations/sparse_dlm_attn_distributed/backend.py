@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,8 @@ from sparse_dlm_attn import (
     InvalidTypeError,
     PageBounds,
     Problem,
+    RankedPass,
+    RankedResult,
     Selection,
     get_backend,
 )
@@ -31,9 +33,12 @@ from sparse_dlm_attn.checks import (
     check_query_change,
     check_top_pages,
 )
-from sparse_dlm_attn.values import check_int
-from sparse_dlm_attn_distributed import packing, ranking
+from sparse_dlm_attn.ranked import check_ranked_pass
+from sparse_dlm_attn.values import check_int, softmax_scale
+from sparse_dlm_attn_distributed import ranked, ranking
 from sparse_dlm_attn_distributed.context import ShardedBounds, ShardedContext
+from sparse_dlm_attn_distributed.exchange import Way
+from sparse_dlm_attn_distributed.launches import Block
 from sparse_dlm_attn_distributed.mesh import join
 
 __all__ = ["DistributedBackend"]
@@ -74,15 +79,19 @@ class DistributedBackend(Backend):
     timeout : float
         Seconds to wait for another rank before `RankError` is raised.
     check : bool, optional
-        Compare operator and shapes over the ranks before each collective, at the price of another small
-        one. Default: where tensors lie in host memory.
+        Compare operator and shapes over the ranks before each exchange, at the price of another small
+        one, for which the host waits. Default: where tensors lie in host memory.
+    exchange : {"auto", "collective", "symmetric"}
+        What ranks exchange through: collectives of `torch.distributed`, or symmetric memory of the GPUs of
+        one host, in which kernels write to each other. "auto" takes symmetric memory where all ranks can,
+        and `exchange` tells what it took.
 
     Raises
     ------
     InvalidArgumentError, InvalidTypeError
         If the mesh does not serve, or ranks ask for different things.
     UnavailableError
-        If `torch.distributed` is not set up.
+        If `torch.distributed` is not set up, or ``exchange="symmetric"`` and some rank cannot.
     RankError
         If a rank does not come.
     """
@@ -92,7 +101,7 @@ class DistributedBackend(Backend):
     def __init__(
         self, backend: str | Backend, mesh: Any, *, context_dim: str | None = None,
         heads_dim: str | None = None, candidates: int | None = None, timeout: float = 60.0,
-        check: bool | None = None,
+        check: bool | None = None, exchange: Way = "auto",
     ) -> None:
         self.backend = get_backend(backend)
         if isinstance(self.backend, DistributedBackend):
@@ -100,19 +109,32 @@ class DistributedBackend(Backend):
         self.candidates = None if candidates is None else check_int("candidates", candidates, 1)
         self.ranks = join(
             mesh, self.backend, context_dim=context_dim, heads_dim=heads_dim, timeout=timeout, check=check,
-            told=f"candidates={candidates}, check={check}",
+            way=exchange, told=f"candidates={candidates}, check={check}, exchange={exchange}",
         )
         self.mesh = mesh
 
     def __repr__(self) -> str:
         shape = "x".join(map(str, self.mesh.shape))
-        return f"DistributedBackend({self.backend!r}, {shape} ranks, candidates={self.candidates})"
+        return (
+            f"DistributedBackend({self.backend!r}, {shape} ranks, candidates={self.candidates}, "
+            f"exchange={self.exchange!r})"
+        )
+
+    @property
+    def exchange(self) -> str:
+        """What states and candidates go through: "collective" or "symmetric"."""
+        return self.ranks.pages.way
+
+    @property
+    def why_collective(self) -> list[str]:
+        """Why ``exchange="auto"`` did not take symmetric memory; empty if it did, or did not try."""
+        return list(self.ranks.pages.why_collective)
 
     @property
     def capabilities(self) -> Capabilities:
         """Those of the backend on each rank."""
         own = self.backend.capabilities
-        return replace(own, notes=f"over {self.mesh.size()} ranks; {own.notes}")
+        return replace(own, notes=f"over {self.mesh.size()} ranks, {self.exchange} exchange; {own.notes}")
 
     def why_not(self, problem: Problem) -> list[str]:
         """Return every reason of the backend on each rank."""
@@ -129,17 +151,11 @@ class DistributedBackend(Backend):
         A kernel that waits for another rank would otherwise wait for ever, and the host with it as soon
         as it looks at a result. On the CPU every operator has done this already.
         """
-        if self.ranks.pages.on_host:
-            return
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
-        try:
+        if not self.ranks.pages.on_host:
+            self.ranks.watch.check()
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
             self.ranks.watch.wait_for_device(event.query)
-        except RuntimeError:
-            for exchange in (self.ranks.pages, self.ranks.heads):
-                if exchange is not None:  # or the kernels that wait would hold the device
-                    exchange.abort()
-            raise
 
     def page_bounds(self, context: Context) -> PageBounds:
         here = self._sharded(context)
@@ -183,7 +199,9 @@ class DistributedBackend(Backend):
         if self.ranks.pages.size == 1:
             alone: torch.Tensor = self.backend.top_pages(scores, count, eligible=eligible)
             return alone
-        most = ranking.most_wanted(count, eligible, scores.shape[-1], self.candidates)
+        most = ranking.most_wanted(
+            count, eligible, scores.shape[-1], self.candidates, self.ranks.watch.read
+        )
         return ranking.top_pages_of_all(self.backend, self.ranks.pages, scores, count, eligible, most)
 
     def complete_scores(self, scores: torch.Tensor) -> torch.Tensor:
@@ -219,8 +237,7 @@ class DistributedBackend(Backend):
         part = self.backend.attend_pages(q, here.local, selection, active, scale=scale)
         if self.ranks.pages.size == 1:
             return part
-        pending = self.ranks.pages.start_gather(packing.packed(part), "attend_pages")
-        return self.backend.merge(*packing.unpacked(pending.wait(), part))
+        return self.ranks.pages.merge(self.backend, part, "attend_pages")[1]
 
     def attend_block(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None = None
@@ -247,12 +264,37 @@ class DistributedBackend(Backend):
         if cached is not None:
             check_cached(cached, q)
         part = self.backend.attend_pages(q, here.local, selection, active, scale=scale)
-        pending = self.ranks.pages.start_gather(packing.packed(part), "attend")
-        block = self.backend.attend_block(q, k, v, scale=scale)  # while the states are under way
-        state = self.backend.merge(*packing.unpacked(pending.wait(), part))
-        if cached is not None:
-            state = self.backend.reuse(active, state, cached)
-        return self.backend.merge(state, block).out, state
+        out, state = self.ranks.pages.merge(
+            self.backend, part, "attend", active=active, cached=cached,
+            block=Block(q, k, v, softmax_scale(q.shape[3], scale)),
+        )
+        return cast("torch.Tensor", out), state
+
+    def attend_ranked(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: Context, bounds: PageBounds,
+        ranked_pass: RankedPass, cached: AttentionState | None, *, scale: float | None = None,
+    ) -> RankedResult:
+        """Decide and run a whole pass by a rule: few launches where mailboxes carry the candidates."""
+        here, pages, rule = self._sharded(context), self.ranks.pages, ranked_pass
+        if pages.size == 1:
+            return self.backend.attend_ranked(q, k, v, here.local, bounds, rule, cached, scale=scale)
+        others = self.ranks.heads is not None and self.ranks.heads.size > 1 and rule.reference is not None
+        boxes = pages.mailboxes
+        if boxes is None or others or not isinstance(bounds, ShardedBounds):
+            return super().attend_ranked(q, k, v, context, bounds, rule, cached, scale=scale)
+        check_ranked_pass(q, k, v, context, bounds, rule, cached, scale)
+        if not ranked.serves(q, here, rule):
+            return super().attend_ranked(q, k, v, context, bounds, rule, cached, scale=scale)
+        pages.announce("top_pages", q, ranked.message_of(q, here, rule)[0])
+        active, mask = ranked.decide(boxes, self.backend, q, here, bounds, rule)
+        selection = Selection(mask, 1 if rule.union == "row" else q.shape[2])
+        out, state = self.attend(q, k, v, context, selection, active, cached, scale=scale)
+        kept = None
+        if rule.keep == "queries" or (rule.keep == "active_queries" and rule.reference is None):
+            kept = q.clone()
+        elif rule.keep == "active_queries" and rule.reference is not None:
+            kept = torch.where(active[:, None, :, None], q, rule.reference)
+        return RankedResult(out, state, active, selection, kept)
 
     def _sharded(self, context: Context) -> ShardedContext:
         """Return the context as shards; one rank holds all of any context."""

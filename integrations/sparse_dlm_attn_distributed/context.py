@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 
 from sparse_dlm_attn import Context, InvalidTypeError, PageBounds
-from sparse_dlm_attn.arrays import Array, namespace, shape_of
+from sparse_dlm_attn.arrays import Array, shape_of
 from sparse_dlm_attn.values import check_array, check_same_place
 
 __all__ = ["ShardedBounds", "ShardedContext"]
@@ -52,6 +52,9 @@ class ShardedContext(Context):
         As in :class:`sparse_dlm_attn.Context`; ``bounds`` are `ShardedBounds`.
     held : array
         bool ``(batch, pages)``: the pages that this rank holds.
+    held_lengths : array, optional
+        int32 ``(batch, pages)``: ``page_lengths`` where ``held``, else 0, for whoever keeps both up to date.
+        Default: made in every pass, which is one more launch on a GPU.
 
     Examples
     --------
@@ -67,11 +70,15 @@ class ShardedContext(Context):
     """
 
     held: Array = None
+    held_lengths: Array | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_array("held", self.held, shape_of(self.page_table), BOOLS)
         check_same_place("held", self.held, "k_pages", self.k_pages)
+        if self.held_lengths is not None:
+            check_array("held_lengths", self.held_lengths, shape_of(self.page_table), ("int32",))
+            check_same_place("held_lengths", self.held_lengths, "k_pages", self.k_pages)
         if self.bounds is not None and not isinstance(self.bounds, ShardedBounds):
             raise InvalidTypeError(
                 "bounds", "must be ShardedBounds or None", type(self.bounds).__name__,
@@ -86,10 +93,18 @@ class ShardedContext(Context):
     @property
     def local(self) -> Context:
         """The same context with the pages of other ranks absent."""
-        # Made anew each time: an engine may write into lengths that a captured graph reads.
-        xp = namespace(self.page_lengths)
-        lengths = xp.where(self.held, self.page_lengths, xp.zeros_like(self.page_lengths))
+        lengths = self.with_held_lengths().held_lengths
         return Context(self.k_pages, self.v_pages, self.page_table, lengths, version=self.version)
+
+    def with_held_lengths(self) -> ShardedContext:
+        """Return it with lengths of the pages held: itself where they are known.
+
+        They are made anew in each pass, early and once: an engine may write into lengths that a captured
+        graph reads, and kernels that start before the one ahead of them has ended read them first of all.
+        """
+        if self.held_lengths is not None:
+            return self
+        return replace(self, held_lengths=self.page_lengths * self.held)
 
     @classmethod
     def of(cls, context: Context, held: Array) -> ShardedContext:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from sparse_dlm_attn import Backend, InvalidArgumentError, InvalidTypeError, UnavailableError
-from sparse_dlm_attn_distributed.exchange import Exchange
+from sparse_dlm_attn_distributed.exchange import Exchange, Way
 from sparse_dlm_attn_distributed.watch import RankError, Watch
 
 __all__ = ["Ranks", "join"]
@@ -40,7 +40,7 @@ class Ranks:
 
 def join(
     mesh: Any, backend: Backend, *, context_dim: str | None, heads_dim: str | None, timeout: float,
-    check: bool | None, told: str,
+    check: bool | None, way: Way, told: str,
 ) -> Ranks:
     """Check a mesh, wait for its other ranks and compare with them what was asked for.
 
@@ -56,6 +56,8 @@ def join(
         Seconds to wait for any rank.
     check : bool, optional
         Compare each collective first; default: on the host.
+    way : {"auto", "collective", "symmetric"}
+        What exchanges go through.
     told : str
         What else must be the same on all ranks.
 
@@ -65,6 +67,8 @@ def join(
         If the mesh does not serve, or another rank's is a different one.
     """
     _check_timeout(timeout)
+    if way not in get_args(Way):
+        raise InvalidArgumentError("exchange", f"must be one of {', '.join(get_args(Way))}", repr(way))
     _check_mesh(mesh, backend)
     context_dim, heads_dim = _dimensions(mesh, context_dim, heads_dim)
     ranks = [int(rank) for rank in mesh.mesh.flatten().tolist()]
@@ -86,7 +90,9 @@ def join(
         # Groups of its own: what a failure leaves behind in them cannot meet anybody else's collectives.
         members = dist.get_process_group_ranks(mesh.get_group(name))
         group = dist.new_group(members, use_local_synchronization=True)
-        return Exchange(group, watch, on_host=on_host, check=check)
+        made = Exchange(group, watch, on_host=on_host, check=check)
+        made.open_mailboxes(way)
+        return made
 
     return Ranks(exchange(context_dim), None if heads_dim is None else exchange(heads_dim), watch)
 

@@ -14,6 +14,7 @@ can move ahead.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -25,7 +26,8 @@ __all__ = ["largest_on_any_rank", "most_wanted", "top_pages_of_all"]
 
 
 def most_wanted(
-    count: int | torch.Tensor, eligible: torch.Tensor, pages: int, candidates: int | None
+    count: int | torch.Tensor, eligible: torch.Tensor, pages: int, candidates: int | None,
+    read: Callable[[torch.Tensor], torch.Tensor],
 ) -> int:
     """Return how many pages a row can take at most, the same number on every rank.
 
@@ -39,6 +41,8 @@ def most_wanted(
         Pages there are.
     candidates : int or None
         The bound that the user gave, so that a device need not be asked.
+    read : callable
+        Brings a tensor to the host, with a limit to the wait.
 
     Raises
     ------
@@ -54,7 +58,7 @@ def most_wanted(
     if candidates is not None and wanted.device.type != "cpu":
         torch._assert_async((wanted <= candidates).all())
         return min(candidates, pages)
-    most = min(int(wanted.max()), pages)
+    most = min(int(read(wanted.max())), pages)
     return most if candidates is None else _within(most, candidates)
 
 
@@ -144,7 +148,7 @@ def _united(gathered: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor,
     pages = scores.shape[-1]
     values, indices = (gathered[:, side].movedim(0, -2).flatten(-2).contiguous() for side in (0, 1))
     shape = (*scores.shape[:-1], pages + 1)
-    places = indices.to(torch.int64)
+    places = indices.to(torch.int64).clamp(0, pages)  # of a rank that failed, anything may have come
     best = scores.new_full(shape, _lowest(scores))
     best = best.scatter_reduce(-1, places, values.view(scores.dtype), "amax")
     known = torch.zeros(shape, dtype=torch.bool, device=scores.device).scatter(-1, places, True)

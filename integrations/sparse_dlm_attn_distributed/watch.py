@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+import torch
 
 from sparse_dlm_attn import InvalidArgumentError, SparseAttentionError
 
@@ -68,8 +70,18 @@ class Watch:
         self._calls = self._errors = 0
         self._failure: RankError | None = None
         self._came = time.monotonic()
+        self._stops: list[Callable[[], None]] = []
+        self._late_on_device: list[Callable[[], list[int]]] = []
 
-    def agree(self, what: str, value: str, hint: str) -> None:
+    def on_failure(self, stop: Callable[[], None]) -> None:
+        """Call ``stop`` when this rank gives up waiting for its device, to end what waits there."""
+        self._stops.append(stop)
+
+    def on_look(self, late: Callable[[], list[int]]) -> None:
+        """Ask ``late`` for ranks that the device has missed, wherever that costs nothing."""
+        self._late_on_device.append(late)
+
+    def agree(self, what: str, value: str, hint: str, ranks: Sequence[int] | None = None) -> None:
         """Raise on every rank unless all of them give the same value.
 
         Parameters
@@ -80,6 +92,8 @@ class Watch:
             This rank's.
         hint : str
             What to do about a difference.
+        ranks : sequence of int, optional
+            Who compares; default: all.
 
         Raises
         ------
@@ -88,7 +102,7 @@ class Watch:
         RankError
             If a rank does not come within the time limit.
         """
-        given = self.collect(what, value)
+        given = self.collect(what, value, ranks)
         others = {rank: theirs for rank, theirs in given.items() if theirs != value}
         if others:
             rank, theirs = next(iter(others.items()))
@@ -97,10 +111,11 @@ class Watch:
                 f"{value} on rank {self.rank}, {theirs} on rank {rank}", hint,
             )
 
-    def collect(self, what: str, value: str) -> dict[int, str]:
-        """Return what every rank gave under this name, ``{rank: value}``."""
+    def collect(self, what: str, value: str, ranks: Sequence[int] | None = None) -> dict[int, str]:
+        """Return what every rank (or each of ``ranks``) gave under this name, ``{rank: value}``."""
+        ranks = self.ranks if ranks is None else ranks
         self._store.set(f"{self._prefix}/{what}/{self.rank}", value)
-        begun, missing = time.monotonic(), list(self.ranks)
+        begun, missing = time.monotonic(), list(ranks)
         while missing:
             missing = [rank for rank in missing if not self._store.check([f"{self._prefix}/{what}/{rank}"])]
             if missing and time.monotonic() - begun > self.timeout:
@@ -109,19 +124,25 @@ class Watch:
             if missing:
                 self.raise_if_failed()
                 time.sleep(0.005)
-        return {rank: self._store.get(f"{self._prefix}/{what}/{rank}").decode() for rank in self.ranks}
+        return {rank: self._store.get(f"{self._prefix}/{what}/{rank}").decode() for rank in ranks}
 
     def withdraw(self) -> None:
         """Undo the making of this object, so that all ranks can still come together later."""
         self._store.add(self._made, -1)
 
     def begin(self) -> None:
-        """Note the start of a collective; look at the store if this rank was away for long."""
+        """Note the start of an exchange; look at the store if this rank has not done so for long."""
         self._calls += 1
+        self.check()
+
+    def check(self) -> None:
+        """Raise `RankError` if a failure is known here; ask the store only after long without an answer."""
         if self._failure is not None:
             raise self._failure
+        self._look_at_device()
         if time.monotonic() - self._came > self.timeout / 2:
             self.raise_if_failed()
+            self._came = time.monotonic()
 
     def wait(self, work: Any, what: str) -> None:
         """Wait until a collective on host memory is done.
@@ -154,18 +175,43 @@ class Watch:
         except RuntimeError as error:
             self._lost(what, error)
 
-    def wait_for_device(self, done: Any) -> None:
-        """Wait until ``done()`` is true, with the same failures as `wait`."""
+    def wait_for_device(self, done: Callable[[], bool]) -> None:
+        """Wait until ``done()`` is true, with the same failures as `wait`; then nothing waits there either.
+
+        A collective on a device does not hold up the host, so it is here that the host notices.
+        """
         begun, looked = time.monotonic(), 0.0
-        while not done():
-            waited = time.monotonic() - begun
-            if waited > looked + LOOK_EVERY:
-                looked = waited
-                self.raise_if_failed()
-            if waited > self.timeout:
-                self._give_up([], "on the device")
-            time.sleep(2e-5)
+        try:
+            while not done():
+                waited = time.monotonic() - begun
+                if waited > looked + LOOK_EVERY:
+                    looked = waited
+                    self._store.set(f"{self._prefix}/at/{self.rank}", str(self._calls))
+                    self.raise_if_failed()
+                if waited > self.timeout:
+                    self._give_up(self._late(), "on the device")
+                time.sleep(2e-5 if waited < 1e-2 else 5e-4)
+            self._look_at_device()
+        except RankError:
+            for stop in self._stops:
+                stop()
+            raise
         self._came = time.monotonic()
+
+    def read(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a tensor on the host; waiting for its device has a limit here.
+
+        Raises
+        ------
+        RankError
+            If the device waits for a rank that failed, or does not come within the time limit.
+        """
+        if tensor.device.type == "cpu":
+            return tensor
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        self.wait_for_device(event.query)
+        return tensor.cpu()
 
     @contextmanager
     def guard(self) -> Iterator[None]:
@@ -208,6 +254,13 @@ class Watch:
                 return False
             time.sleep(0.005)
         return True
+
+    def _look_at_device(self) -> None:
+        """Raise `RankError` if a kernel has waited for a rank in vain."""
+        for late in self._late_on_device:
+            ranks = late()
+            if ranks:
+                self._give_up(ranks, "on the device")
 
     def _late(self) -> list[int]:
         """Return the ranks that are not waiting in this collective, as far as they have told."""

@@ -22,10 +22,18 @@ from sparse_dlm_attn_conformance.accuracy import CEILING
 from sparse_dlm_attn_distributed.packing import packed_bytes
 from sparse_dlm_attn_torch import TorchBackend
 
+PLACES = [
+    ("cpu", "gloo", 2), ("cpu", "gloo", 4), ("cuda/collective", "nccl", 2), ("cuda/symmetric", "symmetric", 2)
+]
 PAGES = pytest.mark.parametrize(
-    ("device", "world"), [("cpu", 2), ("cpu", 4), ("cuda", 2)], ids=["gloo-2", "gloo-4", "nccl-2"]
+    ("device", "world"), [(device, world) for device, _, world in PLACES],
+    ids=[f"{name}-{world}" for _, name, world in PLACES],
 )
-TWO = pytest.mark.parametrize(("device", "world"), [("cpu", 2), ("cuda", 2)], ids=["gloo-2", "nccl-2"])
+TWO = pytest.mark.parametrize(
+    ("device", "world"), [(device, world) for device, _, world in PLACES if world == 2],
+    ids=[f"{name}-{world}" for _, name, world in PLACES if world == 2],
+)
+GPUS = pytest.mark.parametrize("device", ["cuda/collective", "cuda/symmetric"], ids=["nccl", "symmetric"])
 FAILURES = "failures,death"
 SCENARIOS = "every_policy,every_ownership,ranking,bytes_sent,heads_too"
 
@@ -77,7 +85,7 @@ def test_every_registered_policy_is_among_the_cases() -> None:
 
 CASES = [
     pytest.param(device, world, policy, id=f"{backend}-{world}-{policy}")
-    for device, backend, world in (("cpu", "gloo", 2), ("cpu", "gloo", 4), ("cuda", "nccl", 2))
+    for device, backend, world in PLACES
     for policy in policies(world)
 ]
 
@@ -154,27 +162,44 @@ def test_kv_heads_can_lie_on_other_ranks_too(ranks: Any) -> None:
     }
 
 
+@GPUS
+def test_passes_in_a_cuda_graph_can_be_replayed(ranks: Any, device: str) -> None:
+    for rank in ranks.run("graphs", device, 2, 90):
+        for policy, (same, exchange) in rank["graphs"].items():
+            assert all(same), (policy, same)
+            assert exchange == device.partition("/")[2]
+
+
 @TWO
 def test_a_failure_of_one_rank_is_a_typed_error_on_all_in_time(ranks: Any, device: str, world: int) -> None:
-    one, other = (rank["failures"] for rank in ranks.run(FAILURES, device, world))
+    failures = FAILURES if device == "cpu" else "failures"
+    one, other = (rank["failures"] for rank in ranks.run(failures, device, world, 100))
+    seconds = 2 if device == "cpu" else 4
     expected = {  # what rank 0 and rank 1 raise, and what both must be told
         "one_raises": ("RankError", "InvalidArgumentError", "k must have shape"),
         "one_raises_outside": ("RankError", "MemoryError", "no room"),
-        "one_sleeps": ("RankError", "RankError", "ranks 1 did not come within 2 s"),
+        "one_sleeps": ("RankError", "RankError", f"ranks 1 did not come within {seconds} s"),
+        "one_sleeps_unchecked": ("RankError", "RankError", f"ranks 1 did not come within {seconds} s"),
         "one_has_more_rows": ("RankError", "RankError", "same policy, block, passes and shapes"),
         "lengths_differ": ("InvalidArgumentError",) * 2 + ("tell every rank of pages that grow",),
         "a_page_twice": ("InvalidArgumentError",) * 2 + ("exactly one rank; got 2 ranks",),
         "policies differ": ("InvalidArgumentError",) * 2 + ("policy must be the same on every rank",),
         "candidates differ": ("InvalidArgumentError",) * 2 + ("Give every rank the same backend",),
+        "ways differ": ("InvalidArgumentError",) * 2 + ("Give every rank the same backend",),
+        "no such way": ("InvalidArgumentError",) * 2 + ("one of auto, collective, symmetric",),
         "meshes differ": ("InvalidArgumentError",) * 2 + ("init_device_mesh",),
-        "one rank alone": ("RankError", "no error", "ranks 1 did not come within 2 s before mesh"),
+        "one rank alone": ("RankError", "no error", f"ranks 1 did not come within {seconds} s before mesh"),
         "together again": ("no error", "no error", ""),
     }
+    if device == "cpu":
+        expected["not on this device"] = ("UnavailableError",) * 2 + ("tensors lie in host memory",)
+        assert one["taken"][:2] == ("collective", []) and "exchange='collective'" in one["taken"][2]
     for name, (here, there, text) in expected.items():
         assert (one[name][0], other[name][0]) == (here, there), (name, one[name], other[name])
         assert text in one[name][1], one[name]
-        assert max(one[name][2], other[name][2]) < 2.0 + 1.0 + 5.0, name
-    for name in ("one_raises", "one_raises_outside", "one_sleeps", "one_has_more_rows"):
+        assert max(one[name][2], other[name][2]) < seconds + 1.0 + 5.0, name
+    failed = ("one_raises", "one_raises_outside", "one_sleeps", "one_sleeps_unchecked", "one_has_more_rows")
+    for name in failed:
         for seen in (one, other):  # and nothing hangs afterwards
             kind, _, seconds = seen[f"{name}, then a pass"]
             assert kind == "RankError"
@@ -184,7 +209,7 @@ def test_a_failure_of_one_rank_is_a_typed_error_on_all_in_time(ranks: Any, devic
 
 
 def test_the_death_of_a_process_is_a_typed_error_on_the_others(ranks: Any) -> None:
-    survivor, dead = ranks.run(FAILURES, "cpu", 2)
+    survivor, dead = ranks.run(FAILURES, "cpu", 2, 100)
     assert "death" not in dead
     kind, text = survivor["death"]
     assert kind == "RankError"

@@ -1,10 +1,13 @@
 """One rank of a test: a process of its own, which runs a scenario and writes down what it saw.
 
-Run as ``python worker.py SCENARIO DEVICE RANK WORLD FOLDER``; the tests start one for each rank.
+Run as ``python worker.py SCENARIOS DEVICE RANK WORLD FOLDER SECONDS``; the tests start one for each rank.
+DEVICE is cpu, cuda/collective or cuda/symmetric. A worker that takes longer than SECONDS prints where each of
+its threads stands, and ends.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import sys
 import time
@@ -21,18 +24,20 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "policies"))
 
 from shards import BLOCKS, block_of, infos, policies, policy_of, rule_of
 
-from sparse_dlm_attn import SparseAttentionError
+from sparse_dlm_attn import Selection, SparseAttentionError
 from sparse_dlm_attn_distributed import DistributedAttention, DistributedBackend, ShardedContext
 from sparse_dlm_attn_torch import TorchBackend
 
-LIMIT = 2.0  # seconds to wait for a rank that does not come
+HANGS = 30.0  # seconds after which an attempt that should have failed is taken for hanging
+LIMITS = {"cpu": 2.0, "cuda": 4.0}  # seconds to wait for a rank that does not come
 
 
 class Rank:
     """What every scenario needs: this rank, its device, meshes and drivers."""
 
     def __init__(self, device: str, rank: int, world: int) -> None:
-        self.device, self.rank, self.world = device, rank, world
+        self.device, _, self.exchange = device.partition("/")
+        self.rank, self.world, self.limit = rank, world, LIMITS[self.device]
 
     def mesh(self, *shape: int) -> Any:
         names = ("context", "heads")[: len(shape)]
@@ -42,10 +47,14 @@ class Rank:
         return TorchBackend(self.device)
 
     def attention(self, policy: Any, mesh: Any, **options: Any) -> DistributedAttention:
-        options = {"timeout": 60.0, **options}
+        options = {"timeout": 60.0, "exchange": self.exchange or "auto", **options}
         return DistributedAttention(
             policy_of(policy), self.backend(), mesh, check_contents=True, **options
         )
+
+    def distributed(self, mesh: Any, **options: Any) -> DistributedBackend:
+        options = {"exchange": self.exchange or "auto", **options}
+        return DistributedBackend(self.backend(), mesh, **options)
 
     def block(self, name: str) -> Any:
         return block_of(name).converted(lambda array: torch.from_numpy(array.copy()).to(self.device))
@@ -130,7 +139,7 @@ def bytes_sent(on: Rank) -> Any:
 
 def ranking(on: Rank) -> Any:
     """Top pages of tables full of ties, infinities and NaN, from scores of which each rank knows some."""
-    backend, results = DistributedBackend(on.backend(), on.mesh()), []
+    backend, results = on.distributed(on.mesh()), []
     for seed in range(40):
         rng = torch.Generator().manual_seed(seed)
         shape = (2, 3, 4, (5, 33, 130)[seed % 3])
@@ -154,21 +163,35 @@ def failures(on: Rank) -> Any:
     """One rank raises, one sleeps, one runs another policy, meshes differ; each in a fresh group."""
     results = {}
 
+    if on.device == "cuda":  # compiles what ranks would otherwise wait for each other to compile
+        warm, block = on.attention("quest:budget=8", on.mesh(), check=True), on.block("pages of 4")
+        context = ShardedContext.of(block.context, on.held("random", block.context))
+        warm(block.q[0], block.k, block.v, context)
+        warm.synchronize()
+
     def attempt(name: str, act: Any) -> None:
+        faulthandler.dump_traceback_later(HANGS, exit=True)
         begun = time.monotonic()
         try:
             act()
             results[name] = ("no error", "", time.monotonic() - begun)
         except Exception as error:
             results[name] = (type(error).__name__, str(error), time.monotonic() - begun)
+        print(name, *results[name], sep=" | ", flush=True)
 
     def passes(act: Any) -> None:
-        attention = on.attention("quest:budget=8", on.mesh(), timeout=LIMIT)
+        # On a GPU shapes are compared only if asked for.
+        attention = on.attention("quest:budget=8", on.mesh(), timeout=on.limit, check=True)
         block = on.block("pages of 4")
         context = ShardedContext.of(block.context, on.held("random", block.context))
-        attention(block.q[0], block.k, block.v, context)
-        attempt(act.__name__, lambda: act(attention, block, context))
-        attempt(f"{act.__name__}, then a pass", lambda: attention(block.q[0], block.k, block.v, context))
+
+        def whole_pass() -> None:
+            attention(block.q[0], block.k, block.v, context)
+            attention.synchronize()  # where a GPU's waits become errors
+
+        whole_pass()
+        attempt(act.__name__, lambda: (act(attention, block, context), attention.synchronize()))
+        attempt(f"{act.__name__}, then a pass", whole_pass)
 
     def one_raises(attention: Any, block: Any, context: Any) -> None:
         k = block.k[:, :, :2] if on.rank == 1 else block.k  # keys of two tokens: refused
@@ -182,7 +205,7 @@ def failures(on: Rank) -> Any:
 
     def one_sleeps(attention: Any, block: Any, context: Any) -> None:
         if on.rank == 1:
-            time.sleep(LIMIT + 1.0)
+            time.sleep(on.limit + 1.0)
         attention(block.q[0], block.k, block.v, context)
 
     def one_has_more_rows(attention: Any, block: Any, context: Any) -> None:
@@ -198,21 +221,41 @@ def failures(on: Rank) -> Any:
         whole = ShardedContext.of(block.context, torch.ones_like(context.held))
         attention(block.q[0], block.k, block.v, whole)
 
-    for act in (one_raises, one_raises_outside, one_sleeps, one_has_more_rows, lengths_differ, a_page_twice):
+    def one_sleeps_unchecked(attention: Any, block: Any, context: Any) -> None:
+        """Without checks nothing of a pass is read on the host: only `synchronize` can notice."""
+        if on.rank == 1:
+            time.sleep(on.limit + 1.0)
+        q, context = block.q[0], replace(context, bounds=attention.backend.page_bounds(context))
+        rows = torch.ones((q.shape[0], q.shape[2]), dtype=torch.bool, device=q.device)
+        everything = Selection.all_pages(context, q.shape[2])
+        attention.backend.ranks.pages.check = False
+        attention.backend.attend(q, block.k, block.v, context, everything, rows, None)
+
+    alone = (one_raises, one_raises_outside, one_sleeps, one_sleeps_unchecked, one_has_more_rows)
+    for act in (*alone, lengths_differ, a_page_twice):
         passes(act)
     quest = f"quest:budget={8 if on.rank else 16}"
-    attempt("policies differ", lambda: on.attention(quest, on.mesh(), timeout=LIMIT))
+    attempt("policies differ", lambda: on.attention(quest, on.mesh(), timeout=on.limit))
     attempt("candidates differ", lambda: on.attention("dense", on.mesh(), candidates=1 + on.rank))
+    attempt("ways differ", lambda: on.attention(
+        "dense", on.mesh(), exchange="auto" if on.rank else "collective", timeout=on.limit
+    ))
+    attempt("no such way", lambda: on.attention("dense", on.mesh(), exchange="pigeons"))
+    if on.device == "cpu":
+        attempt("not on this device", lambda: on.attention("dense", on.mesh(), exchange="symmetric"))
+        taken = on.distributed(on.mesh(), timeout=on.limit)
+        results["taken"] = taken.exchange, taken.why_collective, repr(taken)
     ways = ("heads", "context") if on.rank else ("context", "heads")
     both = init_device_mesh(on.device, (on.world, 1), mesh_dim_names=("context", "heads"))
-    attempt("meshes differ", lambda: DistributedBackend(
-        on.backend(), both, context_dim=ways[0], heads_dim=ways[1], timeout=LIMIT
+    attempt("meshes differ", lambda: on.distributed(
+        both, context_dim=ways[0], heads_dim=ways[1], timeout=on.limit
     ))
     mesh = on.mesh()
     attempt("one rank alone", lambda: (
-        time.sleep(LIMIT + 1.0) if on.rank else DistributedBackend(on.backend(), mesh, timeout=LIMIT)
+        time.sleep(on.limit + 1.0) if on.rank else on.distributed(mesh, timeout=on.limit)
     ))
-    attempt("together again", lambda: DistributedBackend(on.backend(), mesh, timeout=30.0))
+    attempt("together again", lambda: on.distributed(mesh, timeout=30.0))
+    faulthandler.dump_traceback_later(HANGS, exit=True)
     return results
 
 
@@ -226,19 +269,59 @@ def death(on: Rank) -> Any:
         os._exit(0)
     try:
         attention(block.q[0], block.k, block.v, context)
+        attention.synchronize()
     except SparseAttentionError as error:
         return type(error).__name__, str(error)
     return "no error", ""
 
 
+def graphs(on: Rank) -> Any:
+    """Passes captured in a CUDA graph, replayed with other queries: each against the pass without a graph."""
+    from sparse_dlm_attn_triton import TritonBackend
+
+    mesh, results, block = on.mesh(), {}, on.block("64 pages")
+    for policy in ("dense", "losa:active=2,budget=8", "quest:budget=8"):
+        attention = DistributedAttention(
+            policy_of(policy), TritonBackend(), mesh, exchange=on.exchange, candidates=2, timeout=20.0
+        )
+        context = ShardedContext.of(block.context, on.held("round robin", block.context))
+        context = context.with_bounds(attention.backend.page_bounds(context))
+        first = infos(block)[:2]
+        _, memory = attention(block.q[0], block.k, block.v, context, None, first[0])
+        q = block.q[1].clone()
+
+        def run(attention: Any = attention, context: Any = context, memory: Any = memory, q: Any = q) -> Any:
+            return attention(q, block.k, block.v, context, memory, infos(block)[1])[0]
+
+        run()
+        attention.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            captured = run()
+        same = []
+        for turn in range(5):  # an odd number of exchanges a replay: messages must alternate all the same
+            q.copy_(block.q[1] * (turn % 3) - block.q[0])
+            graph.replay()
+            attention.synchronize()
+            got = captured.clone()
+            want = run()
+            attention.synchronize()
+            same.append(torch.equal(got, want))
+        results[policy] = same, attention.backend.exchange
+    return results
+
+
 def main() -> None:
     names, device, rank, world, folder = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:5]), sys.argv[5]
+    faulthandler.dump_traceback_later(float(sys.argv[6]), exit=True)
     torch.set_num_threads(1)
-    if device == "cuda":
+    on_gpu = device.startswith("cuda")
+    if on_gpu:
         torch.cuda.set_device(rank)
         os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
     dist.init_process_group(
-        "nccl" if device == "cuda" else "gloo", init_method=f"file://{folder}/store", rank=rank,
+        "nccl" if on_gpu else "gloo", init_method=f"file://{folder}/store", rank=rank,
         world_size=world,
     )
     on = Rank(device, rank, world)

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import math
 import sys
+import types
 from typing import Any
 
 import pytest
 
 torch = pytest.importorskip("torch", reason="the backends need PyTorch")
 
-from sparse_dlm_attn import Context, Selection, UnavailableError, UnsupportedError, get_backend  # noqa: E402
+from sparse_dlm_attn import (  # noqa: E402
+    Context,
+    InvalidArgumentError,
+    Selection,
+    UnavailableError,
+    UnsupportedError,
+    get_backend,
+)
 from sparse_dlm_attn_conformance.programmatic import check_backend  # noqa: E402
+from sparse_dlm_attn_folded import FlashAttentionBackend  # noqa: E402
 from sparse_dlm_attn_folded.folding import folded  # noqa: E402
 
 KERNELS = ("Planned", "Packed", "Paged")
@@ -39,6 +48,25 @@ def test_a_log_sum_exp_left_in_base_2_is_noticed() -> None:
     assert check_backend(
         Unconverted(), clauses=("ATTEND-1",), dtypes=("float32",), first_only=True, shrink=False
     )
+
+
+def test_a_build_says_what_it_was_made_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    import stand_ins
+
+    interface, config = types.ModuleType("fa3_fwd_interface"), types.ModuleType("fa3_fwd_config")
+    interface.flash_attn_varlen_func = stand_ins.flash_attn_varlen_func  # type: ignore[attr-defined]
+    interface.flash_attn_with_kvcache = stand_ins.flash_attn_with_kvcache  # type: ignore[attr-defined]
+    flags = {"FLASHATTENTION_DISABLE_FP16": True, "FLASHATTENTION_DISABLE_PAGEDKV": True}
+    config.CONFIG = {"build_flags": flags}  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "fa3_fwd_interface", interface)
+    monkeypatch.setitem(sys.modules, "fa3_fwd_config", config)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    backend = FlashAttentionBackend(module="fa3_fwd_interface")
+    assert backend.capabilities.dtypes == ("bfloat16",)
+    with pytest.raises(UnavailableError, match="built without paged KV"):
+        FlashAttentionBackend("paged", module="fa3_fwd_interface")
+    with pytest.raises(InvalidArgumentError, match="module must be one of"):
+        FlashAttentionBackend(module="flash_attn_5")
 
 
 @pytest.mark.parametrize("layout", ["HND", "NHD", "dense"])
@@ -75,7 +103,7 @@ def test_keys_and_values_of_different_strides_are_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "modules", "remedy"),
     [
-        ("flash-attn", ("flash_attn", "flash_attn_interface"), "pip install flash-attn"),
+        ("flash-attn", ("flash_attn", "flash_attn_interface", "fa3_fwd_interface"), "pip install flash-attn"),
         ("flashinfer", ("flashinfer",), "pip install flashinfer-python"),
     ],
 )

@@ -37,6 +37,14 @@ def test_the_public_name_has_a_docstring_and_stands_in_the_api_reference(name: s
     assert any(directive.search(page.read_text("utf-8")) for page in pages)
 
 
+@pytest.mark.parametrize("package", ["sparse_dlm_attn_distributed", "sparse_dlm_attn_folded"])
+def test_what_an_optional_package_exports_stands_in_the_api_reference(package: str) -> None:
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    told = "\n".join(page.read_text("utf-8") for page in (ROOT / "docs" / "api").glob("*.md"))
+    for name in importlib.import_module(package).__all__:
+        assert re.search(rf"^::: {package}\.{name}$", told, re.MULTILINE), name
+
+
 def test_versions_are_written_as_documented_and_stand_in_the_changelog() -> None:
     changelog = (ROOT / "CHANGELOG.md").read_text("utf-8")
     assert re.fullmatch(r"\d+\.\d+\.\d+((a|b|rc)\d+)?", sparse_dlm_attn.__version__)

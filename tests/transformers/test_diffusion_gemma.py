@@ -19,6 +19,9 @@ from tiny_models import (
 )
 
 from sparse_dlm_attn import CallOrderError, InvalidArgumentError, StaleMemoryError, policies
+from sparse_dlm_attn.policies.dense import Dense
+from sparse_dlm_attn.policies.losa import Losa
+from sparse_dlm_attn_torch import TorchBackend
 from sparse_dlm_attn_transformers import NAME, PassReport, SparseAttention
 
 PROMPT = 40  # longer than the sliding window
@@ -266,15 +269,15 @@ def test_on_a_gpu_dense_gives_the_logits_of_the_models_own_attention(mask: torch
         return logits.cpu()
 
     eager = on_gpu()
-    with SparseAttention(model, "dense", "torch:device=cuda"):
+    with SparseAttention(model, Dense(), TorchBackend("cuda")):
         assert_within_budget(on_gpu(), eager, exact)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_its_own_loop_reads_less_and_keeps_nothing() -> None:
     model, reports = diffusion_gemma().cuda(), []
-    policy = "losa:budget=8,active=2"
-    with SparseAttention(model, policy, "torch:device=cuda", page_size=4, on_pass=reports.append) as sparse:
+    policy, backend = Losa(budget=8, active=2), TorchBackend("cuda")
+    with SparseAttention(model, policy, backend, page_size=4, on_pass=reports.append) as sparse:
         model.generate(
             input_ids=tokens(1, PROMPT).cuda(), max_new_tokens=2 * CANVAS, max_denoising_steps=4
         )
