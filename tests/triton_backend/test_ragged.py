@@ -1,4 +1,4 @@
-"""Equal shares of all page lists, for batches whose sequences differ in length, under the conformance laws."""
+"""Equal shares of all page lists, for batches of sequences that differ in length, under the laws."""
 
 from __future__ import annotations
 
