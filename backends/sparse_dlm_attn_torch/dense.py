@@ -15,8 +15,8 @@ from sparse_dlm_attn.arrays import compute_dtype
 __all__ = ["attend_dense", "attend_flash", "flash_attention"]
 
 ROWS_AT_ONCE = 1024  # bounds the score matrix of a whole-sequence block
-FLASH_MODULES = ("flash_attn_interface", "flash_attn", "flash_attn.cute")
-"""Where flash-attn 3, 2 and 4 put ``flash_attn_func``."""
+FLASH_MODULES = ("flash_attn_interface", "fa3_fwd_interface", "flash_attn.cute", "flash_attn")
+"""Where flash-attn 3, its wheel of the forward pass alone, 4 and 2 put ``flash_attn_func``."""
 
 
 def attend_dense(

@@ -18,6 +18,8 @@ from sparse_dlm_attn_torch.layout import PageRows
 
 __all__ = ["attend_pages"]
 
+ALIGNED = 64  # bytes: where PyTorch's allocator puts a tensor on a processor
+
 
 def attend_pages(
     q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, page_table: torch.Tensor,
@@ -149,8 +151,15 @@ class _Store:
         return _Tokens(keys, values, valid.flatten(), self.page_size)
 
     def _run(self, side: int, head: int, first: int, end: int) -> torch.Tensor:
-        """Return physical pages ``first..end-1``, a view if they lie side by side."""
-        return self.pages[side][first:end, head].flatten(0, 1)
+        """Return physical pages ``first..end-1``, a view if they lie side by side.
+
+        A product may sum in another order where rows are not aligned as those of a copy are, and then the
+        order of pages in memory would show in the last bit (CONTEXT-3).
+        """
+        rows = self.pages[side][first:end, head].flatten(0, 1)
+        step = rows.stride(0) * rows.element_size()
+        aligned = rows.data_ptr() % ALIGNED == 0 and (step % ALIGNED == 0 or rows.is_contiguous())
+        return rows if aligned else rows.contiguous().clone()
 
     def _copy(self, side: int, head: int, physical: torch.Tensor) -> torch.Tensor:
         rows = self.rows[side]
@@ -184,9 +193,11 @@ def _attend(
 
 def _softmax(logits: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ``(out, lse)``; keys whose scores are all -inf weigh nothing, as an empty set (STATE-2)."""
-    lse = logits.logsumexp(dim=-1)
-    out = torch.softmax(logits, dim=-1) @ values
-    return out.masked_fill(lse.isneginf()[..., None], 0.0), lse
+    peak = logits.amax(dim=-1, keepdim=True)
+    weights = (logits - torch.where(peak.isneginf(), 0.0, peak)).exp_()  # one exp serves both results
+    total = weights.sum(dim=-1, keepdim=True)
+    out = torch.where(total == 0, 0.0, (weights @ values) / total)
+    return out, (peak + total.log())[..., 0]
 
 
 def _row_by_row(logits: torch.Tensor, values: torch.Tensor, reads: torch.Tensor) -> torch.Tensor:
