@@ -94,7 +94,7 @@ def attend_flash(
         if switch in inspect.signature(function).parameters:
             options[switch] = True
     result = function(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), **options)
-    if not isinstance(result, tuple) or len(result) < 2:
+    if not isinstance(result, tuple) or len(result) < 2 or result[1] is None:
         raise UnavailableError(
             f"backend 'torch' with dense='flash' ({name})", ["this version returns no log-sum-exp"],
             "Upgrade it: pip install -U flash-attn, or pass dense='matmul'.",
