@@ -1,8 +1,9 @@
 """The prefix cache: keys, values and page metadata of everything decoded so far.
 
 Keys and values lie densely, layer by layer, in buffers with room to grow; a `Context` is a view of
-them. Sequences of the same length can share a cache, so that they decode side by side. A cache can be forked in constant time, so that the KV of one prompt serves any number of
-decodings: forks share the buffers until one of them appends after another has (copy on append).
+them. Sequences of the same length can share a cache, so that they decode side by side. A cache can be
+forked in constant time, so that the KV of one prompt serves any number of decodings: forks share the
+buffers until one of them appends after another has (copy on append).
 """
 
 from __future__ import annotations
@@ -75,8 +76,8 @@ class PrefixCache:
     tokens : tuple of tuple of int
         The finished tokens themselves, of each sequence.
     bounds_key_bytes : tuple of int
-        Per layer, the key bytes of a sequence read so far to build page metadata: each key once, and the keys of a
-        partly filled page again whenever it grows. Forks inherit what was read before the fork.
+        Per layer, the key bytes of a sequence read so far to build page metadata: each key once, and the
+        keys of a partly filled page again whenever it grows. Forks inherit what was read before the fork.
 
     Notes
     -----
@@ -302,7 +303,7 @@ class PrefixCache:
         self.advance(tokens)
 
     def context(self, layer: int) -> Context:
-        """Return the finished tokens of one layer as a `Context` of `batch` sequences that shares the cache's memory.
+        """Return the finished tokens of one layer as a `Context` that shares the cache's memory.
 
         Page metadata is attached. An empty cache gives one absent page.
         """

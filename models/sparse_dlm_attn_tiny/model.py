@@ -191,7 +191,8 @@ class TinyModel:
         Parameters
         ----------
         tokens : array_like
-            int ``(batch, tokens)``, each sequence's block: bytes, or `sparse_dlm_attn_tiny.config.MASK_ID` where not decoded yet.
+            int ``(batch, tokens)``, each sequence's block: bytes, or
+            `sparse_dlm_attn_tiny.config.MASK_ID` where not decoded yet.
         position : int
             Position of the first token, the same in all sequences.
         contexts : sequence of Context
@@ -203,8 +204,8 @@ class TinyModel:
         memories : sequence of LayerMemory, optional
             Those of the previous pass.
         computed : numpy.ndarray, optional
-            int64: rows to compute, in every sequence; default all. The others keep the keys and values of ``previous``, and
-            their logits are 0.
+            int64: rows to compute, in every sequence; default all. The others keep the keys and
+            values of ``previous``, and their logits are 0.
         previous : BlockPass, optional
             The previous pass over this block; needed if not all rows are computed.
         """

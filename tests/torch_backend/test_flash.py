@@ -101,7 +101,7 @@ def test_a_version_without_lse_and_none_at_all_are_errors_that_name_the_remedy(
     for silent in (lambda q, k, v, softmax_scale=None, causal=False: q,
                    lambda q, k, v, softmax_scale=None, causal=False: (q, None)):
         installed(flash_attn=silent)
-        with pytest.raises(UnavailableError, match="returns no log-sum-exp.*Upgrade it"):
+        with pytest.raises(UnavailableError, match=r"returns no log-sum-exp.*Upgrade it"):
             dense.attend_flash(q, q, q, 1.0)
     installed()
     with pytest.raises(UnavailableError, match=r"fa3_fwd_interface: .*pass dense='matmul'"):
