@@ -173,7 +173,7 @@ def _check_prompts(evaluation: Evaluation, weights: Path | None) -> TinyModel:
         prompt = prompt_of_task(
             task, evaluation.length, evaluation.seed, block_length=evaluation.settings.block_length
         )
-    model = options.load_model(evaluation.backend, weights, evaluation.settings)
+    model: TinyModel = options.load_model(evaluation.backend, weights, evaluation.settings)
     model.check_prompt(tuple(prompt.text))
     return model
 
