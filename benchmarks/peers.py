@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -42,12 +43,13 @@ def _flash_attn_3(layer: Layer, shape: Shape) -> Callable[[], Any]:
     return run
 
 
-def _flex(layer: Layer, shape: Shape) -> Callable[[], Any]:
+def _flex(layer: Layer, shape: Shape, folded: bool = True) -> Callable[[], Any]:
     module = importlib.import_module("torch.nn.attention.flex_attention")
     compiled = torch.compile(module.flex_attention, dynamic=False)
-    q, (k, v) = _folded(layer, shape), layer.cache
+    q, (k, v) = _folded(layer, shape) if folded else layer.q_next, layer.cache
     request = getattr(module, "AuxRequest", None)
-    options = {"return_lse": True} if request is None else {"return_aux": request(lse=True)}
+    options: dict[str, Any] = {"return_lse": True} if request is None else {"return_aux": request(lse=True)}
+    options["enable_gqa"] = not folded
 
     def run() -> Any:
         out, aux = compiled(q, k, v, **options)
@@ -61,6 +63,7 @@ DENSE = {
     "SDPA cuDNN": _sdpa_cudnn,
     "flash-attn 3": _flash_attn_3,
     "FlexAttention, group folded": _flex,
+    "FlexAttention, enable_gqa": functools.partial(_flex, folded=False),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 from sparse_dlm_attn.arrays import Array, namespace
@@ -43,7 +44,7 @@ class Traffic:
     metadata_reads: int = 0
     key_reads: int = 0
 
-    @property
+    @cached_property
     def loaded(self) -> Array:
         """Bool ``(batch, kv_heads, pages)``: pages loaded, after the union over rows and group."""
         chosen = self.selection.loaded(self.active, self.q_heads, self.kv_heads)

@@ -121,22 +121,24 @@ class TorchBackend(Backend):
             reasons += block_sparse.why_not(problem.dtype, problem.head_dim, problem.page_size)
         return reasons
 
-    def path_for(self, problem: Problem) -> str:
-        """Return the attention path that a problem takes, if its caches are laid out as FlexAttention needs.
-
-        With attention="auto" a cache that is not (see docs/backends/torch.md) is read by "masked".
+    def path_for(self, problem: Problem, context: Context | None = None) -> str:
+        """Return the attention path that a problem takes.
 
         Parameters
         ----------
         problem : Problem
             The facts about a call.
+        context : Context, optional
+            Its cache: with attention="auto" one that is not laid out as FlexAttention needs (see
+            docs/backends/torch.md) is read by "masked". Default: one that is.
 
         Returns
         -------
         str
             "gather", "masked", "flex" or "block-sparse".
         """
-        return self._path(problem.dtype, problem.head_dim, problem.page_size)
+        reasons = () if context is None else flex.why_not_pages(context.k_pages, context.v_pages)
+        return self._path(problem.dtype, problem.head_dim, problem.page_size, reasons)
 
     def _path(self, dtype: str, head_dim: int, page_size: int, reasons: tuple[str, ...] = ()) -> str:
         if self.attention != "auto":

@@ -15,8 +15,8 @@ from sparse_dlm_attn.arrays import compute_dtype
 __all__ = ["attend_dense", "attend_flash", "flash_attention"]
 
 ROWS_AT_ONCE = 1024  # bounds the score matrix of a whole-sequence block
-FLASH_MODULES = ("flash_attn_interface", "flash_attn", "flash_attn.cute")
-"""Where flash-attn 3, 2 and 4 put ``flash_attn_func``."""
+FLASH_MODULES = ("flash_attn_interface", "fa3_fwd_interface", "flash_attn.cute", "flash_attn")
+"""Where flash-attn 3, its wheel of the forward pass alone, 4 and 2 put ``flash_attn_func``."""
 
 
 def attend_dense(
@@ -94,7 +94,7 @@ def attend_flash(
         if switch in inspect.signature(function).parameters:
             options[switch] = True
     result = function(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), **options)
-    if not isinstance(result, tuple) or len(result) < 2:
+    if not isinstance(result, tuple) or len(result) < 2 or result[1] is None:
         raise UnavailableError(
             f"backend 'torch' with dense='flash' ({name})", ["this version returns no log-sum-exp"],
             "Upgrade it: pip install -U flash-attn, or pass dense='matmul'.",

@@ -18,6 +18,8 @@ from sparse_dlm_attn_torch.layout import PageRows
 
 __all__ = ["attend_pages"]
 
+ALIGNED = 64  # bytes: where PyTorch's allocator puts a tensor on a processor
+
 
 def attend_pages(
     q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, page_table: torch.Tensor,
@@ -58,14 +60,17 @@ def attend_pages(
         rows = active[b].nonzero()[:, 0]
         if rows.numel() == 0:
             continue
+        every = rows.numel() == active.shape[1]  # then a slice does, which is much quicker than an index
         for load in _loads(mask[b], rows // span, group, kv_heads):
             heads, count = load.heads, load.heads.stop - load.heads.start
-            queries = q[b, heads].index_select(1, rows).reshape(-1, head_dim).to(dtype) * scale
+            queries = q[b, heads] if every else q[b, heads].index_select(1, rows)
+            queries = queries.reshape(-1, head_dim).to(dtype) * scale
             physical, lengths = page_table[b, load.pages], page_lengths[b, load.pages]
             tokens = store.tokens(heads.start // group, physical, lengths)
             part, part_lse = _attend(queries, tokens, dtype, load.reads)
-            out[b, heads, rows] = part.view(count, -1, head_dim).to(q.dtype)
-            lse[b, heads, rows] = part_lse.view(count, -1).to(torch.float32)
+            where = (b, heads) if every else (b, heads, rows)
+            out[where] = part.view(count, -1, head_dim).to(q.dtype)
+            lse[where] = part_lse.view(count, -1).to(torch.float32)
     return out, lse
 
 
@@ -87,11 +92,11 @@ def _loads(mask: torch.Tensor, spans: torch.Tensor, group: int, kv_heads: int) -
     Rows that all read one list need no mask, so each list is loaded for itself, even if query heads of a
     group have their own. Where spans differ, a group loads the union.
     """
-    used = torch.unique(spans)  # sorted
-    mask = mask[:, used]
-    heads = mask.shape[0]
-    step = 1 if used.numel() == 1 and heads == kv_heads * group else group
-    of_rows = torch.searchsorted(used, spans)
+    of_rows, heads = spans, mask.shape[0]  # one span: all rows are its own
+    if mask.shape[1] > 1:
+        used = torch.unique(spans)  # sorted
+        mask, of_rows = mask[:, used], torch.searchsorted(used, spans)
+    step = 1 if mask.shape[1] == 1 and heads == kv_heads * group else group
     for first in range(0, kv_heads * group, step):
         lists = first * heads // (kv_heads * group)
         mine = mask[lists : lists + max(step * heads // (kv_heads * group), 1)]
@@ -149,8 +154,15 @@ class _Store:
         return _Tokens(keys, values, valid.flatten(), self.page_size)
 
     def _run(self, side: int, head: int, first: int, end: int) -> torch.Tensor:
-        """Return physical pages ``first..end-1``, a view if they lie side by side."""
-        return self.pages[side][first:end, head].flatten(0, 1)
+        """Return physical pages ``first..end-1``, a view if they lie side by side.
+
+        A product may sum in another order where rows are not aligned as those of a copy are, and then the
+        order of pages in memory would show in the last bit (CONTEXT-3).
+        """
+        rows = self.pages[side][first:end, head].flatten(0, 1)
+        step = rows.stride(0) * rows.element_size()
+        aligned = rows.data_ptr() % ALIGNED == 0 and (step % ALIGNED == 0 or rows.is_contiguous())
+        return rows if aligned else rows.contiguous().clone()
 
     def _copy(self, side: int, head: int, physical: torch.Tensor) -> torch.Tensor:
         rows = self.rows[side]
@@ -184,9 +196,11 @@ def _attend(
 
 def _softmax(logits: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ``(out, lse)``; keys whose scores are all -inf weigh nothing, as an empty set (STATE-2)."""
-    lse = logits.logsumexp(dim=-1)
-    out = torch.softmax(logits, dim=-1) @ values
-    return out.masked_fill(lse.isneginf()[..., None], 0.0), lse
+    peak = logits.amax(dim=-1, keepdim=True)
+    weights = (logits - torch.where(peak.isneginf(), 0.0, peak)).exp_()  # one exp serves both results
+    total = weights.sum(dim=-1, keepdim=True)
+    out = torch.where(total == 0, 0.0, (weights @ values) / total)
+    return out, (peak + total.log())[..., 0]
 
 
 def _row_by_row(logits: torch.Tensor, values: torch.Tensor, reads: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Decode one prompt with several policies over one prefill, and compare with dense decoding."""
+"""Decode prompts with several policies over one prefill each, and compare with dense decoding."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from sparse_dlm_attn_tiny.decoding import decode_blocks
+from sparse_dlm_attn_tiny.cache import PrefixCache
+from sparse_dlm_attn_tiny.decoding import decode_blocks, decode_together, decodes_together
 from sparse_dlm_attn_tiny.model import TinyModel
 from sparse_dlm_attn_tiny.policy_choice import PolicyChoice
+from sparse_dlm_attn_tiny.prompts import Prompt
 from sparse_dlm_attn_tiny.records import Decoded, PassRecord, TrafficTotal
 from sparse_dlm_attn_tiny.retrieval import answer_blocks
 
@@ -22,6 +24,7 @@ __all__ = [
     "PolicyResult",
     "agreement",
     "compare",
+    "compare_together",
     "traffic_record",
 ]
 
@@ -186,6 +189,76 @@ def compare(
         if on_result is not None:
             on_result(results[-1])
     return Comparison(tuple(results), tuple(decodings), prefill_seconds)
+
+
+def compare_together(
+    model: TinyModel,
+    prompts: Sequence[Prompt],
+    choices: Sequence[PolicyChoice],
+    settings: DecodeSettings,
+) -> list[Comparison]:
+    """Do what `compare` does for several prompts of one length, decoding them side by side where possible.
+
+    Parameters
+    ----------
+    model : TinyModel
+        The model, with its backend.
+    prompts : sequence of Prompt
+        At least one.
+    choices : sequence of PolicyChoice
+        The policies, `dense` first. Those that leave rows uncomputed decode prompt by prompt, and so do
+        all with a threshold.
+    settings : DecodeSettings
+        How to decode.
+
+    Returns
+    -------
+    list of Comparison
+        One a prompt.
+    """
+    prefixes, seconds = [], []
+    for prompt in prompts:
+        started = time.perf_counter()
+        prefixes.append(
+            model.prefill(prompt.text, block_length=settings.block_length, page_size=settings.page_size)
+        )
+        seconds.append(time.perf_counter() - started)
+    side_by_side = settings.threshold is None and len(prompts) > 1
+    joint = PrefixCache.together(prefixes) if side_by_side else None
+    decoded: list[list[Decoded]] = [[] for _ in prompts]
+    for choice in choices:
+        for place, result in enumerate(_decodings(model, prompts, prefixes, joint, choice, settings)):
+            decoded[place].append(result)
+    return [
+        Comparison(
+            tuple(
+                _result(choice, each, mine[0], prompt.answer)
+                for choice, each in zip(choices, mine, strict=True)
+            ),
+            tuple(mine), prefill_seconds,
+        )
+        for prompt, mine, prefill_seconds in zip(prompts, decoded, seconds, strict=True)
+    ]
+
+
+def _decodings(
+    model: TinyModel, prompts: Sequence[Prompt], prefixes: Sequence[PrefixCache],
+    joint: PrefixCache | None, choice: PolicyChoice, settings: DecodeSettings,
+) -> list[Decoded]:
+    """Decode all prompts with one policy."""
+    blocks = [settings.blocks_for(prompt.answer) for prompt in prompts]
+    if joint is not None and decodes_together(choice.policy):
+        return decode_together(
+            model, [prompt.text for prompt in prompts], policy=choice.policy, prefix=joint,
+            block_length=settings.block_length, steps=settings.steps, max_blocks=blocks,
+        )
+    return [
+        decode_blocks(
+            model, prompt.text, policy=choice.policy, block_length=settings.block_length,
+            steps=settings.steps, threshold=settings.threshold, max_blocks=most, prefix=prefix,
+        )
+        for prompt, prefix, most in zip(prompts, prefixes, blocks, strict=True)
+    ]
 
 
 def _result(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,9 @@ from sparse_dlm_attn_tiny.model import BlockPass, TinyModel, as_tokens, check_bl
 from sparse_dlm_attn_tiny.records import Decoded, PassRecord, text_before_stop
 from sparse_dlm_attn_tiny.schedule import Schedule, confidences
 
-__all__ = ["Decoded", "PassRecord", "decode_blocks", "decode_full_sequence"]
+__all__ = [
+    "Decoded", "PassRecord", "decode_blocks", "decode_full_sequence", "decode_together", "decodes_together",
+]
 
 HostArray = np.ndarray[Any, Any]
 Memories = tuple[LayerMemory, ...] | None
@@ -109,29 +111,85 @@ def decode_blocks(
         )
         prefill_seconds = time.perf_counter() - started
     else:
-        _check_prefix(model, prefix, tokens, block_length)
+        _check_prefix(model, prefix, (tokens,), block_length)
         cache, prefill_seconds = prefix.fork(page_size=page_size), 0.0
-    started = time.perf_counter()
-    run = _BlockRun(model, attention, cache, schedule, on_pass)
-    first = tokens[cache.length :]
-    generated, stopped = b"", False
-    while run.blocks < max_blocks and not stopped:
-        generated += run.decode_block(first)
-        first = ()
-        output, stopped = text_before_stop(generated)
-    return Decoded(
-        output=output, generated=generated, stopped=stopped, passes=tuple(run.records),
-        block_length=block_length, page_size=cache.page_size, prompt_tokens=len(tokens),
-        prefilled_tokens=len(tokens) // block_length * block_length,
-        build_bytes=float(sum(run.build_bytes)), prefill_seconds=prefill_seconds,
-        seconds=time.perf_counter() - started,
-    )
+    run = _BlockRun(model, attention, cache, schedule, (max_blocks,), on_pass)
+    (decoded,) = run.decode((tokens,))
+    return replace(decoded, prefill_seconds=prefill_seconds)
+
+
+def decode_together(
+    model: TinyModel,
+    prompts: Sequence[bytes | Sequence[int]],
+    *,
+    policy: str | PrefixAttentionPolicy[Any],
+    prefix: PrefixCache,
+    block_length: int = 16,
+    steps: int | None = None,
+    max_blocks: Sequence[int],
+) -> list[Decoded]:
+    """Continue several prompts of one length side by side, as `decode_blocks` continues each alone.
+
+    A pass computes all of them at once, so that the work around the arrays is done once and not for each.
+
+    Parameters
+    ----------
+    model : TinyModel
+        The model; its backend computes.
+    prompts : sequence of bytes
+        At least one.
+    policy : str or PrefixAttentionPolicy
+        One that `decodes_together`.
+    prefix : PrefixCache
+        `PrefixCache.together` of ``model.prefill(prompt, block_length=...)`` of each; it is not changed.
+    block_length, steps : int
+        As for `decode_blocks`. There is no threshold: sequences would need different numbers of passes.
+    max_blocks : sequence of int
+        Blocks to decode at most, for each prompt.
+
+    Returns
+    -------
+    list of Decoded
+        One a prompt.
+
+    Raises
+    ------
+    InvalidArgumentError, InvalidTypeError
+        If an argument breaks a rule; nothing has been computed then.
+    UnknownNameError, UnavailableError
+        If the policy cannot be had.
+    """
+    tokens = tuple(as_tokens("prompts", prompt) for prompt in prompts)
+    schedule = Schedule(check_block_length(block_length), steps, None)
+    if len(max_blocks) != len(tokens):
+        raise InvalidArgumentError("max_blocks", f"must hold {len(tokens)} numbers", len(max_blocks))
+    for number in max_blocks:
+        check_count("max_blocks", number, 1)
+    attention = PrefixAttention(policy, model.backend)
+    if not decodes_together(attention.policy):
+        raise InvalidArgumentError(
+            "policy", "must compute all rows in every pass", repr(attention.policy),
+            "Decode its prompts one by one, with decode_blocks.",
+        )
+    _check_prefix(model, prefix, tokens, block_length)
+    return _BlockRun(model, attention, prefix.fork(), schedule, tuple(max_blocks), None).decode(tokens)
+
+
+def decodes_together(policy: PrefixAttentionPolicy[Any]) -> bool:
+    """Return whether `decode_together` takes a policy: if it leaves no rows uncomputed.
+
+    Parameters
+    ----------
+    policy : PrefixAttentionPolicy
+        An instance.
+    """
+    return type(policy).computed_tokens is PrefixAttentionPolicy.computed_tokens
 
 
 def _check_prefix(
-    model: TinyModel, prefix: PrefixCache, tokens: tuple[int, ...], block_length: int
+    model: TinyModel, prefix: PrefixCache, prompts: tuple[tuple[int, ...], ...], block_length: int
 ) -> None:
-    """Raise unless ``prefix`` is what `TinyModel.prefill` returns for this prompt and block length."""
+    """Raise unless ``prefix`` is what `TinyModel.prefill` returns for these prompts and block length."""
     if not isinstance(prefix, PrefixCache):
         raise InvalidTypeError("prefix", "must be a PrefixCache or None", type(prefix).__name__)
     remedy = "Pass model.prefill(prompt, block_length=...), or leave prefix out."
@@ -141,16 +199,17 @@ def _check_prefix(
         raise InvalidArgumentError(
             "prefix", f"must be made with block_length={block_length}", prefix.block_length, remedy
         )
-    whole = len(tokens) // block_length * block_length
-    if prefix.tokens != tokens[:whole] or prefix.prompt_tokens != len(tokens):
+    whole = tuple(tokens[: len(tokens) // block_length * block_length] for tokens in prompts)
+    if prefix.tokens != whole or any(prefix.prompt_tokens != len(tokens) for tokens in prompts):
         raise InvalidArgumentError(
-            "prefix", f"must hold exactly the prompt's first {whole} bytes", prefix, remedy
+            "prefix", f"must hold exactly the first {[len(tokens) for tokens in whole]} bytes of the prompts",
+            prefix, remedy,
         )
 
 
 @dataclass(frozen=True, eq=False)
 class _Step:
-    """Place in a block: pass number, and what is decoded since when."""
+    """Place in a block: pass number, and what is decoded since when, bool ``(batch, tokens)``."""
 
     index: int
     is_save: bool
@@ -159,8 +218,24 @@ class _Step:
     planned: int | None
 
 
+class _Sequence:
+    """What came of one sequence so far."""
+
+    def __init__(self, layers: int, max_blocks: int) -> None:
+        self.max_blocks = max_blocks
+        self.blocks = 0
+        self.generated = b""
+        self.records: list[PassRecord] = []
+        self.build_bytes = [0] * layers
+
+    @property
+    def running(self) -> bool:
+        """Whether it takes another block. Until all have ended, one that has is computed on in vain."""
+        return self.blocks < self.max_blocks and not text_before_stop(self.generated)[1]
+
+
 class _BlockRun:
-    """A decoding under way: the only thing here that changes."""
+    """A decoding under way: the only thing here that changes, with its sequences."""
 
     def __init__(
         self,
@@ -168,39 +243,64 @@ class _BlockRun:
         attention: PrefixAttention,
         cache: PrefixCache,
         schedule: Schedule,
+        max_blocks: tuple[int, ...],
         on_pass: Callable[[PassRecord], None] | None,
     ) -> None:
         self.model, self.attention, self.cache = model, attention, cache
         self.schedule, self.on_pass = schedule, on_pass
         self.blocks = 0
-        self.records: list[PassRecord] = []
-        self.build_bytes = [0] * model.config.layers
+        self.sequences = [_Sequence(model.config.layers, most) for most in max_blocks]
         self._memories: Memories = None
         self._previous: BlockPass | None = None  # whose rows stay if the policy does not compute them
         self._computed = np.arange(schedule.tokens)
 
-    def decode_block(self, known: Sequence[int]) -> bytes:
-        """Decode one block that starts with the ``known`` tokens, save it, return its new bytes."""
+    def decode(self, prompts: tuple[tuple[int, ...], ...]) -> list[Decoded]:
+        """Decode blocks until every sequence has ended."""
+        started, prefilled = time.perf_counter(), self.cache.length
+        known = np.asarray([tokens[prefilled:] for tokens in prompts], dtype=np.int64)
+        while any(sequence.running for sequence in self.sequences):
+            self._decode_block(known)
+            known = known[:, :0]
+        seconds = (time.perf_counter() - started) / len(prompts)
+        results = []
+        for tokens, sequence in zip(prompts, self.sequences, strict=True):
+            output, stopped = text_before_stop(sequence.generated)
+            results.append(Decoded(
+                output=output, generated=sequence.generated, stopped=stopped,
+                passes=tuple(sequence.records), block_length=self.schedule.tokens,
+                page_size=self.cache.page_size, prompt_tokens=len(tokens), prefilled_tokens=prefilled,
+                build_bytes=float(sum(sequence.build_bytes)), prefill_seconds=0.0, seconds=seconds,
+            ))
+        return results
+
+    def _decode_block(self, known: HostArray) -> None:
+        """Decode one block that starts with the ``known`` tokens, and save it."""
+        batch, given = known.shape
         length = self.schedule.tokens
-        tokens = np.full(length, MASK_ID)
-        tokens[: len(known)] = known
+        tokens = np.full((batch, length), MASK_ID)
+        tokens[:, :given] = known
         decoded = tokens != MASK_ID
-        newly = np.zeros(length, dtype=bool)
-        planned = self.schedule.planned_passes(length - len(known))
+        newly = np.zeros_like(decoded)
+        planned = self.schedule.planned_passes(length - given)
         index = 0
         while not decoded.all():
             step = _Step(index, False, decoded, newly, planned)
             started = time.perf_counter()
             result = self._forward(tokens, step)
             best, confidence = confidences(to_numpy(result.logits))
-            newly = self.schedule.choose(index, ~decoded, confidence)
+            newly = np.stack([
+                self.schedule.choose(index, *rows) for rows in zip(~decoded, confidence, strict=True)
+            ])
             tokens = np.where(newly, best, tokens)
             decoded = decoded | newly
             self._record(result, step, tokens, newly, started)
             index += 1
         self._save(tokens, _Step(index, True, decoded, newly, planned))
         self.blocks += 1
-        return bytes(tokens[len(known) :].tolist())
+        for sequence, row in zip(self.sequences, tokens, strict=True):
+            if sequence.running:
+                sequence.blocks += 1
+                sequence.generated += bytes(row[given:].tolist())
 
     def _save(self, tokens: HostArray, step: _Step) -> None:
         """Run the complete block once more and append its KV."""
@@ -209,20 +309,22 @@ class _BlockRun:
         result = self._forward(tokens, step)
         self.cache.append(result.keys, result.values, tokens.tolist())
         self._record(result, step, tokens, np.zeros_like(step.newly), started)
-        for layer in range(self.model.config.layers):
-            # Building the bounds is work of the layers that use them; see Decoded.traffic().
-            if any(record.metadata_reads[layer] for record in self.records):
-                self.build_bytes[layer] = built[layer]
+        for sequence in self.sequences:
+            for layer in range(self.model.config.layers):
+                # Building the bounds is work of the layers that use them; see Decoded.traffic().
+                if sequence.running and any(record.metadata_reads[layer] for record in sequence.records):
+                    sequence.build_bytes[layer] = built[layer]
 
     def _forward(self, tokens: HostArray, step: _Step) -> BlockPass:
         asarray = self.model.backend.asarray
         info = PassInfo(
-            step.index, step.is_save, asarray(step.decoded[None], dtype="bool"),
-            asarray(step.newly[None], dtype="bool"), total_passes=step.planned,
+            step.index, step.is_save, asarray(step.decoded, dtype="bool"),
+            asarray(step.newly, dtype="bool"), total_passes=step.planned,
         )
-        self._computed = computed_rows(self.attention, info, len(tokens))
+        if not decodes_together(self.attention.policy):  # then there is one sequence
+            self._computed = computed_rows(self.attention, info, tokens.shape[1])
         result = self._previous = self.model.forward_block(
-            tokens.tolist(), self.cache.length, self.cache.contexts(), self.attention, info, self._memories,
+            tokens, self.cache.length, self.cache.contexts(), self.attention, info, self._memories,
             computed=self._computed, previous=self._previous,
         )
         # Kept across blocks too: the driver drops what does not outlive a block.
@@ -232,11 +334,13 @@ class _BlockRun:
     def _record(
         self, result: BlockPass, step: _Step, tokens: HostArray, newly: HostArray, started: float
     ) -> None:
-        record = PassRecord.of(
-            result.memories, block=self.blocks, index=step.index, is_save=step.is_save,
-            tokens=tokens.tolist(), newly_decoded=np.flatnonzero(newly),
-            seconds=time.perf_counter() - started, computed_rows=len(self._computed),
+        records = PassRecord.of(
+            result.memories, block=self.blocks, index=step.index, is_save=step.is_save, tokens=tokens,
+            newly_decoded=newly, seconds=(time.perf_counter() - started) / len(self.sequences),
+            computed_rows=len(self._computed),
         )
-        self.records.append(record)
-        if self.on_pass is not None:
-            self.on_pass(record)
+        for sequence, record in zip(self.sequences, records, strict=True):
+            if sequence.running:
+                sequence.records.append(record)
+                if self.on_pass is not None:
+                    self.on_pass(record)

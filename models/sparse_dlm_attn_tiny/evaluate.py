@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from sparse_dlm_attn import SparseAttentionError
-from sparse_dlm_attn_tiny.comparison import DecodeSettings, PolicyResult, compare
+from sparse_dlm_attn.policy import check_count
+from sparse_dlm_attn_tiny.comparison import DecodeSettings, PolicyResult, compare_together
 from sparse_dlm_attn_tiny.model import TinyModel
 from sparse_dlm_attn_tiny.policy_choice import PolicyChoice, choose_policies
 from sparse_dlm_attn_tiny.prompts import prompt_of_task
@@ -29,6 +30,10 @@ __all__ = [
     "evaluate",
     "scores_of",
 ]
+
+Job = tuple[str, int]  # task and seed
+PROMPTS_TOGETHER = 4
+"""Prompts decoded side by side unless told otherwise: keys and values of 4096 bytes are 34 MB each, twice."""
 
 THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -73,7 +78,7 @@ class Evaluation:
     backend: str = "reference"
     weights: str | None = None
 
-    def jobs(self) -> list[tuple[str, int]]:
+    def jobs(self) -> list[Job]:
         """Return (task, seed) of every prompt."""
         return [(task, self.seed + number) for number in range(self.prompts) for task in self.tasks]
 
@@ -127,7 +132,7 @@ class PolicyScore:
     later_density, later_byte_share, later_bytes_read : float
         The same without pass 0 of each block.
     seconds : float
-        Sum of wall times without prefill.
+        Sum of wall times without prefill; prompts decoded together count an equal part each.
     """
 
     policy: str
@@ -168,7 +173,11 @@ def choices_of(evaluation: Evaluation) -> list[PolicyChoice]:
 
 
 def evaluate(
-    evaluation: Evaluation, *, workers: int = 1, on_sample: Callable[[Sample], None] | None = None
+    evaluation: Evaluation,
+    *,
+    workers: int = 1,
+    together: int = PROMPTS_TOGETHER,
+    on_sample: Callable[[Sample], None] | None = None,
 ) -> list[Sample]:
     """Run an evaluation.
 
@@ -178,8 +187,11 @@ def evaluate(
         What to run.
     workers : int
         Processes; with more than one, each keeps to one thread of the linear algebra library.
+    together : int
+        Prompts that a process decodes side by side. It changes times and memory, and results only within
+        rounding, which may turn the choice of a page. So it does not follow from ``workers``.
     on_sample : callable, optional
-        Called after every prompt.
+        Called for every prompt, as soon as those decoded with it are done.
 
     Returns
     -------
@@ -187,30 +199,33 @@ def evaluate(
         In the order of `Evaluation.jobs`, whatever the number of workers.
     """
     jobs = evaluation.jobs()
-    samples: dict[tuple[str, int], Sample] = {}
-    for sample in _samples(evaluation, jobs, min(workers, len(jobs))):
+    check_count("workers", workers, 1)
+    check_count("together", together, 1)
+    groups = [jobs[first : first + together] for first in range(0, len(jobs), together)]
+    samples: dict[Job, Sample] = {}
+    for sample in _samples(evaluation, groups, min(workers, len(groups))):
         samples[sample.task, sample.seed] = sample
         if on_sample is not None:
             on_sample(sample)
     return [samples[job] for job in jobs]
 
 
-def _samples(evaluation: Evaluation, jobs: list[tuple[str, int]], workers: int) -> Iterator[Sample]:
+def _samples(evaluation: Evaluation, groups: list[list[Job]], workers: int) -> Iterator[Sample]:
     if workers <= 1:
         runner = _Runner(evaluation)
-        for job in jobs:
-            yield runner.run(*job)
+        for group in groups:
+            yield from runner.run(group)
         return
     with _one_thread_each():
         pool = ProcessPoolExecutor(
             workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(evaluation,)
         )
         try:
-            pending: set[Future[Sample]] = {pool.submit(_run_in_worker, *job) for job in jobs}
+            pending: set[Future[list[Sample]]] = {pool.submit(_run_in_worker, group) for group in groups}
             while pending:
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)
                 for future in done:
-                    yield future.result()
+                    yield from future.result()
             pool.shutdown()
         except BaseException as error:
             _stop(pool)
@@ -250,12 +265,17 @@ class _Runner:
         self.model = TinyModel.load(evaluation.backend, weights)
         self.choices = choices_of(evaluation)
 
-    def run(self, task: str, seed: int) -> Sample:
-        """Decode one prompt with every policy."""
-        settings = self.evaluation.settings
-        prompt = prompt_of_task(task, self.evaluation.length, seed, block_length=settings.block_length)
-        comparison = compare(self.model, prompt.text, self.choices, settings, answer=prompt.answer)
-        return Sample(task, seed, prompt.answer or "", comparison.prefill_seconds, comparison.results)
+    def run(self, group: Sequence[Job]) -> list[Sample]:
+        """Decode some prompts with every policy."""
+        settings, length = self.evaluation.settings, self.evaluation.length
+        prompts = [
+            prompt_of_task(task, length, seed, block_length=settings.block_length) for task, seed in group
+        ]
+        comparisons = compare_together(self.model, prompts, self.choices, settings)
+        return [
+            Sample(*job, prompt.answer or "", comparison.prefill_seconds, comparison.results)
+            for job, prompt, comparison in zip(group, prompts, comparisons, strict=True)
+        ]
 
 
 _runner: _Runner | None = None  # of a worker process, set once by its initializer
@@ -280,9 +300,9 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _run_in_worker(task: str, seed: int) -> Sample:
+def _run_in_worker(group: list[Job]) -> list[Sample]:
     assert _runner is not None
-    return _runner.run(task, seed)
+    return _runner.run(group)
 
 
 def scores_of(samples: Sequence[Sample]) -> list[PolicyScore]:

@@ -248,10 +248,10 @@ class _SequenceRun:
     def _record(self, window: _Window, newly: HostArray, computed: int, seconds: float) -> None:
         assert self._memories is not None
         behind = slice(self.prompt_tokens, None)
-        record = PassRecord.of(
+        (record,) = PassRecord.of(
             self._memories, block=(window.start - self.prompt_tokens) // self.schedule.tokens,
-            index=window.index, is_save=False, tokens=self.tokens[behind].tolist(),
-            newly_decoded=np.flatnonzero(newly[behind]), seconds=seconds, computed_rows=computed,
+            index=window.index, is_save=False, tokens=self.tokens[None, behind],
+            newly_decoded=newly[None, behind], seconds=seconds, computed_rows=computed,
         )
         self.records.append(record)
         if self.on_pass is not None:

@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from sparse_dlm_attn.arrays import Array, namespace
+from sparse_dlm_attn.arrays import Array, is_host, namespace
 from sparse_dlm_attn.backend import Backend
 from sparse_dlm_attn_tiny.config import TinyConfig
 from sparse_dlm_attn_tiny.weights import Weights
 
-__all__ = ["Layer", "block_causal_attention", "rms_norm", "rope_tables", "rotate"]
+__all__ = [
+    "Layer", "block_causal_attention", "block_causal_mask", "rms_norm", "rope_tables", "rotate",
+]
 
 
 def rms_norm(x: Array, gain: Array, eps: float) -> Array:
@@ -40,7 +42,7 @@ def rope_tables(config: TinyConfig, start: int, count: int, backend: Backend) ->
 
 
 def rotate(x: Array, cosine: Array, sine: Array) -> Array:
-    """Apply rotary positions to ``(1, heads, tokens, head_dim)``: channel pairs ``(c, c + dim / 2)``."""
+    """Apply rotary positions to ``(batch, heads, tokens, head_dim)``: channel pairs ``(c, c + dim / 2)``."""
     xp = namespace(x)
     half = int(x.shape[-1]) // 2
     first, second = x[..., :half], x[..., half:]
@@ -104,20 +106,22 @@ class Layer:
         Parameters
         ----------
         x : array
-            ``(tokens, width)``: the residual stream.
+            ``(batch * tokens, width)``: the residual stream, sequence by sequence.
         cosine, sine : array
-            `rope_tables` of the tokens' positions.
+            `rope_tables` of the positions of one sequence's tokens, which are those of all.
 
         Returns
         -------
         tuple of array
-            ``(1, query_heads or kv_heads, tokens, head_dim)``.
+            ``(batch, query_heads or kv_heads, tokens, head_dim)``.
         """
         config, eps = self.config, self.config.norm_eps
         xp = namespace(x)
         joint = rms_norm(x, self.attention_norm, eps) @ xp.matrix_transpose(self.query_key_value)
-        joint = xp.reshape(joint, (int(x.shape[0]), -1, config.head_dim))
-        joint = xp.permute_dims(joint, (1, 0, 2))[None, ...]
+        tokens = int(cosine.shape[0])
+        heads = config.query_heads + 2 * config.kv_heads
+        joint = xp.reshape(joint, (int(x.shape[0]) // tokens, tokens, heads, config.head_dim))
+        joint = xp.permute_dims(joint, (0, 2, 1, 3))
         keys, values = config.query_heads, config.query_heads + config.kv_heads
         q = rotate(rms_norm(joint[:, :keys, ...], self.query_norm, eps), cosine, sine)
         k = rotate(rms_norm(joint[:, keys:values, ...], self.key_norm, eps), cosine, sine)
@@ -130,19 +134,43 @@ class Layer:
         Parameters
         ----------
         x : array
-            ``(tokens, width)``.
+            ``(batch * tokens, width)``.
         attended : array
-            ``(1, query_heads, tokens, head_dim)``.
+            ``(batch, query_heads, tokens, head_dim)``.
         """
         xp = namespace(x)
-        joined = xp.reshape(xp.permute_dims(attended[0, ...], (1, 0, 2)), (int(x.shape[0]), -1))
+        joined = xp.reshape(xp.permute_dims(attended, (0, 2, 1, 3)), (int(x.shape[0]), -1))
         x = x + joined @ xp.matrix_transpose(self.output)
         hidden = rms_norm(x, self.mlp_norm, self.config.norm_eps) @ xp.matrix_transpose(self.gate_up)
         gate, up = hidden[:, : self.config.hidden], hidden[:, self.config.hidden :]
         return x + (silu(gate) * up) @ xp.matrix_transpose(self.down)
 
 
-def block_causal_attention(q: Array, k: Array, v: Array, block_length: int) -> Array:
+def block_causal_mask(rows: int, keys: int, block_length: int, backend: Backend) -> Array:
+    """Return what to add to the scores of the last ``rows`` of ``keys`` tokens: 0, or -inf for later blocks.
+
+    Parameters
+    ----------
+    rows, keys : int
+        Numbers of tokens; ``rows`` is a multiple of the block length.
+    block_length : int
+        Tokens a block.
+    backend : Backend
+        Whose array it is.
+
+    Returns
+    -------
+    array
+        float32 ``(rows, keys)``. Its last ``r`` rows and ``n`` columns are the mask of ``r`` rows and ``n``
+        keys, for whole blocks.
+    """
+    mask = np.zeros((rows, keys), dtype=np.float32)
+    block = np.arange(rows) // block_length
+    mask[:, keys - rows :][block[None, :] > block[:, None]] = -np.inf
+    return backend.asarray(mask, dtype="float32")
+
+
+def block_causal_attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
     """Attend from the last rows of a prompt to everything up to and including their own block.
 
     Parameters
@@ -151,8 +179,8 @@ def block_causal_attention(q: Array, k: Array, v: Array, block_length: int) -> A
         float32 ``(1, query_heads, rows, head_dim)``: whole blocks, the last ``rows`` tokens of the keys.
     k, v : array
         float32 ``(1, kv_heads, keys, head_dim)``.
-    block_length : int
-        Tokens a block.
+    mask : array
+        `block_causal_mask`, ``(rows, keys)``.
 
     Returns
     -------
@@ -161,17 +189,18 @@ def block_causal_attention(q: Array, k: Array, v: Array, block_length: int) -> A
 
     Notes
     -----
-    This is the prompt's dense part, which no policy decides about. One KV head at a time: its score
-    matrix ``(group * rows, keys)`` is all the memory it takes, and the scores are computed in place.
+    This is the prompt's dense part, which no policy decides about. On a processor it is left to the array
+    library, if that has an operator for it. Else one KV head at a time: its score matrix ``(group * rows,
+    keys)`` is all the memory it takes, and the scores are computed in place.
     """
+    fused = _fused_attention(q)
+    if fused is not None:
+        return fused(q, k, v, attn_mask=mask, enable_gqa=True)
     xp = namespace(q)
     _, query_heads, rows, head_dim = (int(size) for size in q.shape)
     kv_heads, keys = int(k.shape[1]), int(k.shape[2])
     group = query_heads // kv_heads
-    block = xp.arange(rows, device=q.device) // block_length
-    later = block[None, :] > block[:, None]
-    none = xp.zeros((rows, rows), dtype=q.dtype, device=q.device)
-    bias = xp.concat([xp.where(later, -xp.inf, none)] * group, axis=0)
+    bias = xp.concat([mask[:, keys - rows :]] * group, axis=0)
     outputs = []
     for head in range(kv_heads):
         queries = q[0, head * group : (head + 1) * group, ...] * (1.0 / head_dim**0.5)
@@ -182,3 +211,12 @@ def block_causal_attention(q: Array, k: Array, v: Array, block_length: int) -> A
         out = (weights @ v[0, head, ...]) / xp.sum(weights, axis=-1, keepdims=True)
         outputs.append(xp.reshape(out, (1, group, rows, head_dim)))
     return xp.concat(outputs, axis=1)
+
+
+def _fused_attention(q: Array) -> Any:
+    """Return the array library's scaled dot product attention for tensors like ``q``, None if it has none.
+
+    PyTorch's is faster on a processor. On a GPU it may round float32 products, so it is not used.
+    """
+    functional = getattr(getattr(namespace(q), "nn", None), "functional", None)
+    return getattr(functional, "scaled_dot_product_attention", None) if is_host(q) else None

@@ -22,11 +22,19 @@ from sparse_dlm_attn.arrays import Array, namespace
 from sparse_dlm_attn.policy import check_count
 from sparse_dlm_attn_tiny.cache import DEFAULT_PAGE_SIZE, PrefixCache
 from sparse_dlm_attn_tiny.config import TinyConfig
-from sparse_dlm_attn_tiny.layers import Layer, block_causal_attention, rms_norm, rope_tables
+from sparse_dlm_attn_tiny.layers import (
+    Layer,
+    block_causal_attention,
+    block_causal_mask,
+    rms_norm,
+    rope_tables,
+)
 from sparse_dlm_attn_tiny.sequence import SequenceCache, scattered
 from sparse_dlm_attn_tiny.weights import Weights, load_weights
 
 __all__ = ["BLOCK_LENGTHS", "BlockPass", "TinyModel", "as_tokens", "check_block_length"]
+
+HostArray = np.ndarray[Any, Any]
 
 BLOCK_LENGTHS = (8, 16, 32)
 """Block lengths that training has shown."""
@@ -42,9 +50,9 @@ class BlockPass:
     Parameters
     ----------
     logits : array
-        float32 ``(tokens, 256)``.
+        float32 ``(batch, tokens, 256)``.
     keys, values : tuple of array
-        The block's own KV, ``(1, kv_heads, tokens, head_dim)`` a layer; to be appended by a save pass.
+        The block's own KV, ``(batch, kv_heads, tokens, head_dim)`` a layer; to be appended by a save pass.
     memories : tuple of LayerMemory
         One a layer, for the next pass.
     """
@@ -153,7 +161,7 @@ class TinyModel:
         cache.reserve(len(cached))
         if cached:
             self._fill(cache, cached)
-        cache.advance(cached, prompt_tokens=len(tokens))
+        cache.advance([cached], prompt_tokens=len(tokens))
         return cache
 
     def check_prompt(self, tokens: Sequence[int]) -> None:
@@ -168,24 +176,25 @@ class TinyModel:
 
     def forward_block(
         self,
-        tokens: Sequence[int],
+        tokens: Sequence[Sequence[int]] | HostArray,
         position: int,
         contexts: Sequence[Context],
         attention: PrefixAttention,
         info: PassInfo,
         memories: Sequence[LayerMemory | None] | None = None,
         *,
-        computed: np.ndarray[Any, Any] | None = None,
+        computed: HostArray | None = None,
         previous: BlockPass | None = None,
     ) -> BlockPass:
-        """Run one pass over a block.
+        """Run one pass over a block of each sequence.
 
         Parameters
         ----------
-        tokens : sequence of int
-            The block's tokens: bytes, or `sparse_dlm_attn_tiny.config.MASK_ID` where not decoded yet.
+        tokens : array_like
+            int ``(batch, tokens)``, each sequence's block: bytes, or
+            `sparse_dlm_attn_tiny.config.MASK_ID` where not decoded yet.
         position : int
-            Position of the first token.
+            Position of the first token, the same in all sequences.
         contexts : sequence of Context
             One a layer, from `PrefixCache.contexts`.
         attention : PrefixAttention
@@ -195,15 +204,16 @@ class TinyModel:
         memories : sequence of LayerMemory, optional
             Those of the previous pass.
         computed : numpy.ndarray, optional
-            int64: rows to compute; default all. The others keep the keys and values of ``previous``, and
-            their logits are 0.
+            int64: rows to compute, in every sequence; default all. The others keep the keys and
+            values of ``previous``, and their logits are 0.
         previous : BlockPass, optional
             The previous pass over this block; needed if not all rows are computed.
         """
-        count = len(tokens)
+        block = np.asarray(tokens, dtype=np.int64)
+        batch, count = block.shape
         rows = np.arange(count) if computed is None else computed
         cosine, sine = self._angles(position, count, rows)
-        x = self._embed([tokens[row] for row in rows.tolist()])
+        x = self._embed(block[:, rows].reshape(-1))
         keys, values, kept = [], [], []
         for index, layer in enumerate(self._layers):
             q, k, v = layer.project(x, cosine, sine)
@@ -219,13 +229,13 @@ class TinyModel:
             keys.append(k)
             values.append(v)
             kept.append(memory)
-        logits = scattered(self._logits(x), rows, count, 0)
-        return BlockPass(logits, tuple(keys), tuple(values), tuple(kept))
+        logits = namespace(x).reshape(self._logits(x), (batch, len(rows), -1))
+        return BlockPass(scattered(logits, rows, count, 1), tuple(keys), tuple(values), tuple(kept))
 
     def forward_sequence(
         self,
         tokens: Sequence[int],
-        rows: np.ndarray[Any, Any],
+        rows: HostArray,
         cache: SequenceCache,
         window_end: int,
         attention: PrefixAttention,
@@ -274,7 +284,7 @@ class TinyModel:
             kept.append(memory)
         return scattered(self._logits(x), rows, count, 0), tuple(kept)
 
-    def _angles(self, position: int, count: int, rows: np.ndarray[Any, Any]) -> tuple[Array, Array]:
+    def _angles(self, position: int, count: int, rows: HostArray) -> tuple[Array, Array]:
         """Return the rotary tables of some rows of a block that begins at ``position``."""
         cosine, sine = rope_tables(self.config, position, count, self.backend)
         return (cosine, sine) if len(rows) == count else (cosine[rows, :], sine[rows, :])
@@ -282,7 +292,8 @@ class TinyModel:
     def _fill(self, cache: PrefixCache, tokens: Sequence[int]) -> None:
         """Write the KV of all tokens, layer by layer and some rows at a time."""
         block = cache.block_length
-        rows = max(ROWS_AT_ONCE // block, 1) * block
+        rows = min(max(ROWS_AT_ONCE // block, 1) * block, len(tokens))
+        mask = block_causal_mask(rows, len(tokens), block, self.backend)
         xp = namespace(self._embedding)
         x = self._embed(tokens)
         cosine, sine = rope_tables(self.config, 0, len(tokens), self.backend)
@@ -294,11 +305,12 @@ class TinyModel:
                 cache.write(index, start, k, v)
                 if index + 1 == self.config.layers:
                     continue  # the last layer's output would only serve logits that nobody reads
-                attended = block_causal_attention(q, *cache.read(index, end), block)
+                seen = mask[rows - (end - start) :, len(tokens) - end :]
+                attended = block_causal_attention(q, *cache.read(index, end), seen)
                 finished.append(layer.finish(x[start:end, :], attended))
             x = xp.concat(finished, axis=0) if finished else x
 
-    def _embed(self, tokens: Sequence[int]) -> Array:
+    def _embed(self, tokens: Sequence[int] | HostArray) -> Array:
         xp = namespace(self._embedding)
         indices = self.backend.asarray(np.asarray(tokens, dtype=np.int64), dtype="int64")
         return xp.take(self._embedding, indices, axis=0)
@@ -308,8 +320,8 @@ class TinyModel:
         return normed @ namespace(x).matrix_transpose(self._head)
 
 
-def _with_rows(values: Array, rows: np.ndarray[Any, Any], fresh: Array) -> Array:
-    """Return a copy of ``(1, heads, tokens, head_dim)`` with some rows replaced."""
+def _with_rows(values: Array, rows: HostArray, fresh: Array) -> Array:
+    """Return a copy of ``(batch, heads, tokens, head_dim)`` with some rows replaced."""
     result = namespace(values).asarray(values, copy=True)
     result[:, :, rows, :] = fresh
     return result

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from sparse_dlm_attn import LayerMemory
+from sparse_dlm_attn import LayerMemory, Selection, Traffic
 from sparse_dlm_attn.arrays import to_numpy
 from sparse_dlm_attn_tiny.config import STOP_BYTE
 
@@ -47,7 +47,7 @@ class PassRecord:
     loaded : numpy.ndarray
         bool ``(layers, kv_heads, pages)``: pages loaded.
     seconds : float
-        Wall time of the pass.
+        Wall time of the pass, divided by the number of sequences that it computed.
     """
 
     block: int
@@ -83,31 +83,56 @@ class PassRecord:
         block: int,
         index: int,
         is_save: bool,
-        tokens: Sequence[int],
-        newly_decoded: Iterable[int],
+        tokens: HostArray,
+        newly_decoded: HostArray,
         seconds: float,
         computed_rows: int | None = None,
-    ) -> PassRecord:
-        """Read the traffic of a pass from its memories, to the host; by default all rows were computed."""
-        traffic = [memory.traffic for memory in memories]
+    ) -> list[PassRecord]:
+        """Read the traffic of a pass from its memories, to the host: one record a sequence.
 
-        def per_layer(name: str) -> HostArray:
-            return np.asarray([float(to_numpy(getattr(item, name))[0]) for item in traffic])
+        Parameters
+        ----------
+        memories : sequence of LayerMemory
+            What the pass returned, layer by layer.
+        block, index, is_save
+            As for the class.
+        tokens, newly_decoded : numpy.ndarray
+            ``(batch, tokens)``: the blocks after the pass, and bool: what was decoded after it.
+        seconds : float
+            As for the class.
+        computed_rows : int, optional
+            Rows that the model computed in each sequence; default: all.
+        """
+        traffic = [_on_host(memory.traffic) for memory in memories]
+        names = ("pairs", "dense_pairs", "tokens_read", "context_tokens", "page_bytes", "metadata_bytes",
+                 "dense_bytes")
+        figures = {
+            name: np.stack([getattr(item, name) for item in traffic]).astype(np.float64) for name in names
+        }
+        active_rows = np.stack([item.active.sum(axis=-1) for item in traffic])
+        loaded = np.stack([item.loaded for item in traffic])
+        metadata_reads = np.asarray([item.metadata_reads for item in traffic])
+        batch, rows = traffic[0].active.shape
+        return [
+            cls(
+                block=block, index=index, is_save=is_save, seconds=seconds, rows=rows,
+                computed_rows=rows if computed_rows is None else computed_rows,
+                tokens=tuple(tokens[sequence].tolist()),
+                newly_decoded=tuple(np.flatnonzero(newly_decoded[sequence]).tolist()),
+                metadata_reads=metadata_reads, active_rows=active_rows[:, sequence],
+                loaded=loaded[:, sequence], **{name: each[:, sequence] for name, each in figures.items()},
+            )
+            for sequence in range(batch)
+        ]
 
-        rows = int(memories[0].active.shape[1])
-        return cls(
-            rows=rows, computed_rows=rows if computed_rows is None else computed_rows,
-            pairs=per_layer("pairs"), dense_pairs=per_layer("dense_pairs"),
-            block=block, index=index, is_save=is_save, seconds=seconds,
-            tokens=tuple(int(token) for token in tokens),
-            newly_decoded=tuple(int(position) for position in newly_decoded),
-            tokens_read=per_layer("tokens_read"), context_tokens=per_layer("context_tokens"),
-            page_bytes=per_layer("page_bytes"), metadata_bytes=per_layer("metadata_bytes"),
-            dense_bytes=per_layer("dense_bytes"),
-            metadata_reads=np.asarray([item.metadata_reads for item in traffic]),
-            active_rows=np.asarray([int(to_numpy(memory.active).sum()) for memory in memories]),
-            loaded=np.stack([to_numpy(item.loaded)[0] for item in traffic]),
-        )
+
+def _on_host(traffic: Traffic) -> Traffic:
+    """Return the same traffic in NumPy, where many small sums are quickest."""
+    selection = Selection(to_numpy(traffic.selection.mask), traffic.selection.span)
+    return replace(
+        traffic, selection=selection, active=to_numpy(traffic.active),
+        page_lengths=to_numpy(traffic.page_lengths),
+    )
 
 
 @dataclass(frozen=True)
@@ -191,7 +216,8 @@ class Decoded:
     build_bytes : float
         See `TrafficTotal`.
     prefill_seconds, seconds : float
-        Wall time of the prefill (0 if a prefix was given) and of the passes.
+        Wall time of the prefill (0 if a prefix was given) and of the passes; of several sequences
+        decoded together, an equal part.
     """
 
     output: bytes

@@ -422,3 +422,40 @@ def test_workers_end_when_the_evaluation_is_killed(tmp_path: Path) -> None:
         while time.monotonic() < deadline:
             os.killpg(process.pid, 0)
             time.sleep(0.1)
+
+
+def torch_options(command: str) -> tuple[str, ...]:
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    own = ("--json",) if command == "decode" else (
+        "--prompts", "1", "--workers", "1", "--out", "found.json"
+    )
+    return (command, *SHORT, "--policy", "losa", "--budget", "64", "--steps", "1", *own)
+
+
+@pytest.mark.parametrize("command", ["decode", "evaluate"])
+@pytest.mark.parametrize(("backend", "path"), [("torch", "gather"), ("torch:attention=masked", "masked"),
+                                               ("reference", "reference")])
+def test_results_say_which_path_the_backend_took(command: str, backend: str, path: str, call: Call) -> None:
+    device = ("--device", "cpu") if backend != "reference" else ()
+    out, _ = call(*torch_options(command), "--backend", backend, *device)
+    text = out if command == "decode" else Path("found.json").read_text(encoding="utf-8")
+    environment = json.loads(text)["environment"]
+    assert environment["attention_path"] == path
+    assert environment["backend_notes"]
+    assert device == () or environment["backend"].endswith("device=cpu")
+
+
+@pytest.mark.clause("ERROR-1")
+@pytest.mark.parametrize("command", ["decode", "evaluate"])
+def test_a_device_that_is_not_there_is_an_error_with_a_remedy(command: str, call: Call) -> None:
+    options = torch_options(command)
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    _, problem = call(*options, "--backend", "torch", "--device", "cuda", code=2)
+    assert "on device 'cuda'" in problem and "use device='cpu'" in problem
+    _, problem = call(*options, "--backend", "torch", "--device", "gpu", code=2)
+    assert "must be 'cpu', 'cuda' or 'cuda:<number>'" in problem
+    _, problem = call(*options, "--backend", "reference", "--device", "cpu", code=2)
+    assert "device" in problem

@@ -23,7 +23,7 @@ def block_of(config: TinyConfig, tokens: int, seed: int) -> tuple[list[np.ndarra
 def filled(config: TinyConfig, sizes: list[int], page_size: int = 16) -> PrefixCache:
     cache = PrefixCache(config, ReferenceBackend(), page_size=page_size)
     for seed, tokens in enumerate(sizes):
-        cache.append(*block_of(config, tokens, seed), list(range(tokens)))
+        cache.append(*block_of(config, tokens, seed), [list(range(tokens))])
     return cache
 
 
@@ -64,7 +64,7 @@ def test_bounds_kept_from_append_to_append_equal_bounds_built_at_once(
 ) -> None:
     cache = PrefixCache(small_config, ReferenceBackend(), page_size=page_size)
     for seed, tokens in enumerate([3, 16, 1, 44, 16, 16]):
-        cache.append(*block_of(small_config, tokens, seed), [0] * tokens)
+        cache.append(*block_of(small_config, tokens, seed), [[0] * tokens])
         for context in cache.contexts():
             expected = ReferenceBackend().page_bounds(context)
             assert context.bounds is not None
@@ -103,14 +103,14 @@ def test_an_empty_cache_gives_one_absent_page(small_config: TinyConfig) -> None:
 
 def test_pages_that_begin_in_the_prompt_are_prompt_and_the_others_generated(model: TinyModel) -> None:
     cache = model.prefill(bytes(40), page_size=8)  # 32 bytes cached, 8 in the first block
-    cache.append(*block_of(model.config, 16, 0), [0] * 16)
+    cache.append(*block_of(model.config, 16, 0), [[0] * 16])
     assert cache.context(0).page_segments.tolist() == [[0, 0, 0, 0, 0, 1]]
 
 
 def test_every_append_bumps_the_version(small_config: TinyConfig) -> None:
     cache = filled(small_config, [16])
     before = cache.context(0)
-    cache.append(*block_of(small_config, 16, 1), [0] * 16)
+    cache.append(*block_of(small_config, 16, 1), [[0] * 16])
     assert cache.context(0).version > before.version
     assert before.page_lengths.tolist() == [[16]]  # a context taken earlier is not touched
 
@@ -123,12 +123,12 @@ def test_memory_of_one_fork_is_refused_by_another(model: TinyModel, text: bytes)
     for start in (32, 48):
         fork = prefix.fork()
         block = list(text[start : start + 16])
-        first = model.forward_block(block, 32, fork.contexts(), attention, PassInfo(0))
-        fork.append(first.keys, first.values, block)
+        first = model.forward_block([block], 32, fork.contexts(), attention, PassInfo(0))
+        fork.append(first.keys, first.values, [block])
         if memories:
             with pytest.raises(StaleMemoryError, match="version"):
-                model.forward_block(block, 48, fork.contexts(), attention, PassInfo(1), memories)
-        second = model.forward_block(block, 48, fork.contexts(), attention, PassInfo(0))
+                model.forward_block([block], 48, fork.contexts(), attention, PassInfo(1), memories)
+        second = model.forward_block([block], 48, fork.contexts(), attention, PassInfo(0))
         memories = list(second.memories)
 
 
@@ -138,9 +138,9 @@ def test_a_fork_copies_nothing_until_it_has_to(small_config: TinyConfig) -> None
     first, second = prefix.fork(), prefix.fork()
     for fork in (first, second):
         assert np.shares_memory(fork.context(1).k_pages, prefix.context(1).k_pages)
-    first.append(*block_of(small_config, 16, 5), [0] * 16)
+    first.append(*block_of(small_config, 16, 5), [[0] * 16])
     assert np.shares_memory(first.context(1).k_pages, prefix.context(1).k_pages)
-    second.append(*block_of(small_config, 16, 6), [0] * 16)
+    second.append(*block_of(small_config, 16, 6), [[0] * 16])
     assert not np.shares_memory(second.context(1).k_pages, prefix.context(1).k_pages)
 
 
@@ -152,9 +152,9 @@ def test_forks_and_their_prefix_do_not_disturb_one_another(
     forks = [prefix.fork() for _ in range(3)]
     nested = []
     for seed, fork in enumerate(forks, start=1):
-        fork.append(*block_of(small_config, 16, seed), [seed] * 16)
+        fork.append(*block_of(small_config, 16, seed), [[seed] * 16])
         nested.append(fork.fork())
-        nested[-1].append(*block_of(small_config, 16, 10 + seed), [seed] * 16)
+        nested[-1].append(*block_of(small_config, 16, 10 + seed), [[seed] * 16])
     for layer in range(small_config.layers):
         start = block_of(small_config, 40, 0)[0][layer]
         context = prefix.context(layer)
@@ -171,7 +171,7 @@ def test_forks_and_their_prefix_do_not_disturb_one_another(
             expected = ReferenceBackend().page_bounds(context)
             assert context.bounds is not None
             np.testing.assert_array_equal(context.bounds.upper, expected.upper)
-    assert prefix.tokens == tuple(range(40))
+    assert prefix.tokens == (tuple(range(40)),)
 
 
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
@@ -194,9 +194,9 @@ def test_a_bad_append_is_refused_and_changes_nothing(small_config: TinyConfig) -
     cache = filled(small_config, [16])
     keys, values = block_of(small_config, 16, 1)
     bad = [
-        (keys[:-1], values, [0] * 16), (keys, values[:-1], [0] * 16), (keys, values, [0] * 15),
-        (keys, [value[:, :1] for value in values], [0] * 16),
-        ([key.astype(np.float64) for key in keys], values, [0] * 16),
+        (keys[:-1], values, [[0] * 16]), (keys, values[:-1], [[0] * 16]), (keys, values, [[0] * 15]),
+        (keys, [value[:, :1] for value in values], [[0] * 16]),
+        ([key.astype(np.float64) for key in keys], values, [[0] * 16]),
     ]
     for arguments in bad:
         with pytest.raises(InvalidArgumentError):
@@ -216,13 +216,13 @@ def test_memory_does_not_survive_an_append_in_mid_block_and_is_dropped_at_pass_0
     cache = model.prefill(text[:64])
     attention = PrefixAttention("losa", model.backend)
     block = list(text[64:80])
-    first = model.forward_block(block, 64, cache.contexts(), attention, PassInfo(0))
-    cache.append(first.keys, first.values, block)
+    first = model.forward_block([block], 64, cache.contexts(), attention, PassInfo(0))
+    cache.append(first.keys, first.values, [block])
     following = list(text[80:96])
     with pytest.raises(StaleMemoryError):
         model.forward_block(
-            following, 80, cache.contexts(), attention, PassInfo(1), first.memories
+            [following], 80, cache.contexts(), attention, PassInfo(1), first.memories
         )
-    kept = model.forward_block(following, 80, cache.contexts(), attention, PassInfo(0), first.memories)
-    fresh = model.forward_block(following, 80, cache.contexts(), attention, PassInfo(0))
+    kept = model.forward_block([following], 80, cache.contexts(), attention, PassInfo(0), first.memories)
+    fresh = model.forward_block([following], 80, cache.contexts(), attention, PassInfo(0))
     np.testing.assert_array_equal(kept.logits, fresh.logits)

@@ -41,11 +41,11 @@ class Scripted(TinyModel):
         self.inputs: list[list[int]] = []
 
     def forward_block(
-        self, tokens: Sequence[int], position: int, contexts: Any, attention: Any, info: PassInfo,
+        self, tokens: Any, position: int, contexts: Any, attention: Any, info: PassInfo,
         memories: Any = None, **skips: Any,
     ) -> BlockPass:
         result = super().forward_block(tokens, position, contexts, attention, info, memories, **skips)
-        return replace(result, logits=self.scripted(tokens, position, info))
+        return replace(result, logits=self.scripted(tokens[0].tolist(), position, info)[None])
 
     def forward_sequence(
         self, tokens: Sequence[int], rows: Any, cache: Any, window_end: int, attention: Any, info: PassInfo,
@@ -311,7 +311,7 @@ def test_memory_lasts_as_long_as_the_policy_says(
     remembered = []
     original = PassRecord.of.__func__  # type: ignore[attr-defined]
 
-    def spy(cls: type[PassRecord], memories: Any, **options: Any) -> PassRecord:
+    def spy(cls: type[PassRecord], memories: Any, **options: Any) -> list[PassRecord]:
         remembered.append(memories[0].policy_memory)
         return original(cls, memories, **options)  # type: ignore[no-any-return]
 

@@ -29,8 +29,8 @@ def decoded_densely(model: TinyModel, text: bytes, block_length: int, page_size:
     cache = model.empty_cache(block_length=block_length, page_size=page_size)
     for start in range(0, len(text), block_length):
         block = list(text[start : start + block_length])
-        result = model.forward_block(block, start, cache.contexts(), attention, PassInfo(0))
-        cache.append(result.keys, result.values, block)
+        result = model.forward_block([block], start, cache.contexts(), attention, PassInfo(0))
+        cache.append(result.keys, result.values, [block])
     return cache
 
 
@@ -44,7 +44,7 @@ def test_prefill_equals_decoding_the_same_blocks_one_after_the_other(
     prompt = text[:160]
     prefilled = model.prefill(prompt, block_length=block_length)
     stepwise = decoded_densely(model, prompt, block_length, page_size=5)
-    assert prefilled.tokens == stepwise.tokens == tuple(prompt)
+    assert prefilled.tokens == stepwise.tokens == (tuple(prompt),)
     for ours, theirs in zip(kv_of(prefilled), kv_of(stepwise), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
@@ -78,7 +78,7 @@ def test_without_a_prefix_every_policy_attends_within_the_block(
     block = list(text[:16])
     contexts = model.empty_cache().contexts()
     result = model.forward_block(
-        block, 0, contexts, PrefixAttention(policy, model.backend), PassInfo(0)
+        [block], 0, contexts, PrefixAttention(policy, model.backend), PassInfo(0)
     )
     assert np.isfinite(result.logits).all()
     for layer, keys in enumerate(result.keys):  # prefill computes them without any policy
@@ -98,7 +98,7 @@ def test_the_forward_pass_runs_on_other_array_libraries_with_the_same_result(
     for each in (model, other):
         cache = each.prefill(text[:64], page_size=5)
         result = each.forward_block(
-            block, 64, cache.contexts(), PrefixAttention("quest:budget=20", each.backend), PassInfo(0)
+            [block], 64, cache.contexts(), PrefixAttention("quest:budget=20", each.backend), PassInfo(0)
         )
         logits.append(to_numpy(result.logits))
     np.testing.assert_allclose(logits[1], logits[0], atol=1e-4)
@@ -151,8 +151,8 @@ def test_block_logits_equal_those_of_the_training_code(
     model = TinyModel.load()
     cache = model.prefill(text[:start], block_length=block_length)
     attention = PrefixAttention("dense", model.backend)
-    result = model.forward_block(tokens[start:], start, cache.contexts(), attention, PassInfo(0))
-    np.testing.assert_allclose(result.logits, expected[start:], atol=1e-4)
+    result = model.forward_block([tokens[start:]], start, cache.contexts(), attention, PassInfo(0))
+    np.testing.assert_allclose(result.logits[0], expected[start:], atol=1e-4)
 
 
 def test_full_sequence_logits_equal_those_of_the_training_code(torch_model: Any, text: bytes) -> None:
@@ -160,9 +160,9 @@ def test_full_sequence_logits_equal_those_of_the_training_code(torch_model: Any,
     expected = torch_logits(torch_model, tokens, np.ones((106, 106), dtype=bool))
     model = TinyModel.load()
     result = model.forward_block(
-        tokens, 0, model.empty_cache().contexts(), PrefixAttention("dense", model.backend), PassInfo(0)
+        [tokens], 0, model.empty_cache().contexts(), PrefixAttention("dense", model.backend), PassInfo(0)
     )
-    np.testing.assert_allclose(result.logits, expected, atol=1e-4)
+    np.testing.assert_allclose(result.logits[0], expected, atol=1e-4)
 
 
 @pytest.mark.clause("ERROR-1")

@@ -36,9 +36,10 @@ def run(model: TinyModel, tokens: list[int], rows: Any, cache: SequenceCache) ->
 def test_a_whole_sequence_as_context_gives_the_logits_of_one_block(model: TinyModel, text: bytes) -> None:
     tokens = [*text[:LENGTH], *[MASK_ID] * NEW]
     contexts = model.empty_cache(page_size=1).contexts()
-    one_block = model.forward_block(tokens, 0, contexts, PrefixAttention("dense", model.backend), PassInfo(0))
+    attention = PrefixAttention("dense", model.backend)
+    one_block = model.forward_block([tokens], 0, contexts, attention, PassInfo(0))
     got = run(model, tokens, EVERY, cache_of(model))
-    np.testing.assert_allclose(got, to_numpy(one_block.logits), atol=2e-4)
+    np.testing.assert_allclose(got, to_numpy(one_block.logits)[0], atol=2e-4)
 
 
 @pytest.mark.clause("POLICY-7")

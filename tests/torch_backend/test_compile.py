@@ -58,7 +58,8 @@ def test_custom_operators_keep_what_they_declare(name: str, path: str, dtype: to
 
 @pytest.mark.parametrize(
     ("policy", "path"),
-    [("losa:budget=32", "gather"), ("losa:budget=32,mass=0.5", "masked"), ("sparsed:warmup=2", "gather")],
+    [("losa:budget=32", "gather"), ("losa:budget=32,mass=0.5", "masked"), ("sparsed:warmup=2", "gather"),
+     ("flashblock:limit=2", "gather")],
 )
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a")  # array-api-compat caches a look-up
 def test_a_layer_compiles_as_one_graph_whatever_the_context_s_length(
@@ -73,7 +74,8 @@ def test_a_layer_compiles_as_one_graph_whatever_the_context_s_length(
         context = Context.from_dense(*cache, 8, version=pages)
         memories: list[Any] = [None, None]
         for index in range(4):
-            x, info = torch.randn(2, 8, 64), PassInfo(index, total_passes=4)
+            newly = torch.rand(2, 8) < 0.2
+            x, info = torch.randn(2, 8, 64), PassInfo(index, newly_decoded=newly, total_passes=4)
             out, memories[0] = compiled(x, context, memories[0], info)
             wanted, memories[1] = layer(x, context, memories[1], info)
             torch.testing.assert_close(out, wanted)

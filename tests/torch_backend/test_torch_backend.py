@@ -132,3 +132,23 @@ def test_mixed_dtypes_and_channels_that_lie_apart_are_refused() -> None:
 def test_options_in_a_name_are_checked(spec: str, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         get_backend(spec)
+
+
+@pytest.mark.clause("ERROR-1")
+def test_tensors_on_two_devices_are_refused() -> None:
+    (q, k, v), context = problem()
+    attention = PrefixAttention("dense", "torch")
+    with pytest.raises(InvalidArgumentError, match=r"k must be a Tensor on device cpu, .*on meta"):
+        attention(q, k.to("meta"), v, context)
+    with pytest.raises(InvalidArgumentError, match=r"context\.k_pages must be .* on device meta, as q is"):
+        attention(*(row.to("meta") for row in (q, k, v)), context)
+
+
+def test_channels_of_a_block_may_lie_apart_unlike_those_of_pages() -> None:
+    rows, context = problem()
+    apart = [row.transpose(2, 3).contiguous().transpose(2, 3) for row in rows]
+    assert all(row.stride(-1) != 1 for row in apart)
+    for path in ("gather", "masked"):
+        attention = PrefixAttention("dense", f"torch:attention={path}")
+        got, wanted = (attention(*each, context)[0] for each in (apart, rows))
+        torch.testing.assert_close(got, wanted, atol=1e-6, rtol=0)

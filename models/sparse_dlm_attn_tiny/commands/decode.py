@@ -65,7 +65,7 @@ def decode(
     asked = options.pick_prompt(
         prompt, question, answer, task, length, seed, block_length, model.config.max_context, default_length
     )
-    environment = options.environment_record(backend, weights)
+    environment = options.environment_record(backend, weights, model, page_size)
     if full_sequence:
         chosen = choose_policies(policy or ("dense",), budget, page_size, baseline=False)[0]
         _decode_full_sequence(model, asked, settings, chosen, environment, as_json)

@@ -18,6 +18,7 @@ from sparse_dlm_attn_tiny.commands import options
 
 if TYPE_CHECKING:
     from sparse_dlm_attn_tiny.evaluate import Evaluation, PolicyScore, Sample
+    from sparse_dlm_attn_tiny.model import TinyModel
 
 __all__ = ["evaluate"]
 
@@ -110,10 +111,11 @@ def evaluate(
     labels = [choice.label for choice in choices_of(evaluation)]
     wanted = _requirements(require or (), labels)
     picture = _check_targets(out, plot)
-    _check_prompts(evaluation, weights)
+    model = _check_prompts(evaluation, weights)
+    environment = options.environment_record(backend, weights, model, page_size)
     samples = _run(evaluation, workers or os.cpu_count() or 1, len(labels))
     scores = scores_of(samples)
-    record = _record(evaluation, samples, scores, options.environment_record(backend, weights))
+    record = _record(evaluation, samples, scores, environment)
     write_atomically(out, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode(), "--out")
     note(f"wrote {out}")
     if picture is not None:
@@ -163,16 +165,17 @@ def _check_targets(out: Path, plot: Path | None) -> Path | None:
     return picture_path(out) if out.resolve().parent.is_dir() and not out.is_char_device() else None
 
 
-def _check_prompts(evaluation: Evaluation, weights: Path | None) -> None:
-    """Fail here, in one process, where a prompt, the backend or the weights are no good."""
+def _check_prompts(evaluation: Evaluation, weights: Path | None) -> TinyModel:
+    """Return the model; fail here, in one process, where a prompt, the backend or weights are no good."""
     from sparse_dlm_attn_tiny.prompts import prompt_of_task
 
     for task in evaluation.tasks:
         prompt = prompt_of_task(
             task, evaluation.length, evaluation.seed, block_length=evaluation.settings.block_length
         )
-    model = options.load_model(evaluation.backend, weights, evaluation.settings)
+    model: TinyModel = options.load_model(evaluation.backend, weights, evaluation.settings)
     model.check_prompt(tuple(prompt.text))
+    return model
 
 
 def _run(evaluation: Evaluation, workers: int, policies: int) -> list[Sample]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import typer
 
-from sparse_dlm_attn import InvalidArgumentError
+from sparse_dlm_attn import InvalidArgumentError, Problem
 from sparse_dlm_attn.policy import check_count, check_fraction
 
 if TYPE_CHECKING:
     from sparse_dlm_attn_tiny.comparison import DecodeSettings
+    from sparse_dlm_attn_tiny.model import TinyModel
     from sparse_dlm_attn_tiny.prompts import Prompt
 
 __all__ = ["check_settings", "environment_record", "load_model", "pick_prompt"]
@@ -176,8 +178,14 @@ def load_model(backend: str, weights: Path | None, settings: DecodeSettings) -> 
     return model
 
 
-def environment_record(backend: str, weights: Path | None) -> dict[str, Any]:
-    """Return what a report must say about the software that made it."""
+def environment_record(
+    backend: str, weights: Path | None, model: TinyModel, page_size: int
+) -> dict[str, Any]:
+    """Return what a report must say about the software that made it.
+
+    ``attention_path`` is how the backend reads the pages of a cache such as the model's: what "auto" came to.
+    A backend that has several ways says so by a method ``path_for``; of others it is the name.
+    """
     import platform
     from importlib.metadata import version
 
@@ -190,9 +198,19 @@ def environment_record(backend: str, weights: Path | None) -> dict[str, Any]:
         "numpy": version("numpy"),
         "machine": platform.machine(),
         "backend": backend,
+        "backend_notes": model.backend.capabilities.notes,
+        "attention_path": _attention_path(model, page_size),
         "weights": "shipped" if weights is None else str(weights),
         "weights_sha256": _sha256(weights),
     }
+
+
+def _attention_path(model: TinyModel, page_size: int) -> str:
+    context = model.empty_cache(page_size=page_size).context(0)
+    shape = (1, model.config.query_heads, 1, model.config.head_dim)
+    q = model.backend.asarray(np.zeros(shape, dtype=np.float32), dtype="float32")
+    path_for = getattr(model.backend, "path_for", None)
+    return model.backend.name if path_for is None else str(path_for(Problem.of(q, context), context))
 
 
 def _sha256(weights: Path | None) -> str:

@@ -59,6 +59,7 @@ def evaluate_table(
     as_json : bool
         Whether to print JSON instead of a table.
     """
+    from sparse_dlm_attn_tiny.cache import DEFAULT_PAGE_SIZE
     from sparse_dlm_attn_tiny.comparison import DecodeSettings
     from sparse_dlm_attn_tiny.tables import BLOCK, STEPS, decodings, run_table, table_named
 
@@ -73,7 +74,7 @@ def evaluate_table(
             table, model, prompts=count, lengths=lengths, seed=seed, on_row=lambda: bars.advance(bar)
         )
     record = {
-        "environment": options.environment_record(backend, weights),
+        "environment": options.environment_record(backend, weights, model, DEFAULT_PAGE_SIZE),
         "table": {
             "name": table.name, "title": table.title, "whole_sequence": table.whole, "tasks": table.tasks,
             "lengths": lengths, "prompts_a_task": count, "seed": seed, "block_length": BLOCK, "steps": STEPS,
