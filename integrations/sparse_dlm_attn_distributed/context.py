@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import torch
 
@@ -67,6 +68,7 @@ class ShardedContext(Context):
     """
 
     held: Array = None
+    _of_pages: ClassVar[tuple[str, ...]] = (*Context._of_pages, "held")
 
     def __post_init__(self) -> None:
         super().__post_init__()
