@@ -145,9 +145,10 @@ def check_extend_bounds(context: Context, bounds: PageBounds, from_page: int) ->
         raise InvalidArgumentError("from_page", f"must lie in 0..pages = 0..{context.pages}", from_page)
     shape = (context.batch, context.kv_heads, "pages", context.head_dim)
     check_array("bounds.lower", bounds.lower, shape, (dtype_name(context.k_pages),))
-    if shape_of(bounds.lower)[2] < from_page:
+    held = shape_of(bounds.lower)[2]
+    if held < from_page:
         raise InvalidArgumentError(
-            "bounds", f"must hold the first from_page={from_page} pages", f"{shape_of(bounds.lower)[2]} pages",
+            "bounds", f"must hold the first from_page={from_page} pages", f"{held} pages",
             "Begin at an earlier page, or make them with page_bounds(context).",
         )
     check_same_place("bounds.lower", bounds.lower, "context.k_pages", context.k_pages)

@@ -6,6 +6,7 @@ sizes them. See docs/backends/triton.md.
 
 from __future__ import annotations
 
+import os
 from typing import Any, ClassVar, cast
 
 from sparse_dlm_attn import (
@@ -43,7 +44,7 @@ except ImportError as error:
         "backend 'triton'", [str(error)], "Install it: pip install 'sparse_dlm_attn[triton]'."
     ) from error
 
-from sparse_dlm_attn_triton import launch, ops
+from sparse_dlm_attn_triton import launch, ops, settings
 
 __all__ = ["TritonBackend"]
 
@@ -62,31 +63,41 @@ class TritonBackend(Backend):
     device : str, optional
         "cuda" (any NVIDIA GPU) or "cuda:1" (that one). Under Triton's interpreter (the environment variable
         ``TRITON_INTERPRET=1``, set before Triton is imported) it is "cpu". Default: whichever of them it is.
+    tuned : bool, optional
+        Whether to launch with what ``sparse-dlm-attn tune`` found for this GPU, in this process from now on.
+        Default: only if the environment variable ``SDA_TRITON_TUNED`` is 1.
 
     Raises
     ------
-    InvalidArgumentError
-        If it is no such device.
+    InvalidArgumentError, InvalidTypeError
+        If it is no such device, or ``tuned`` is no bool.
     UnavailableError
-        If PyTorch or Triton is too old, or there is no GPU.
+        If PyTorch or Triton is too old, there is no GPU, or nothing was tuned for it.
     """
 
     name: ClassVar[str] = "triton"
 
-    def __init__(self, device: str | None = None) -> None:
+    def __init__(self, device: str | None = None, tuned: bool | None = None) -> None:
         _check_versions()
+        if not isinstance(tuned, bool | None):
+            raise InvalidTypeError("tuned", "must be a bool or None", repr(tuned))
         self._device = _check_device("cpu" if launch.INTERPRETED else "cuda") if device is None else (
             _check_device(device)
         )
         self.device = str(self._device)
+        self.tuned = os.environ.get("SDA_TRITON_TUNED") == "1" if tuned is None else tuned
+        if self.tuned:
+            if launch.INTERPRETED:
+                raise InvalidArgumentError("tuned", "must be False under TRITON_INTERPRET=1", self.tuned)
+            settings.use_tuned(self._device)
 
     def __repr__(self) -> str:
-        return f"TritonBackend(device={self.device!r})"
+        return f"TritonBackend(device={self.device!r}{', tuned=True' if self.tuned else ''})"
 
     @property
     def capabilities(self) -> Capabilities:
         """Half and single precision; heads and pages up to 256 channels and tokens."""
-        notes = f"device={self.device}"
+        notes = f"device={self.device}{', tuned' if self.tuned else ''}"
         if launch.INTERPRETED:
             notes += ", interpreted: bfloat16 products are wrong in Triton's interpreter"
         return Capabilities(

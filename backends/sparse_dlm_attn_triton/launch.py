@@ -12,6 +12,7 @@ import triton
 
 from sparse_dlm_attn_triton.attention import finish_kernel, splits_kernel
 from sparse_dlm_attn_triton.decisions import bounds_kernel, scores_kernel, select_kernel, top_kernel
+from sparse_dlm_attn_triton.settings import Settings, chosen
 from sparse_dlm_attn_triton.span_tiles import LOG2_E, padded_dim
 
 __all__ = [
@@ -35,19 +36,6 @@ MOST_ROWS = 128
 MOST_LISTED = 2048
 """Most pages that one turn of a page list takes."""
 Tensor = torch.Tensor
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Tile of the attention kernel; measured defaults are in docs/backends/triton.md."""
-
-    block_n: int = 64
-    warps: int = 4
-    stages: int = 3
-    programs: int = 264
-    """Programs to aim for: two for each multiprocessor of an H100."""
-    least_m: int = 16
-    """Fewest rows of a tile; 64 of them fill the wider tensor-core instruction of Hopper."""
 
 
 def power_of_two(number: int, least: int = 16) -> int:
@@ -215,6 +203,9 @@ def _splits(q: Tensor, block: tuple[Tensor, Tensor] | None, part: Part | None, s
     group, rows = q_heads // kv_heads, max(min(part.most_active, tokens), 1)
     block_m = _rows_of_tile(q.dtype, head_dim, group * rows)
     settings = settings_for(q.dtype, head_dim, block_m)
+    if has_pages:
+        heads, context = batch * kv_heads, pages * page_size
+        settings = chosen(settings, q.device, q.dtype, head_dim, page_size, group, tokens, heads, context)
     block_m = max(block_m, settings.least_m)
     rows = tokens if group * tokens <= block_m else rows  # all rows fit: no need to look for the active ones
     tiles, splits = triton.cdiv(group * rows, block_m), 0
