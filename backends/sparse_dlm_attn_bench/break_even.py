@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from sparse_dlm_attn import Backend
 
 if TYPE_CHECKING:
-    from sparse_dlm_attn_bench.layer import Layer, Shape
+    from sparse_dlm_attn_bench.layer import Layer
+    from sparse_dlm_attn_bench.shape import Shape
 
 __all__ = ["Point", "answer", "measure_context", "record"]
 

@@ -14,10 +14,10 @@ from sparse_dlm_attn import Backend, InvalidArgumentError, Problem, UnavailableE
 from sparse_dlm_attn import get_backend as find_backend
 from sparse_dlm_attn.cli.console import note, print_json, progress, result_console
 from sparse_dlm_attn.cli.files import check_target, write_atomically
+from sparse_dlm_attn_bench.shape import Shape, with_budget
 
 if TYPE_CHECKING:
     from sparse_dlm_attn_bench.break_even import Point
-    from sparse_dlm_attn_bench.layer import Shape
     from sparse_dlm_attn_triton.settings import Entry
 
 __all__ = ["break_even", "counts", "shares", "tune"]
@@ -66,14 +66,11 @@ def break_even(
     lengths, wanted = counts("--contexts", contexts), shares("--densities", densities)
     _check_targets(json_file, plot)
     _check_count("--repeats", repeats, MOST_REPEATS)
+    shapes = _shapes(lengths, batch, tokens, q_heads, kv_heads, head_dim, page_size, dtype)
+    with_budget(policy, page_size)
     _need_gpu("break-even")
     from sparse_dlm_attn_bench import break_even as work
-    from sparse_dlm_attn_bench.layer import Shape, with_budget
 
-    shapes = [
-        Shape(batch, length, tokens, q_heads, kv_heads, head_dim, page_size, dtype) for length in lengths
-    ]
-    with_budget(policy, page_size)
     computing = find_backend(backend)
     _check_backend(computing, shapes[0])
     points: list[Point] = []
@@ -117,23 +114,23 @@ def tune(
     show: Annotated[bool, typer.Option("--show", help="Print what is kept, as JSON, and stop.")] = False,
 ) -> None:
     """Tune the Triton backend's launches for your GPU and shape; use it by --backend triton:tuned=true."""
-    from sparse_dlm_attn_triton import settings
-
-    target = settings.cache_file() if file is None else file
     if show:
-        print_json([entry.as_dict() for entry in settings.load(target)])
+        _need_torch("tune")
+        from sparse_dlm_attn_triton import settings
+
+        kept = settings.load(settings.cache_file() if file is None else file)
+        print_json([entry.as_dict() for entry in kept])
         return
     lengths = counts("--contexts", contexts)
     _check_count("--limit", limit, MOST_FORMS)
     _check_count("--repeats", repeats, MOST_REPEATS)
-    _need_gpu("tune")
-    from sparse_dlm_attn_bench.layer import Shape, with_budget
-    from sparse_dlm_attn_bench.tuning import tune_shape
-
-    shapes = [
-        Shape(batch, length, tokens, q_heads, kv_heads, head_dim, page_size, dtype) for length in lengths
-    ]
+    shapes = _shapes(lengths, batch, tokens, q_heads, kv_heads, head_dim, page_size, dtype)
     with_budget(policy, page_size)
+    _need_gpu("tune")
+    from sparse_dlm_attn_bench.tuning import tune_shape
+    from sparse_dlm_attn_triton import settings
+
+    target = settings.cache_file() if file is None else file
     computing = find_backend("triton")
     _check_backend(computing, shapes[0])
     settings.make_room(target)
@@ -218,14 +215,28 @@ def _check_targets(json_file: Path | None, plot: Path | None) -> None:
             ) from error
 
 
-def _need_gpu(command: str) -> None:
-    """Raise unless PyTorch sees a GPU: everything that these commands do is measured on one."""
+def _shapes(lengths: list[int], batch: int, *sizes: Any) -> list[Shape]:
+    """Return the shapes; what is wrong with one is said of the option that gave it."""
     try:
-        torch = importlib.import_module("torch")
+        return [Shape(batch, length, *sizes) for length in lengths]
+    except InvalidArgumentError as error:
+        option = "--contexts" if error.argument == "context" else f"--{error.argument.replace('_', '-')}"
+        raise InvalidArgumentError(option, error.rule, error.got, error.hint) from error
+
+
+def _need_torch(command: str) -> Any:
+    """Return PyTorch, or raise if it is not installed."""
+    try:
+        return importlib.import_module("torch")
     except ImportError as error:
         raise UnavailableError(
             f"command {command!r}", [str(error)], "Install it: pip install 'sparse_dlm_attn[triton]'."
         ) from error
+
+
+def _need_gpu(command: str) -> None:
+    """Raise unless PyTorch sees a GPU: everything that these commands do is measured on one."""
+    torch = _need_torch(command)
     if not torch.cuda.is_available():
         raise UnavailableError(
             f"command {command!r}", ["PyTorch finds no usable GPU, and it measures on one"],

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from sparse_dlm_attn import Backend, PassInfo, PrefixAttention, SparseAttentionError
-from sparse_dlm_attn_bench.layer import Layer, Shape
+from sparse_dlm_attn_bench.layer import Layer
 from sparse_dlm_attn_bench.peers import TOLERANCE
+from sparse_dlm_attn_bench.shape import Shape
 from sparse_dlm_attn_bench.timing import relative_error
 from sparse_dlm_attn_torch import TorchBackend
 
@@ -20,7 +21,9 @@ class WrongResultError(SparseAttentionError, ArithmeticError):
     """A backend's result differs from the plain path's, so that its time means nothing."""
 
 
-def check_passes(shape: Shape, policy: Any, backend: Backend, layer: Layer, **info: Any) -> float:
+def check_passes(
+    shape: Shape, policy: Any, backend: Backend, layer: Layer, /, **info: Any
+) -> float:
     """Run three passes beside the plain path, which multiplies in float32, on the same pages.
 
     Parameters
@@ -46,7 +49,7 @@ def check_passes(shape: Shape, policy: Any, backend: Backend, layer: Layer, **in
     WrongResultError
         If it exceeds the limit of the dtype, or other pages were selected.
     """
-    plain = TorchBackend(device="cuda", attention="masked")
+    plain = TorchBackend(device=str(layer.q.device), attention="masked")
     ours, theirs = PrefixAttention(policy, backend), PrefixAttention(policy, plain)
     memory, other, worst = None, None, 0.0
     for index in range(3):

@@ -11,10 +11,14 @@ from typing import Any
 
 import torch
 
-from sparse_dlm_attn_bench.layer import Layer, Shape
+from sparse_dlm_attn_bench.layer import Layer
+from sparse_dlm_attn_bench.shape import Shape
 from sparse_dlm_attn_bench.timing import relative_error
 
-__all__ = ["DENSE", "FAST", "Peer", "dense_peers", "expected_dense", "flashinfer", "reason"]
+__all__ = [
+    "DENSE", "FAST", "TOLERANCE", "Peer", "dense_peers", "differing", "expected_dense", "flash_attn_3",
+    "flashinfer", "reason", "wait", "wrapper_for",
+]
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 Work = Callable[[], Any]
@@ -121,9 +125,30 @@ def _flex(layer: Layer, shape: Shape) -> Work:
 
 def flashinfer() -> Any:
     """Return FlashInfer, told for which GPU it compiles unless the environment says so already."""
-    major, minor = torch.cuda.get_device_capability()
+    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
     os.environ.setdefault("FLASHINFER_CUDA_ARCH_LIST", f"{major}.{minor}{'a' if major >= 9 else ''}")
     return importlib.import_module("flashinfer")
+
+
+def wrapper_for(device: torch.device, workspace: torch.Tensor | None = None) -> Any:
+    """Return FlashInfer's wrapper for paged caches ``(pages, heads, page_size, head_dim)``.
+
+    Parameters
+    ----------
+    device : torch.device
+        Where it runs.
+    workspace : torch.Tensor, optional
+        For wrappers that share it, since they run one after the other; default: one of its own.
+    """
+    if workspace is None:
+        workspace = torch.empty(WORKSPACE, dtype=torch.uint8, device=device)
+    return flashinfer().BatchPrefillWithPagedKVCacheWrapper(workspace, "HND", backend="fa2")
+
+
+def wait(device: torch.device) -> None:
+    """Wait for a GPU, so that what went wrong there is raised here."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def _flashinfer_single(layer: Layer, shape: Shape) -> Work:
@@ -140,16 +165,14 @@ def _flashinfer_single(layer: Layer, shape: Shape) -> Work:
 
 
 def _flashinfer_paged(layers: Sequence[Layer], shape: Shape) -> list[Work]:
-    library, context = flashinfer(), layers[0].context
-    workspace = torch.empty(WORKSPACE, dtype=torch.uint8, device="cuda")
-    wrapper = library.BatchPrefillWithPagedKVCacheWrapper(workspace, "HND", backend="fa2")
+    context, wrapper = layers[0].context, wrapper_for(layers[0].q.device)
     dtype, pages = layers[0].q.dtype, context.pages
     starts = torch.arange(shape.batch + 1, dtype=torch.int32)
     wrapper.plan(  # one plan for all layers, whose page tables are alike
         starts * shape.tokens, starts * pages, context.page_table.flatten(),
         torch.full((shape.batch,), shape.page_size, dtype=torch.int32), num_qo_heads=shape.q_heads,
         num_kv_heads=shape.kv_heads, head_dim_qk=shape.head_dim, page_size=shape.page_size, causal=False,
-        q_data_type=dtype, kv_data_type=dtype,
+        sm_scale=shape.head_dim**-0.5, q_data_type=dtype, kv_data_type=dtype,
     )
 
     def work(layer: Layer) -> Work:
@@ -225,7 +248,7 @@ def dense_peers(
         try:
             works = peer.make(layers, shape)
             wrong = differing(peer, works[0](), wanted, shape.dtype)
-            torch.cuda.synchronize()
+            wait(layers[0].q.device)
         except Exception as error:  # whatever a missing or unfit library raises
             found[name] = reason(error)
         else:

@@ -18,16 +18,25 @@ from typing import Any
 import torch
 
 from sparse_dlm_attn import Context, Selection
-from sparse_dlm_attn_bench.layer import Layer, Shape
-from sparse_dlm_attn_bench.peers import Pair, Peer, Work, differing, flash_attn_3, flashinfer, reason
+from sparse_dlm_attn_bench.layer import Layer
+from sparse_dlm_attn_bench.peers import (
+    WORKSPACE,
+    Pair,
+    Peer,
+    Work,
+    differing,
+    flash_attn_3,
+    reason,
+    wait,
+    wrapper_for,
+)
+from sparse_dlm_attn_bench.shape import Shape
 from sparse_dlm_attn_folded.folding import Pool, Requests, folded, full_pages, rows_of_lists
 from sparse_dlm_attn_torch import TorchBackend
 from sparse_dlm_attn_torch.block_sparse import flex_listed
 from sparse_dlm_attn_torch.layout import Lists, lists_of
 
 __all__ = ["SPARSE", "SPARSE_FAST", "Chosen", "Found", "sparse_peers"]
-
-WORKSPACE = 128 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +74,7 @@ class Chosen:
 
     def expected(self) -> Pair:
         """Return ``(out, lse)`` of the active rows by the PyTorch backend's plain path."""
-        plain = TorchBackend(device="cuda", attention="masked")
+        plain = TorchBackend(device=str(self.layer.q.device), attention="masked")
         state = plain.attend_pages(self.layer.q_next, self.context, self.selection(), self.active)
         shape = self.rows().shape
         rows = self.active[:, None].expand(state.lse.shape)
@@ -98,22 +107,22 @@ class Found:
 
 
 def _flashinfer(chosen: Sequence[Chosen], shape: Shape) -> Found:
-    library = flashinfer()
-    workspace = torch.empty(WORKSPACE, dtype=torch.uint8, device="cuda")  # layers run one after the other
+    device = chosen[0].layer.q.device
+    workspace = torch.empty(WORKSPACE, dtype=torch.uint8, device=device)  # layers run one after the other
     works: list[Work] = []
     planned = []
     for one in chosen:
         pool, requests = one.requests()
         q = one.layer.q_next.reshape(-1, 1, shape.head_dim)[requests.rows]
-        wrapper = library.BatchPrefillWithPagedKVCacheWrapper(workspace, "HND", backend="fa2")
-        torch.cuda.synchronize()
+        wrapper = wrapper_for(device, workspace)
+        wait(device)
         start = time.perf_counter()
         wrapper.plan(
             requests.row_starts, requests.page_starts, requests.pages, requests.last_lengths,
             num_qo_heads=1, num_kv_heads=1, head_dim_qk=shape.head_dim, page_size=shape.page_size,
-            causal=False, q_data_type=q.dtype, kv_data_type=q.dtype,
+            causal=False, sm_scale=shape.head_dim**-0.5, q_data_type=q.dtype, kv_data_type=q.dtype,
         )
-        torch.cuda.synchronize()
+        wait(device)
         planned.append((time.perf_counter() - start) * 1e6)
         pages = pool.k[:, None], pool.v[:, None]
         works.append(partial(wrapper.run, q, pages, return_lse=True))
@@ -151,7 +160,8 @@ def _paged(function: Callable[..., Any], chosen: Sequence[Chosen], shape: Shape)
         q = one.layer.q_next.reshape(-1, shape.head_dim)[requests.rows]
         q = q.view(len(requests), -1, 1, shape.head_dim)
         lengths = requests.lengths(shape.page_size).to(table.device)
-        options = {name: table, "cache_seqlens": lengths, "return_softmax_lse": True}
+        options = {name: table, "cache_seqlens": lengths, "return_softmax_lse": True,
+                   "softmax_scale": shape.head_dim**-0.5}
 
         def run(q: Any = q, pool: Pool = pool, options: Any = options) -> Pair:
             out, lse = function(q, pool.k[:, :, None], pool.v[:, :, None], **options)[:2]
@@ -221,7 +231,7 @@ def sparse_peers(
             made = peer.make(chosen, shape)
             reader = Peer(lambda layers, shape: [], peer.log_base)
             wrong = differing(reader, made.works[0](), wanted, shape.dtype)
-            torch.cuda.synchronize()
+            wait(chosen[0].layer.q.device)
         except Exception as error:  # whatever a missing or unfit library raises
             found[name] = reason(error)
         else:

@@ -11,7 +11,8 @@ import torch
 from sparse_dlm_attn import Backend
 from sparse_dlm_attn_bench.break_even import LAYER
 from sparse_dlm_attn_bench.gate import WrongResultError, check_passes
-from sparse_dlm_attn_bench.layer import Shape, budget_for, layers, runner
+from sparse_dlm_attn_bench.layer import budget_for, layers, runner
+from sparse_dlm_attn_bench.shape import Shape
 from sparse_dlm_attn_bench.timing import measure_chained
 from sparse_dlm_attn_triton.settings import Entry, Kind, Machine, Settings, forced, watched
 
