@@ -1,4 +1,4 @@
-"""Launch settings: what is valid, where they are kept, which of them a launch gets, and how they are found."""
+"""Launch settings: what is valid, where they are kept, which a launch gets, and how they are found."""
 
 from __future__ import annotations
 
