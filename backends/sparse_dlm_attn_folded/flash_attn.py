@@ -15,8 +15,8 @@ from sparse_dlm_attn_folded.folding import Pool, Requests
 
 __all__ = ["FlashAttentionBackend"]
 
-MODULES = ("flash_attn_interface", "flash_attn", "flash_attn.cute")
-"""Where versions 3, 2 and 4 put their functions."""
+MODULES = ("flash_attn_interface", "fa3_fwd_interface", "flash_attn", "flash_attn.cute")
+"""Where versions 3 (from source, as a wheel of its own), 2 and 4 put their functions."""
 
 LSE_SWITCHES = ("return_attn_probs", "return_lse", "return_softmax_lse")
 PAGED_SIZES = 256

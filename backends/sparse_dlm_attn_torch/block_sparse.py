@@ -212,9 +212,12 @@ def flash_attn_listed(
     interface = importlib.import_module("flash_attn.cute.interface")
     sparsity = importlib.import_module("flash_attn.cute.block_sparsity")
     pages, counts = lists.pages.to(torch.int32), lists.counts.to(torch.int32)
-    blocks = sparsity.BlockSparseTensorsTorch(
+    tensors = sparsity.BlockSparseTensorsTorch
+    # Said outright: what it infers from the lengths may be another tile, and our numbers other keys.
+    size = {"block_size": (TILE, TILE)} if "block_size" in getattr(tensors, "_fields", ()) else {}
+    blocks = tensors(
         mask_block_cnt=torch.zeros_like(counts), mask_block_idx=torch.zeros_like(pages),
-        full_block_cnt=counts, full_block_idx=pages,
+        full_block_cnt=counts, full_block_idx=pages, **size,
     )
     out, lse = interface._flash_attn_fwd(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), softmax_scale=scale,
