@@ -204,8 +204,8 @@ def _splits(q: Tensor, block: tuple[Tensor, Tensor] | None, part: Part | None, s
     block_m = _rows_of_tile(q.dtype, head_dim, group * rows)
     settings = settings_for(q.dtype, head_dim, block_m)
     if has_pages:
-        heads, context = batch * kv_heads, pages * page_size
-        settings = chosen(settings, q.device, q.dtype, head_dim, page_size, group, tokens, heads, context)
+        sizes = head_dim, page_size, group, tokens, batch * kv_heads, pages * page_size
+        settings = chosen(settings, q.device, q.dtype, *sizes)
     block_m = max(block_m, settings.least_m)
     rows = tokens if group * tokens <= block_m else rows  # all rows fit: no need to look for the active ones
     tiles, splits = triton.cdiv(group * rows, block_m), 0

@@ -140,7 +140,7 @@ def test_tuned_is_an_option_of_the_backend() -> None:
 @pytest.mark.skipif(not launch.INTERPRETED, reason="tests/gpu has this one for GPUs")
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_settings_reach_the_kernel_and_change_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    shape = Shape(context=64, tokens=3, q_heads=2, kv_heads=1, head_dim=16, page_size=16, dtype="float32")
+    shape = Shape(context=64, tokens=3, q_heads=4, kv_heads=2, head_dim=16, page_size=16, dtype="float32")
     monkeypatch.setattr("sparse_dlm_attn_bench.layer.COLD_BYTES", 1)
     backend = TritonBackend()
     one = layers(shape, backend, device="cpu")[0]
@@ -160,7 +160,9 @@ def test_settings_reach_the_kernel_and_change_no_result(monkeypatch: pytest.Monk
     with settings.forced(Settings(block_n=16, programs=1)):
         got = run()
     assert grids == [2, 1]
-    torch.testing.assert_close(got, wanted, atol=1e-6, rtol=0)
+    plain = PrefixAttention("dense", "torch")(one.q, one.k, one.v, one.context, None, PassInfo(0))[0]
+    for out in (got, wanted):
+        torch.testing.assert_close(out, plain, atol=1e-6, rtol=0)
 
 
 def clock(settings: Settings) -> float | None:
