@@ -98,7 +98,7 @@ def time_shape(
     """Time policies, kernels and peers on one shape."""
     backend = TritonBackend()
     made = layers(shape, backend)
-    sparse, density = budget_for(0.10, "losa:", shape, backend, made[0])
+    sparse, density = budget_for(0.10, "losa", shape, backend, made[0])
     rows: list[Row] = []
 
     def add(
