@@ -33,7 +33,7 @@ from sparse_dlm_attn_bench.peers import (
 from sparse_dlm_attn_bench.shape import Shape
 from sparse_dlm_attn_folded.folding import Pool, Requests, folded, full_pages, rows_of_lists
 from sparse_dlm_attn_torch import TorchBackend
-from sparse_dlm_attn_torch.block_sparse import flex_listed
+from sparse_dlm_attn_torch.block_sparse import flex_masked, listed_mask
 from sparse_dlm_attn_torch.layout import Lists, lists_of
 
 __all__ = ["SPARSE", "SPARSE_FAST", "Chosen", "Found", "sparse_peers"]
@@ -140,10 +140,8 @@ def _flex(chosen: Sequence[Chosen], shape: Shape) -> Found:
         q = one.rows().reshape(shape.batch, shape.kv_heads, -1, shape.head_dim)
         block = max(128, 1 << (q.shape[2] - 1).bit_length()), shape.page_size
 
-        def run(q: torch.Tensor = q, one: Chosen = one, own: Lists = own, block: Any = block) -> Pair:
-            return flex_listed(q, *one.layer.cache, own, block, shape.head_dim**-0.5)
-
-        works.append(run)
+        mask = listed_mask((q.shape[2], shape.context), own, block)
+        works.append(partial(flex_masked, q, *one.layer.cache, mask, shape.head_dim**-0.5))
     return Found(works)
 
 
