@@ -23,8 +23,8 @@ import full_sequence_peers as peers
 import torch
 
 from sparse_dlm_attn.policies.sparsed import SparseD
-from sparse_dlm_attn_torch.metadata import top_pages
 from sparse_dlm_attn_triton.full_sequence import attend_spans, lists_for
+from sparse_dlm_attn_triton.launch import top_pages
 from sparse_dlm_attn_triton.pooled import pooled_scores
 from sparse_dlm_attn_triton.span_tiles import Tile, attend_tile, pooled_tile
 

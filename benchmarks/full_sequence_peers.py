@@ -9,12 +9,15 @@ from typing import Any
 
 import torch
 
-from sparse_dlm_attn_torch.block_sparse import flash_attn_listed, flex_listed
+from sparse_dlm_attn import UnavailableError
+from sparse_dlm_attn_bench.peers import flash_attn_3, reason
+from sparse_dlm_attn_torch.block_sparse import attend_pages, check_installed, flash_attn_listed, flex_listed
 from sparse_dlm_attn_torch.layout import Lists, lists_of
 
 __all__ = ["block_sparse", "dense", "dense_with_lse"]
 
 Calls = dict[str, Callable[[], Any]]
+LIBRARY = "torch:attention=block-sparse"
 
 
 def dense(problem: Any, quick: bool) -> Calls:
@@ -24,11 +27,15 @@ def dense(problem: Any, quick: bool) -> Calls:
         "SDPA flash": lambda: torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2],
         "SDPA cuDNN": lambda: torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)[:2],
     }
-    for name, module in (("flash-attn 3", "flash_attn_interface"), ("flash-attn 4", "flash_attn.cute")):
+    modules: dict[str, Callable[[], Any]] = {
+        "flash-attn 3": flash_attn_3,
+        "flash-attn 4": functools.partial(importlib.import_module, "flash_attn.cute"),
+    }
+    for name, module in modules.items():
         try:
-            function = importlib.import_module(module).flash_attn_func
+            function = module().flash_attn_func
         except (ImportError, AttributeError, OSError, RuntimeError) as error:
-            print(f"  {name}: not here ({type(error).__name__}: {str(error)[:80]})")
+            print(f"  {name}: not here ({reason(error)})")
             continue
         calls[name] = functools.partial(_flash_attn, function, q, k, v)
     if not quick:
@@ -47,8 +54,22 @@ def _flash_attn(
 
 
 def dense_with_lse(problem: Any) -> Callable[[], Any]:
-    """Return the fastest dense kernel of PyTorch itself that gives the LSE, which the choice needs."""
+    """Return the fastest dense kernel that is here and gives the LSE, which the choice needs."""
     q, k, v = problem.q, problem.k, problem.v
+    try:
+        function = flash_attn_3().flash_attn_func
+        calls = functools.partial(
+            function, *(side.transpose(1, 2) for side in (q, k, v)), return_attn_probs=True
+        )
+
+        def flash_3() -> Any:
+            out, lse = calls()[:2]
+            return out.transpose(1, 2), lse
+
+        if problem.error(flash_3(), True) <= 1:
+            return flash_3
+    except (ImportError, AttributeError, OSError, RuntimeError, TypeError):
+        pass  # said when the dense kernels were timed
 
     def cudnn() -> Any:
         return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)[:2]
@@ -73,6 +94,12 @@ def block_sparse(problem: Any, quick: bool) -> Calls:
         calls["FlexAttention Triton"] = lambda: flex_listed(q, k, v, lists, (128, 128), scale)
         calls["FlexAttention FLASH"] = lambda: flex_listed(q, k, v, lists, (128, 128), scale, kernel="FLASH")
         calls["flash-attn 4 block-sparse"] = lambda: flash_attn_listed(q, k, v, lists, scale)
+        try:
+            check_installed()
+        except UnavailableError as error:
+            print(f"  {LIBRARY}: not here ({'; '.join(error.reasons)[:100]})")
+        else:  # the backend's own way to it: pages copied in reading order, lists made in every call
+            calls[LIBRARY] = lambda: attend_pages(*problem.arguments())
         return calls
     if quick:
         return calls

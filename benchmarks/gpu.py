@@ -1,10 +1,13 @@
-"""Every kernel of the Triton backend and whole passes on one GPU, beside the dense peers that import.
+"""Every kernel of the Triton backend and whole passes on one GPU, beside the peers that import.
 
     python benchmarks/gpu.py --out gpu.json [--plot gpu.png]
 
-A pass is a whole one: change, active rows, scores, pages, attention, block, merge. Results are compared
-with the PyTorch backend's plain path before anything is timed. Times are medians of CUDA-graph replays over
-layers that rotate, so that the L2 cache is cold; see `timing`. About a minute and a half on an H100.
+A pass is a whole one: change, active rows, scores, pages, attention, block, merge. Dense peers attend to the
+whole context, sparse peers to the pages that the LoSA pass chose, for its active rows alone. Results are
+compared with float32 sums, or with the PyTorch backend's plain path, before anything is timed; peers that do
+not import or are wrong are named with the reason. Times are medians of CUDA-graph replays over layers that
+rotate, so that the L2 cache is cold; see `sparse_dlm_attn_bench.timing`. About three minutes on an H100,
+half a minute more where FlashInfer compiles.
 """
 
 from __future__ import annotations
@@ -18,43 +21,33 @@ from typing import Any
 
 import torch
 import triton
-from layer import Layer, Shape, budget_for, layers, relative_density, runner
-from peers import DENSE, dense_peers
 from rich.console import Console
 from rich.table import Table
-from timing import Timing, bandwidth, measure, relative_error
 
-from sparse_dlm_attn import PassInfo, PrefixAttention
-from sparse_dlm_attn_torch import TorchBackend
+from sparse_dlm_attn import PrefixAttention
+from sparse_dlm_attn_bench.gate import WrongResultError, check_passes
+from sparse_dlm_attn_bench.layer import Layer, budget_for, layers, relative_density, runner
+from sparse_dlm_attn_bench.peers import DENSE, FAST, dense_peers
+from sparse_dlm_attn_bench.shape import Shape
+from sparse_dlm_attn_bench.sparse_peers import SPARSE, Chosen, sparse_peers
+from sparse_dlm_attn_bench.timing import COLD_BYTES, Timing, bandwidth, measure
 from sparse_dlm_attn_triton import TritonBackend, launch
 
 SHAPES = (
     Shape(context=16384), Shape(context=32768), Shape(), Shape(context=131072), Shape(batch=8),
     Shape(page_size=16),
 )
-TOLERANCE = 1e-2  # of bfloat16, relative to the norm of a pass's output
 MAGE = "mage:dense_layers=0,budget=1024"
 Row = dict[str, Any]
 
 
 def check(shape: Shape, policy: str) -> float:
     """Return the relative error of three passes against float32, the same pages read; exit if it is large."""
-    backend, plain = TritonBackend(), TorchBackend(device="cuda", attention="masked")
-    layer = layers(shape, backend)[0]
-    ours, theirs = PrefixAttention(policy, backend), PrefixAttention(policy, plain)
-    memory, other, worst = None, None, 0.0
-    for index in range(3):
-        q = layer.q if index < 2 else layer.q_next
-        out, memory = ours(q, layer.k, layer.v, layer.context, memory, PassInfo(index))
-        expected, other = theirs(q, layer.k, layer.v, layer.context, other, PassInfo(index))
-        worst = max(worst, relative_error(out, expected))
-        # Scores of random numbers may round to either side of a cut: pages differ, but few of them.
-        differing = (memory.selection.mask != other.selection.mask).float().mean()
-        if float(differing) > 1e-3:
-            sys.exit(f"{shape}, {policy}: {float(differing):.2%} of the pages differ from the plain path's")
-    if worst > TOLERANCE:
-        sys.exit(f"{shape}, {policy}: relative error {worst:.1e} exceeds {TOLERANCE}")
-    return worst
+    backend = TritonBackend()
+    try:
+        return check_passes(shape, policy, backend, layers(shape, backend)[0])
+    except WrongResultError as error:
+        sys.exit(str(error))
 
 
 def roofline(shape: Shape, density: float, metadata: bool, rate: float) -> float:
@@ -64,9 +57,12 @@ def roofline(shape: Shape, density: float, metadata: bool, rate: float) -> float
     return read / rate * 1e6
 
 
-def kernels(shape: Shape, made: list[Layer], policy: Any) -> dict[str, list[Callable[[], Any]]]:
-    """Return the stages of a ranked pass, each on every layer."""
+def kernels(
+    shape: Shape, made: list[Layer], policy: Any
+) -> tuple[dict[str, list[Callable[[], Any]]], list[Chosen]]:
+    """Return the stages of a ranked pass, each on every layer, and what they chose."""
     stages: dict[str, list[Callable[[], Any]]] = {"scores": [], "change, scores, select": [], "attend": []}
+    chosen = []
     for layer in made:
         bounds, lengths = layer.context.bounds, layer.context.page_lengths
 
@@ -77,6 +73,7 @@ def kernels(shape: Shape, made: list[Layer], policy: Any) -> dict[str, list[Call
             )
 
         active, mask = rank()
+        chosen.append(Chosen(layer, mask, active))
         context = layer.context
         part = launch.Part(
             context.k_pages, context.v_pages, context.page_table, lengths, mask, shape.tokens, active,
@@ -92,14 +89,16 @@ def kernels(shape: Shape, made: list[Layer], policy: Any) -> dict[str, list[Call
         )
         stages["change, scores, select"].append(rank)
         stages["attend"].append(attend)
-    return stages
+    return stages, chosen
 
 
-def time_shape(shape: Shape, rate: float, peer_names: tuple[str, ...], repeats: int) -> list[Row]:
+def time_shape(
+    shape: Shape, rate: float, peer_names: tuple[str, ...], sparse_names: tuple[str, ...], repeats: int
+) -> list[Row]:
     """Time policies, kernels and peers on one shape."""
     backend = TritonBackend()
     made = layers(shape, backend)
-    sparse, density = budget_for(0.10, "losa:", shape, backend, made[0])
+    sparse, density = budget_for(0.10, "losa", shape, backend, made[0])
     rows: list[Row] = []
 
     def add(
@@ -111,7 +110,8 @@ def time_shape(shape: Shape, rate: float, peer_names: tuple[str, ...], repeats: 
             "policy": policy, **timing.as_dict(),
         })  # fmt: skip
 
-    for name, works in dense_peers(made[:4], shape, peer_names).items():
+    some = made[: max(4, -(-COLD_BYTES // shape.cache_bytes))]
+    for name, works in dense_peers(some, shape, peer_names).items():
         if isinstance(works, str):
             print(f"{shape}: {name} is not here ({works})")
         else:
@@ -122,14 +122,22 @@ def time_shape(shape: Shape, rate: float, peer_names: tuple[str, ...], repeats: 
         read = relative_density(policy, backend, made[0])
         timing = measure([runner(policy, backend, layer) for layer in made], repeats)
         add(name, "pass", timing, read, policy, name in ("losa", "quest"))
-    for name, works in kernels(shape, made, PrefixAttention(sparse, backend).policy).items():
+    stages, chosen = kernels(shape, made, PrefixAttention(sparse, backend).policy)
+    for name, works in stages.items():
         add(name, "kernels", measure(works, repeats), density)
+    for name, found in sparse_peers(chosen, shape, sparse_names).items():
+        if isinstance(found, str):
+            print(f"{shape}: {name} is not here ({found})")
+        else:
+            add(name, "sparse peer", measure(found.works, repeats), density)
+            rows[-1]["plan_us"] = found.plan_us
     best = min((row["alone_us"] for row in rows if row["kind"] == "dense peer"), default=None)
     chained = min((row["chained_us"] for row in rows if row["kind"] == "dense peer"), default=None)
     for row in rows:
         row["speedup_alone"] = best / row["alone_us"] if best else None
         row["speedup_chained"] = chained / row["chained_us"] if chained else None
-        row["of_roofline"] = row["roofline_us"] / row["chained_us"] if row["kind"] != "kernels" else None
+        whole = row["kind"] in ("pass", "dense peer")
+        row["of_roofline"] = row["roofline_us"] / row["chained_us"] if whole else None
     return rows
 
 
@@ -155,7 +163,8 @@ def print_rows(rows: list[Row]) -> None:
     for row in rows:
         ratios = [row["speedup_alone"], row["speedup_chained"]] if row["kind"] == "pass" else [None, None]
         table.add_row(
-            row["name"], f"{row['density']:.1%}",
+            row["name"] + (f" (plan {row['plan_us']:.0f})" if row.get("plan_us") else ""),
+            f"{row['density']:.1%}",
             *(f"{row[key]:.1f}" for key in ("alone_us", "chained_us", "plain_us")),
             *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
             "" if row["of_roofline"] is None else f"{row['of_roofline']:.0%}",
@@ -170,7 +179,7 @@ def plot(rows: list[Row], path: Path) -> None:
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
     picked = [row for row in rows if row["shape"].startswith("B1 ") and row["shape"].endswith("p64")]
-    for name in dict.fromkeys(row["name"] for row in picked if row["kind"] != "kernels"):
+    for name in dict.fromkeys(row["name"] for row in picked if row["kind"] in ("pass", "dense peer")):
         mine = [row for row in picked if row["name"] == name]
         points = [(int(row["shape"].split()[1][:-1]), row["chained_us"]) for row in mine]
         style = "--" if name in DENSE else "-"  # dashes: other people's kernels
@@ -189,12 +198,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON to write")
     parser.add_argument("--plot", type=Path, help="PNG to write")
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--peer", action="append", choices=sorted(DENSE),
+    parser.add_argument("--peer", action="append", choices=sorted((*DENSE, *SPARSE)),
                         help="peers to ask; default: all but the slow ones")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("A CUDA GPU is needed; benchmarks/test_cpu.py times the CPU.")
-    names = tuple(options.peer or ("SDPA flash, group folded", "SDPA cuDNN", "flash-attn 3"))
+    asked = options.peer or (*FAST, *SPARSE)
+    names, sparse_names = (tuple(name for name in asked if name in known) for known in (DENSE, SPARSE))
     rate = bandwidth()
     device = torch.cuda.get_device_name()
     print(f"{device}, torch {torch.__version__}, Triton {triton.__version__}, read {rate / 1e12:.2f} TB/s")
@@ -203,7 +213,7 @@ def main() -> None:
     rows: list[Row] = []
     whole: dict[str, list[Row]] = {}
     for shape in SHAPES:
-        found = time_shape(shape, rate, names, options.repeats)
+        found = time_shape(shape, rate, names, sparse_names, options.repeats)
         print_rows(found)
         rows += found
         if any(row["kind"] == "dense peer" for row in found):

@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from layer import Layer, Shape, budget_for, layers, relative_density, runner
-from peers import dense_peers
 from rich.console import Console
 from rich.table import Table
-from timing import measure, relative_error
 
 from sparse_dlm_attn import Context, PassInfo, PrefixAttention, Selection, UnsupportedError
+from sparse_dlm_attn_bench.layer import Layer, budget_for, layers, relative_density, runner
+from sparse_dlm_attn_bench.peers import dense_peers
+from sparse_dlm_attn_bench.shape import Shape
+from sparse_dlm_attn_bench.timing import measure, relative_error
 from sparse_dlm_attn_torch import TorchBackend, flex
 
 PATHS = ("flex", "masked", "gather")

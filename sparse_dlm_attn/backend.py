@@ -144,6 +144,31 @@ class Backend(ABC):
         Exact, in the dtype of the keys; 0 for absent pages. NaN keys give NaN bounds.
         """
 
+    def extend_bounds(self, context: Context, bounds: PageBounds, from_page: int) -> PageBounds:
+        """Return the bounds of a context that has grown; only what is new is read (clause BOUNDS-2).
+
+        Parameters
+        ----------
+        context : Context
+            The context as it is now.
+        bounds : PageBounds
+            Bounds of at least its first ``from_page`` pages, as they were before.
+        from_page : int
+            First page that tokens have been written to since, or that was not there:
+            ``tokens before // page_size``, the least over sequences. It may equal the number of pages.
+
+        Returns
+        -------
+        PageBounds
+            What ``page_bounds(context)`` returns, bit for bit.
+
+        Raises
+        ------
+        InvalidArgumentError, InvalidTypeError
+            If ``from_page`` lies outside the context or beyond ``bounds``, or these are of another form.
+        """
+        return operators.extend_bounds(self, context, bounds, from_page)
+
     @abstractmethod
     def page_scores(self, q: Array, bounds: PageBounds, *, active: Array | None = None) -> Array:
         """Return the largest q.k that a page's box allows, unscaled (clause SCORES-1).

@@ -26,6 +26,7 @@ __all__ = [
     "check_block",
     "check_cached",
     "check_context",
+    "check_extend_bounds",
     "check_library",
     "check_page_count",
     "check_page_scores",
@@ -131,6 +132,26 @@ def check_page_scores(q: Array, bounds: PageBounds, active: Array | None = None)
     check_same_place("bounds.lower", bounds.lower, "q", q)
     if active is not None:
         check_active(active, q)
+
+
+def check_extend_bounds(context: Context, bounds: PageBounds, from_page: int) -> None:
+    """Check the arguments of `extend_bounds`."""
+    check_context(context)
+    if not isinstance(bounds, PageBounds):
+        raise InvalidTypeError(
+            "bounds", "must be PageBounds", type(bounds).__name__, "Make them with page_bounds(context)."
+        )
+    if check_int("from_page", from_page, 0) > context.pages:
+        raise InvalidArgumentError("from_page", f"must lie in 0..pages = 0..{context.pages}", from_page)
+    shape = (context.batch, context.kv_heads, "pages", context.head_dim)
+    check_array("bounds.lower", bounds.lower, shape, (dtype_name(context.k_pages),))
+    held = shape_of(bounds.lower)[2]
+    if held < from_page:
+        raise InvalidArgumentError(
+            "bounds", f"must hold the first from_page={from_page} pages", f"{held} pages",
+            "Begin at an earlier page, or make them with page_bounds(context).",
+        )
+    check_same_place("bounds.lower", bounds.lower, "context.k_pages", context.k_pages)
 
 
 def check_pooled_scores(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -44,7 +44,7 @@ class Context:
         int8 ``(batch, pages)``: 0 prompt, 1 generated, 2 suffix. None means all prompt.
     bounds : PageBounds, optional
         Metadata kept by the owner of the cache, so that no pass has to rebuild it. It must describe
-        exactly these pages; rebuild the entry of a page whenever tokens are written to it.
+        exactly these pages: a backend's `extend_bounds` makes it anew from the first page written to.
     version : int
         Change it whenever the valid tokens change: memory made under another version is refused.
 
@@ -61,6 +61,7 @@ class Context:
     page_segments: Array | None = None
     bounds: PageBounds | None = None
     version: int = 0
+    _of_pages: ClassVar[tuple[str, ...]] = ("page_table", "page_lengths", "page_segments")
 
     def __post_init__(self) -> None:
         check_array("k_pages", self.k_pages, ("num_pages", "kv_heads", "page_size", "head_dim"))
@@ -166,6 +167,12 @@ class Context:
             xp = namespace(self.page_lengths)
             return self.exists if segment == PROMPT else xp.zeros_like(self.exists)
         return self.exists & (self.page_segments == segment)
+
+    def pages_from(self, first: int) -> Context:
+        """Return the context of the logical pages from ``first`` on, without metadata."""
+        values = {name: getattr(self, name) for name in self._of_pages}
+        cut = {name: value[:, first:] for name, value in values.items() if value is not None}
+        return replace(self, **cut, bounds=None)
 
     def with_bounds(self, bounds: PageBounds) -> Context:
         """Return this context with metadata attached."""

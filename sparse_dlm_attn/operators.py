@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from sparse_dlm_attn.arrays import Array, compute_dtype, invert_permutation, namespace, shape_of
 from sparse_dlm_attn.checks import (
+    check_extend_bounds,
     check_pooled_scores,
     check_query_change,
     check_reuse,
@@ -22,13 +23,15 @@ from sparse_dlm_attn.checks import (
     check_top_pages,
 )
 from sparse_dlm_attn.errors import InvalidArgumentError, InvalidTypeError
-from sparse_dlm_attn.values import AttentionState, check_int, softmax_scale
+from sparse_dlm_attn.values import AttentionState, PageBounds, check_int, softmax_scale
 
 if TYPE_CHECKING:
+    from sparse_dlm_attn.backend import Backend
     from sparse_dlm_attn.context import Context
 
 __all__ = [
     "check_change_rule",
+    "extend_bounds",
     "gather_pages",
     "largest_changes",
     "merge",
@@ -43,6 +46,19 @@ CHUNK_ELEMENTS = 2**21
 
 LEAST_ROWS = 16
 """Rows for which a part of a context is sized, so that a long block does not cut it into single pages."""
+
+
+def extend_bounds(
+    backend: Backend, context: Context, bounds: PageBounds, from_page: int
+) -> PageBounds:
+    """See :meth:`sparse_dlm_attn.Backend.extend_bounds`."""
+    check_extend_bounds(context, bounds, from_page)
+    fresh = backend.page_bounds(context.pages_from(from_page))
+    if from_page == 0:
+        return fresh
+    xp = namespace(fresh.lower)
+    sides = ((bounds.lower, fresh.lower), (bounds.upper, fresh.upper))
+    return PageBounds(*(xp.concat([old[:, :, :from_page, :], new], axis=2) for old, new in sides))
 
 
 def descending_ranks(values: Array) -> Array:

@@ -40,6 +40,7 @@ __all__ = [
     "get_backend",
     "get_policy",
     "policies",
+    "split_parameters",
 ]
 
 BACKEND_GROUP = "sparse_dlm_attn.backends"
@@ -129,7 +130,7 @@ def get_backend(backend: str | Backend, **options: Any) -> Backend:
         If what was found is not a backend, or refuses the options.
     """
     if isinstance(backend, str):
-        backend, written = _split_parameters("backend", backend)
+        backend, written = split_parameters("backend", backend)
         options = {**written, **options}
     return _build("backend", BACKEND_GROUP, Backend, backend, options)  # type: ignore[no-any-return]
 
@@ -161,7 +162,7 @@ def get_policy(
     3
     """
     if isinstance(policy, str):
-        policy, written = _split_parameters("policy", policy)
+        policy, written = split_parameters("policy", policy)
         parameters = {**written, **parameters}
     return _build("policy", POLICY_GROUP, PrefixAttentionPolicy, policy, parameters)  # type: ignore[no-any-return]
 
@@ -294,8 +295,23 @@ def _check_options(kind: str, name: str, target: Any, options: dict[str, Any]) -
             raise UnknownNameError(f"parameter of {kind} {name!r}", option, parameters)
 
 
-def _split_parameters(kind: str, text: str) -> tuple[str, dict[str, Any]]:
-    """Split ``"name:key=value,..."`` at the colon before the first key; values may hold colons too."""
+def split_parameters(kind: str, text: str) -> tuple[str, dict[str, Any]]:
+    """Split ``"name:key=value,..."`` at the colon before the first key; values may hold colons too.
+
+    Parameters
+    ----------
+    kind : str
+        What is named, for messages.
+    text : str
+        The text.
+
+    Returns
+    -------
+    name : str
+        What stands before the parameters.
+    parameters : dict
+        Values by name: numbers, bools, None or text.
+    """
     before, equals, _ = text.partition("=")
     head, separator, _ = before.rpartition(":")
     if not separator or not equals:

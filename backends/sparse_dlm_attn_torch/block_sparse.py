@@ -19,7 +19,10 @@ from sparse_dlm_attn import UnavailableError, UnsupportedError
 from sparse_dlm_attn_torch.layout import Lists, lists_of, wanted_pages
 from sparse_dlm_attn_torch.states import keep_active
 
-__all__ = ["attend_pages", "check_installed", "flash_attn_listed", "flex_listed", "why_not"]
+__all__ = [
+    "attend_pages", "check_installed", "flash_attn_listed", "flex_listed", "flex_masked", "listed_mask",
+    "why_not",
+]
 
 TILE = 128
 DTYPES = ("bfloat16", "float16")
@@ -165,9 +168,26 @@ def flex_listed(
     tuple of torch.Tensor
         ``out`` like ``q`` and ``lse`` ``(batch, q_heads, tokens)``, natural log.
     """
-    module = importlib.import_module("torch.nn.attention.flex_attention")
     if mask_mod is None:
         mask_mod = _every_key if lengths is None else _within(lengths, block[1])
+    mask = listed_mask((q.shape[2], k.shape[2]), lists, block, partial=partial, mask_mod=mask_mod)
+    return flex_masked(q, k, v, mask, scale, kernel=kernel, options=options)
+
+
+def listed_mask(
+    lengths: tuple[int, int], lists: Lists, block: tuple[int, int], *, partial: Lists | None = None,
+    mask_mod: Callable[..., Any] = _every_key,
+) -> Any:
+    """Return FlexAttention's `BlockMask` of listed blocks.
+
+    Parameters
+    ----------
+    lengths : tuple of int
+        Rows and keys.
+    lists, block, partial, mask_mod
+        As for `flex_listed`.
+    """
+    module = importlib.import_module("torch.nn.attention.flex_attention")
     full = lists.pages.to(torch.int32), lists.counts.to(torch.int32)
     other = (
         (torch.zeros_like(full[0]), torch.zeros_like(full[1])) if partial is None
@@ -176,10 +196,28 @@ def flex_listed(
     more: dict[str, Any] = {}
     if "compute_q_blocks" in inspect.signature(module.BlockMask.from_kv_blocks).parameters:
         more["compute_q_blocks"] = False
-    mask = module.BlockMask.from_kv_blocks(
-        other[1], other[0], full[1], full[0], BLOCK_SIZE=block, mask_mod=mask_mod,
-        seq_lengths=(q.shape[2], k.shape[2]), **more,
+    return module.BlockMask.from_kv_blocks(
+        other[1], other[0], full[1], full[0], BLOCK_SIZE=block, mask_mod=mask_mod, seq_lengths=lengths,
+        **more,
     )
+
+
+def flex_masked(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, scale: float, *, kernel: str = "TRITON",
+    options: dict[str, Any] | None = None,
+) -> Pair:
+    """Run compiled FlexAttention over a mask that is there already; see `flex_listed`.
+
+    Parameters
+    ----------
+    q, k, v
+        As there.
+    mask : BlockMask
+        As `listed_mask` makes it.
+    scale, kernel, options
+        As there.
+    """
+    module = importlib.import_module("torch.nn.attention.flex_attention")
     chosen = dict(options or {})
     if kernel != "TRITON":
         chosen["BACKEND"] = kernel
@@ -212,9 +250,12 @@ def flash_attn_listed(
     interface = importlib.import_module("flash_attn.cute.interface")
     sparsity = importlib.import_module("flash_attn.cute.block_sparsity")
     pages, counts = lists.pages.to(torch.int32), lists.counts.to(torch.int32)
-    blocks = sparsity.BlockSparseTensorsTorch(
+    tensors = sparsity.BlockSparseTensorsTorch
+    # Said outright: what it infers from the lengths may be another tile, and our numbers other keys.
+    size = {"block_size": (TILE, TILE)} if "block_size" in getattr(tensors, "_fields", ()) else {}
+    blocks = tensors(
         mask_block_cnt=torch.zeros_like(counts), mask_block_idx=torch.zeros_like(pages),
-        full_block_cnt=counts, full_block_idx=pages,
+        full_block_cnt=counts, full_block_idx=pages, **size,
     )
     out, lse = interface._flash_attn_fwd(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), softmax_scale=scale,

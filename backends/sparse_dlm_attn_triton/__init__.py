@@ -6,6 +6,7 @@ sizes them. See docs/backends/triton.md.
 
 from __future__ import annotations
 
+import os
 from typing import Any, ClassVar, cast
 
 from sparse_dlm_attn import (
@@ -43,7 +44,7 @@ except ImportError as error:
         "backend 'triton'", [str(error)], "Install it: pip install 'sparse_dlm_attn[triton]'."
     ) from error
 
-from sparse_dlm_attn_triton import launch, ops
+from sparse_dlm_attn_triton import launch, ops, settings
 
 __all__ = ["TritonBackend"]
 
@@ -65,34 +66,50 @@ class TritonBackend(Backend):
     ragged : bool
         Whether sequences of a batch differ much in length. Programs then take equal shares of all page lists
         together instead of equal shares of each, for one more launch (docs/backends/triton.md has the times).
+    tuned : bool, optional
+        Whether to launch with what ``sparse-dlm-attn tune`` found for this GPU, in this process from now on.
+        Default: only if the environment variable ``SDA_TRITON_TUNED`` is 1.
 
     Raises
     ------
     InvalidArgumentError, InvalidTypeError
-        If it is no such device, or ``ragged`` is no bool.
+        If it is no such device, or ``ragged`` or ``tuned`` is no bool.
     UnavailableError
-        If PyTorch or Triton is too old, or there is no GPU.
+        If PyTorch or Triton is too old, there is no GPU, or nothing was tuned for it.
     """
 
     name: ClassVar[str] = "triton"
 
-    def __init__(self, device: str | None = None, ragged: bool = False) -> None:
+    def __init__(
+        self, device: str | None = None, ragged: bool = False, tuned: bool | None = None
+    ) -> None:
         _check_versions()
         if not isinstance(ragged, bool):
             raise InvalidTypeError("ragged", "must be a bool", repr(ragged))
+        if not isinstance(tuned, bool | None):
+            raise InvalidTypeError("tuned", "must be a bool or None", repr(tuned))
         self.ragged = ragged
         self._device = _check_device("cpu" if launch.INTERPRETED else "cuda") if device is None else (
             _check_device(device)
         )
         self.device = str(self._device)
+        self.tuned = os.environ.get("SDA_TRITON_TUNED") == "1" if tuned is None else tuned
+        if self.tuned:
+            if launch.INTERPRETED:
+                raise InvalidArgumentError("tuned", "must be False under TRITON_INTERPRET=1", self.tuned)
+            settings.use_tuned(self._device)
 
     def __repr__(self) -> str:
-        return f"TritonBackend(device={self.device!r}, ragged={self.ragged})"
+        return f"TritonBackend(device={self.device!r}{self._options('=True')})"
+
+    def _options(self, suffix: str = "") -> str:
+        """Tell which options are on."""
+        return "".join(f", {name}{suffix}" for name in ("ragged", "tuned") if getattr(self, name))
 
     @property
     def capabilities(self) -> Capabilities:
         """Half and single precision; heads and pages up to 256 channels and tokens."""
-        notes = f"device={self.device}, ragged={self.ragged}"
+        notes = f"device={self.device}{self._options()}"
         if launch.INTERPRETED:
             notes += ", interpreted: bfloat16 products are wrong in Triton's interpreter"
         return Capabilities(

@@ -23,6 +23,7 @@ from sparse_dlm_attn_triton.launch_decisions import (
     rank,
     top_pages,
 )
+from sparse_dlm_attn_triton.settings import Settings, chosen
 from sparse_dlm_attn_triton.shares import lists_kernel, shares_kernel
 from sparse_dlm_attn_triton.span_tiles import LOG2_E, padded_dim
 
@@ -45,19 +46,6 @@ MOST_PAIRS = 2048
 MOST_LISTED = 2048
 """Most pages that one turn of a page list takes."""
 Tensor = torch.Tensor
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Tile of the attention kernel; measured defaults are in docs/backends/triton.md."""
-
-    block_n: int = 64
-    warps: int = 4
-    stages: int = 3
-    programs: int = 264
-    """Programs to aim for: two for each multiprocessor of an H100."""
-    least_m: int = 16
-    """Fewest rows of a tile; 64 of them fill the wider tensor-core instruction of Hopper."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,11 +126,15 @@ class _Grid:
     mask_rows: int
 
 
-def _grid(q: Tensor, part: Part, kv_heads: int) -> _Grid:
+def _grid(q: Tensor, part: Part, kv_heads: int, has_pages: bool) -> _Grid:
     batch, q_heads, tokens, head_dim = q.shape
     group, rows = q_heads // kv_heads, max(min(part.most_active, tokens), 1)
     block_m = _rows_of_tile(q.dtype, head_dim, group * rows)
     settings = settings_for(q.dtype, head_dim, block_m)
+    if has_pages:
+        pages, page_size = part.page_table.shape[1], part.k_pages.shape[2]
+        sizes = head_dim, page_size, group, tokens, batch * kv_heads, pages * page_size
+        settings = chosen(settings, q.device, q.dtype, *sizes)
     block_m = max(block_m, settings.least_m)
     rows = tokens if group * tokens <= block_m else rows  # all rows fit: no need to look for the active ones
     heads = part.mask.shape[1]
@@ -160,7 +152,7 @@ def _parts(
         part, has_pages = _no_pages(q, kv_heads), False
     else:
         has_pages = True
-    grid = _grid(q, part, kv_heads)
+    grid = _grid(q, part, kv_heads, has_pages)
     if has_pages and ragged and q.shape[0] > 1 and grid.tiles == 1 and grid.pairs <= MOST_PAIRS:
         return _shares(q, block, part, scale, grid)
     return _splits(q, block, part, scale, later, grid, has_pages)

@@ -19,6 +19,7 @@ CLAUSES: dict[str, str] = {
     "GQA-1": "query head h reads KV head h // group",
     "GQA-2": "a selection per query head is honoured per query head",
     "BOUNDS-1": "page_bounds: exact minimum and maximum of the valid keys, 0 for absent pages, NaN for NaN",
+    "BOUNDS-2": "extend_bounds: what page_bounds returns, reading no page before the first that changed",
     "SCORES-1": "page_scores = sum_c max(q_c lower_c, q_c upper_c), unscaled, float32",
     "SCORES-2": "a page's score is at least q.k of each of its valid keys",
     "POOLED-1": "pooled_scores: mean over the span's rows of each page's softmax mass, float32",

@@ -18,6 +18,7 @@ __all__ = ["OPERATORS", "Call", "arrays_in", "prepare"]
 
 OPERATORS = (
     "page_bounds",
+    "extend_bounds",
     "page_scores",
     "pooled_scores",
     "top_pages",
@@ -30,7 +31,7 @@ OPERATORS = (
     "attend",
     "attend_ranked",
 )
-OVER_CONTEXT = ("page_bounds", "pooled_scores", "attend_pages", "attend", "attend_ranked")
+OVER_CONTEXT = ("page_bounds", "pooled_scores", "attend_pages", "attend", "attend_ranked", "extend_bounds")
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +55,7 @@ def prepare(subject: Subject, arrays: Arrays, operator: str, on: Loaded | None =
     )
     runs: dict[str, Callable[[], Any]] = {
         "page_bounds": lambda: ops.page_bounds(on.context),
+        "extend_bounds": lambda: ops.extend_bounds(on.context, extra["bounds"], on.context.pages // 2),
         "page_scores": lambda: ops.page_scores(on.q, extra["bounds"]),
         "pooled_scores": lambda: ops.pooled_scores(on.q, on.context, span=arrays.span, scale=scale),
         "top_pages": lambda: ops.top_pages(extra["scores"], 2, eligible=extra["eligible"]),
@@ -81,7 +83,7 @@ def prepare(subject: Subject, arrays: Arrays, operator: str, on: Loaded | None =
 
 def _extra(subject: Subject, arrays: Arrays, operator: str) -> dict[str, Any]:
     """Return what an operator needs beyond the problem itself."""
-    if operator == "page_scores":
+    if operator in ("page_scores", "extend_bounds"):
         return {"bounds": subject.bounds(arrays.bounds())}
     if operator == "top_pages":
         rng = np.random.default_rng(arrays.mask.size)

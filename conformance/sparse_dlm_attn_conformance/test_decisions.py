@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from sparse_dlm_attn import PageBounds
 from sparse_dlm_attn_conformance import accuracy
 from sparse_dlm_attn_conformance.cases import Arrays, Case, Host
 from sparse_dlm_attn_conformance.checks import (
@@ -53,6 +54,27 @@ def test_a_nan_key_gives_nan_bounds_in_its_channel(subject: Subject, case: Case)
     lower, upper = bounds_of(subject, poisoned)
     expect_same_bits(lower.astype(np.float64), expected.lower, "lower bound of NaN keys", "BOUNDS-1")
     expect_same_bits(upper.astype(np.float64), expected.upper, "upper bound of NaN keys", "BOUNDS-1")
+
+
+@pytest.mark.clause("BOUNDS-2")
+@law(case=cases(min_pages=1))
+def test_bounds_after_growth_are_those_from_scratch(subject: Subject, case: Case) -> None:
+    """Pages that did not change, and bounds of those that did, are spoilt: whoever reads them shows it."""
+    arrays = case.arrays(subject.dtype)
+    first = case.seed % (case.pages + 1)
+    wanted = arrays.bounds()
+    later = np.arange(case.pages) >= first
+    per_head = np.broadcast_to(later, (*wanted.lower.shape[:2], case.pages))
+    spoilt = arrays.poisoned(arrays.stored(~per_head) & ~arrays.stored(per_head), np.nan)
+    before = PageBounds(
+        *(np.where(later[:, None], np.nan, side) for side in (wanted.lower, wanted.upper))
+    )
+    grown = subject.backend.extend_bounds(
+        subject.load(spoilt).context, subject.bounds(before, arrays.layout), first
+    )
+    got = expect_bounds(subject, grown, "extend_bounds", wanted.lower.shape)
+    for side, want, name in zip(got, (wanted.lower, wanted.upper), ("lower", "upper"), strict=True):
+        expect_same_bits(side.astype(np.float64), want, f"extend_bounds: {name}", "BOUNDS-2")
 
 
 def scores_of(subject: Subject, arrays: Arrays) -> Host:

@@ -162,6 +162,10 @@ class DistributedBackend(Backend):
         bounds = self.backend.page_bounds(here.local)
         return ShardedBounds(bounds.lower, bounds.upper, here.held)
 
+    def extend_bounds(self, context: Context, bounds: PageBounds, from_page: int) -> PageBounds:
+        grown = super().extend_bounds(context, bounds, from_page)
+        return ShardedBounds(grown.lower, grown.upper, self._sharded(context).held)
+
     def page_scores(
         self, q: torch.Tensor, bounds: PageBounds, *, active: torch.Tensor | None = None
     ) -> torch.Tensor:

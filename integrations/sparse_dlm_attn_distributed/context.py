@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import ClassVar
 
 import torch
 
@@ -71,6 +72,7 @@ class ShardedContext(Context):
 
     held: Array = None
     held_lengths: Array | None = None
+    _of_pages: ClassVar[tuple[str, ...]] = (*Context._of_pages, "held", "held_lengths")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -348,21 +348,16 @@ class PrefixCache:
         """Build metadata from page ``first_page`` on and keep the pages before it."""
         last_page = max(self.pages, 1)
         first_page = min(first_page, last_page - 1)
-        table, lengths = (each[:, first_page:] for each in self._page_arrays()[:2])
+        table, lengths, _ = self._page_arrays()
         for layer in range(self.config.layers):
-            fresh = self.backend.page_bounds(Context(*self._pool(layer), table, lengths))
-            self._bounds[layer] = self._joined(self._bounds[layer], fresh, first_page)
+            context, kept = Context(*self._pool(layer), table, lengths), self._bounds[layer]
+            self._bounds[layer] = (
+                self.backend.page_bounds(context) if kept is None
+                else self.backend.extend_bounds(context, kept, first_page)
+            )
         key_bytes = 4 * self.config.kv_heads * self.config.head_dim
         read = (self.length - min(first_page * self.page_size, self.length)) * key_bytes
         self.bounds_key_bytes = tuple(bytes_ + read for bytes_ in self.bounds_key_bytes)
-
-    @staticmethod
-    def _joined(kept: PageBounds | None, fresh: PageBounds, pages: int) -> PageBounds:
-        if kept is None or pages == 0:
-            return fresh
-        xp = namespace(fresh.lower)
-        lower = xp.concat([kept.lower[:, :, :pages, :], fresh.lower], axis=2)
-        return PageBounds(lower, xp.concat([kept.upper[:, :, :pages, :], fresh.upper], axis=2))
 
     def _rounded(self, tokens: int) -> int:
         return -(-tokens // self.page_size) * self.page_size

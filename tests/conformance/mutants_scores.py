@@ -76,6 +76,30 @@ def bounds_cached_for_a_shape(self: Any, c: Any) -> Any:
     return kept.setdefault((c.k_pages.shape, c.page_lengths.tobytes()), R.page_bounds(c))
 
 
+@broken("BOUNDS-2", operator="extend_bounds")
+def growth_keeps_the_page_that_was_partly_filled(self: Any, c: Any, b: Any, first: Any) -> Any:
+    return R.extend_bounds(c, b, min(first + 1, c.pages))
+
+
+@broken("BOUNDS-2", operator="extend_bounds")
+def growth_reads_the_whole_context(self: Any, c: Any, b: Any, first: Any) -> Any:
+    return R.page_bounds(c)
+
+
+@broken("BOUNDS-2", operator="extend_bounds")
+def growth_starts_a_page_too_early(self: Any, c: Any, b: Any, first: Any) -> Any:
+    return R.extend_bounds(c, b, max(first - 1, 0))
+
+
+@broken("BOUNDS-2", operator="extend_bounds")
+def growth_widens_what_was_known(self: Any, c: Any, b: Any, first: Any) -> Any:
+    grown = R.extend_bounds(c, b, first)
+    lower, upper = grown.lower.copy(), grown.upper.copy()
+    lower[:, :, first : first + 1] = np.minimum(lower, b.lower)[:, :, first : first + 1]
+    upper[:, :, first : first + 1] = np.maximum(upper, b.upper)[:, :, first : first + 1]
+    return PageBounds(lower, upper)
+
+
 def scores_mutant(*clauses: str, dtypes: tuple[str, ...] = ("float32",)) -> Callable[[Method], Method]:
     return broken(*clauses, operator="page_scores", dtypes=dtypes)
 

@@ -47,6 +47,7 @@ def test_there_are_mutants_of_every_operator() -> None:
 
 
 OPERATORS = {
-    "page_bounds", "page_scores", "pooled_scores", "top_pages", "query_change", "largest_changes",
-    "attend_pages", "attend_block", "merge", "reuse", "attend", "attend_ranked", "why_not", "asarray",
+    "page_bounds", "extend_bounds", "page_scores", "pooled_scores", "top_pages", "query_change",
+    "largest_changes", "attend_pages", "attend_block", "merge", "reuse", "attend", "attend_ranked",
+    "why_not", "asarray",
 }  # fmt: skip

@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 from problems import Array, block, ragged_context, random_selection
 
-from sparse_dlm_attn import AttentionState, Context, InvalidArgumentError, Selection, get_backend, operators
+from sparse_dlm_attn import (
+    AttentionState,
+    Context,
+    InvalidArgumentError,
+    InvalidTypeError,
+    PageBounds,
+    Selection,
+    get_backend,
+    operators,
+)
+from sparse_dlm_attn_reference import ReferenceBackend
 
 REFERENCE = get_backend("reference")
 
@@ -95,3 +105,55 @@ def test_values_work_on_any_library(convert: Callable[[Array], Any]) -> None:
 def test_change_rules_that_make_no_sense_are_refused(rule: dict[str, Any]) -> None:
     with pytest.raises(InvalidArgumentError, match=r"count|mass"):
         operators.largest_changes(np.zeros((1, 2), np.float32), **rule)
+
+
+class CountsPages(ReferenceBackend):
+    """Counts the pages whose keys it reads for bounds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pages = 0
+
+    def page_bounds(self, context: Context) -> PageBounds:
+        self.pages += int((np.asarray(context.page_lengths) > 0).sum())
+        return super().page_bounds(context)
+
+
+def test_bounds_that_grow_read_new_and_partly_filled_pages_only() -> None:
+    rng = np.random.default_rng(0)
+    k, v = rng.standard_normal((2, 2, 3, 256, 8), dtype=np.float32)
+    backend, bounds, tokens, read = CountsPages(), None, 0, []
+    for length in (40, 24, 32, 8, 0, 152):  # 16 tokens a page: the first block ends inside one
+        before, tokens = tokens, tokens + length
+        context = Context.from_dense(k, v, 16, lengths=[tokens, tokens])
+        backend.pages = 0
+        bounds = (
+            backend.page_bounds(context) if bounds is None
+            else backend.extend_bounds(context, bounds, before // 16)
+        )
+        read.append(backend.pages // 2)
+        wanted = ReferenceBackend().page_bounds(context)
+        np.testing.assert_array_equal(bounds.lower, wanted.lower)
+        np.testing.assert_array_equal(bounds.upper, wanted.upper)
+    assert read == [3, 2, 2, 1, 1, 10]
+
+
+@pytest.mark.parametrize("first, pages, error", [
+    (-1, 4, "from_page"), (5, 4, "from_page"), (3, 2, "bounds must hold the first from_page=3 pages"),
+    (True, 4, "from_page"), (1.0, 4, "from_page"),
+])
+def test_bounds_that_cannot_grow_so_are_refused(first: Any, pages: int, error: str) -> None:
+    cache = np.zeros((1, 1, 64, 8), dtype=np.float32)
+    context = Context.from_dense(cache, cache, 16)
+    known = np.zeros((1, 1, pages, 8), dtype=np.float32)
+    with pytest.raises(InvalidArgumentError, match=error):
+        ReferenceBackend().extend_bounds(context, PageBounds(known, known), first)
+
+
+def test_bounds_of_another_form_do_not_grow() -> None:
+    cache = np.zeros((1, 1, 64, 8), dtype=np.float32)
+    context, other = Context.from_dense(cache, cache, 16), np.zeros((1, 2, 4, 8), dtype=np.float32)
+    with pytest.raises(InvalidArgumentError, match=r"bounds\.lower"):
+        ReferenceBackend().extend_bounds(context, PageBounds(other, other), 1)
+    with pytest.raises(InvalidTypeError, match="bounds must be PageBounds"):
+        ReferenceBackend().extend_bounds(context, None, 1)  # type: ignore[arg-type]

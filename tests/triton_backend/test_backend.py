@@ -71,6 +71,7 @@ CASES = {"ragged-float32": RAGGED, "grouped-float16": GROUPED, "rows-float32": R
 WHOLE = tuple(CASES)[:3]
 LAWS = (
     test_decisions.test_page_bounds_are_the_exact_minimum_and_maximum,
+    test_decisions.test_bounds_after_growth_are_those_from_scratch,
     test_decisions.test_page_scores_are_exact_on_the_dyadic_grid,
     test_decisions.test_query_change_is_exact_on_the_dyadic_grid,
     test_decisions.test_scores_and_ranking_choose_the_same_pages_as_the_reference,

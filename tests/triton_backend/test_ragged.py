@@ -106,6 +106,7 @@ def test_it_launches_its_own_kernels_only_for_batches(monkeypatch: pytest.Monkey
 
 def test_it_is_an_option_of_the_name() -> None:
     assert get_backend("triton:ragged=true").ragged is True
-    assert "ragged=True" in BACKEND.capabilities.notes
+    assert "ragged" in BACKEND.capabilities.notes
+    assert "ragged=True" in repr(BACKEND)
     with pytest.raises(InvalidTypeError, match="ragged must be a bool"):
         TritonBackend(ragged="yes")  # type: ignore[arg-type]

@@ -1,0 +1,208 @@
+"""From which context length and density on sparse beats dense, on the GPU at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from sparse_dlm_attn import Backend
+
+if TYPE_CHECKING:
+    from sparse_dlm_attn_bench.layer import Layer
+    from sparse_dlm_attn_bench.shape import Shape
+
+__all__ = ["Point", "answer", "measure_context", "record"]
+
+LAYER = {"layer": 16, "num_layers": 32}
+"""The layer that is timed: one in the middle, since some policies read the first ones densely."""
+DENSE_LAYERS = 4
+
+
+@dataclass(frozen=True)
+class Point:
+    """One context length and density.
+
+    Parameters
+    ----------
+    context : int
+        Tokens.
+    asked, density : float
+        Share of the context that was asked for, and that the pass reads.
+    policy : str
+        The policy with the budget that reads so much.
+    sparse_us, dense_us : float
+        Microseconds of a whole pass of one layer, inside a graph of several, and of the fastest dense peer.
+    peer : str
+        Its name.
+    error : float
+        Relative error of the pass's output.
+    """
+
+    context: int
+    asked: float
+    density: float
+    policy: str
+    sparse_us: float
+    dense_us: float
+    peer: str
+    error: float
+
+    @property
+    def speedup(self) -> float:
+        """Dense time over sparse time."""
+        return self.dense_us / self.sparse_us
+
+
+def measure_context(
+    shape: Shape, policy: str, densities: Sequence[float], backend: Backend, repeats: int,
+    say: Callable[[str], None],
+) -> list[Point]:
+    """Measure all densities of one context length.
+
+    Parameters
+    ----------
+    shape : Shape
+        Sizes.
+    policy : str
+        A policy with a budget, without it.
+    densities : sequence of float
+        Shares of the context to read.
+    backend : Backend
+        Computes the sparse passes.
+    repeats : int
+        Replays of each graph.
+    say : callable
+        Takes remarks on peers that are not here.
+
+    Returns
+    -------
+    list of Point
+        One for each density.
+
+    Raises
+    ------
+    WrongResultError
+        If a pass gives a wrong result.
+    UnavailableError
+        If no dense peer runs.
+    """
+    import torch
+
+    from sparse_dlm_attn_bench import gate, layer, timing
+
+    made = layer.layers(shape, backend, share=min(densities))
+    dense_us, peer = _fastest_dense(made, shape, backend, repeats, say)
+    points = []
+    for asked in sorted(densities):
+        chosen, density = layer.budget_for(asked, policy, shape, backend, made[0], **LAYER)
+        error = gate.check_passes(shape, chosen, backend, made[0], **LAYER)
+        works = [layer.runner(chosen, backend, one, **LAYER) for one in made]
+        spent = timing.measure_chained(works, repeats)
+        points.append(Point(shape.context, asked, density, chosen, spent, dense_us, peer, error))
+    del made
+    torch.cuda.empty_cache()
+    return points
+
+
+def _fastest_dense(
+    made: list[Layer], shape: Shape, backend: Backend, repeats: int, say: Callable[[str], None]
+) -> tuple[float, str]:
+    """Return microseconds and name of the fastest dense kernel: libraries' and the backend's own."""
+    from sparse_dlm_attn import UnavailableError
+    from sparse_dlm_attn_bench import gate, layer, peers, timing
+
+    some = made[: max(DENSE_LAYERS, -(-timing.COLD_BYTES // shape.cache_bytes))]
+    times: dict[str, float] = {}
+    for name, works in peers.dense_peers(some, shape).items():
+        if isinstance(works, str):
+            say(f"{shape}: {name} is not here ({works})")
+        else:
+            times[name] = timing.measure_chained(works, repeats)
+    try:
+        gate.check_passes(shape, "dense", backend, some[0])
+    except gate.WrongResultError as error:
+        say(str(error))
+    else:
+        own = [layer.runner("dense", backend, one) for one in some]
+        times[f"{backend.name}, policy dense"] = timing.measure_chained(own, repeats)
+    if not times:
+        raise UnavailableError(
+            "dense peers", ["none of them runs here"], "Upgrade PyTorch, whose flash attention is one."
+        )
+    fastest = min(times, key=lambda name: times[name])
+    return times[fastest], fastest
+
+
+def answer(points: Sequence[Point], policy: str) -> str:
+    """Say in one sentence from where on sparse beats dense.
+
+    Parameters
+    ----------
+    points : sequence of Point
+        All that was measured.
+    policy : str
+        Its name, for the sentence.
+
+    Returns
+    -------
+    str
+        For each density that wins anywhere the shortest context from which on it wins at every longer one.
+    """
+    longest = max(point.context for point in points)
+    parts = []
+    for asked in sorted({point.asked for point in points}):
+        column = sorted((p for p in points if p.asked == asked), key=lambda p: p.context, reverse=True)
+        winning = []
+        for point in column:
+            if point.speedup <= 1:
+                break
+            winning.append(point)
+        if winning:
+            ends = winning[-1], winning[0]
+            gains = " to ".join(dict.fromkeys(f"{point.speedup:.2f}x" for point in ends))
+            parts.append(f"from {tokens(ends[0].context)} tokens on at {asked:.0%} ({gains})")
+    if not parts:
+        best = max(points, key=lambda point: point.speedup)
+        return (
+            f"{policy} beats dense attention nowhere up to {tokens(longest)} tokens; it comes closest at "
+            f"{tokens(best.context)} tokens and {best.asked:.0%} of them read, with {best.speedup:.2f}x."
+        )
+    return f"{policy} beats the fastest dense kernel " + ", ".join(parts) + " of the context read."
+
+
+def tokens(count: int) -> str:
+    """Write a number of tokens, in K where it is a multiple."""
+    return f"{count // 1024}K" if count % 1024 == 0 else str(count)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def record(points: Sequence[Point], shape: Shape, policy: str, sentence: str) -> dict[str, Any]:
+    """Return everything as JSON can say it, with versions and device.
+
+    Parameters
+    ----------
+    points : sequence of Point
+        What was measured.
+    shape : Shape
+        Sizes; its context is one of several.
+    policy : str
+        As asked for.
+    sentence : str
+        The answer.
+    """
+    import torch
+
+    sizes = {name: size for name, size in asdict(shape).items() if name != "context"}
+    return {
+        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": _version("triton"),
+        "policy": policy, **sizes, "answer": sentence,
+        "points": [{**asdict(point), "speedup": point.speedup} for point in points],
+    }

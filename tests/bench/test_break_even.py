@@ -1,0 +1,132 @@
+"""What break-even asks, measures and answers; on a CPU, where only the clock is made up."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="the bench needs PyTorch")
+
+from sparse_dlm_attn import InvalidArgumentError, UnknownNameError, get_backend, get_policy  # noqa: E402
+from sparse_dlm_attn_bench import break_even, layer, timing  # noqa: E402
+from sparse_dlm_attn_bench.break_even import Point, answer, measure_context  # noqa: E402
+from sparse_dlm_attn_bench.gate import WrongResultError, check_passes  # noqa: E402
+from sparse_dlm_attn_bench.layer import budget_for, layers, relative_density  # noqa: E402
+from sparse_dlm_attn_bench.shape import Shape, with_budget  # noqa: E402
+from sparse_dlm_attn_torch import TorchBackend  # noqa: E402
+
+SMALL = Shape(
+    batch=2, context=512, tokens=4, q_heads=4, kv_heads=2, head_dim=16, page_size=16, dtype="float32"
+)
+
+
+@pytest.fixture(autouse=True)
+def two_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer, "COLD_BYTES", 1)
+    monkeypatch.setattr(timing, "COLD_BYTES", 1)
+
+
+def point(context: int, asked: float, speedup: float) -> Point:
+    return Point(context, asked, asked, "losa", 10.0, 10.0 * speedup, "any", 0.0)
+
+
+def test_the_answer_names_the_shortest_context_from_which_on_sparse_always_wins() -> None:
+    points = [
+        point(1024, 0.1, 1.2), point(2048, 0.1, 0.9), point(4096, 0.1, 1.5), point(8192, 0.1, 3.25),
+        point(1024, 0.5, 0.5), point(2048, 0.5, 0.6), point(4096, 0.5, 0.9), point(8192, 0.5, 1.1),
+    ]
+    assert answer(points, "losa") == (
+        "losa beats the fastest dense kernel from 4K tokens on at 10% (1.50x to 3.25x), from 8K tokens on at "
+        "50% (1.10x) of the context read."
+    )
+
+
+def test_the_answer_says_where_sparse_comes_closest_if_it_never_wins() -> None:
+    said = answer([point(1000, 0.1, 0.5), point(2048, 0.1, 0.7), point(2048, 0.3, 0.6)], "losa")
+    assert said.startswith("losa beats dense attention nowhere up to 2K tokens")
+    assert "at 2K tokens and 10% of them read, with 0.70x" in said
+
+
+@pytest.mark.parametrize("sizes, argument", [
+    ({"batch": 0}, "batch"), ({"q_heads": 30}, "q_heads"), ({"context": 100}, "context"),
+    ({"dtype": "int8"}, "dtype"),
+])
+def test_sizes_that_do_not_fit_are_refused(sizes: dict[str, Any], argument: str) -> None:
+    with pytest.raises(InvalidArgumentError) as caught:
+        Shape(**sizes)
+    assert caught.value.argument == argument
+
+
+def test_a_policy_gets_its_budget() -> None:
+    assert with_budget("losa", 64) == "losa:budget=64"
+    assert get_policy(with_budget("losa:active=3", 64)) == get_policy("losa", active=3, budget=64)
+    with pytest.raises(InvalidArgumentError, match="leave its budget out"):
+        with_budget("losa:budget=4", 64)
+    with pytest.raises(UnknownNameError, match="budget"):
+        with_budget("dense", 64)
+
+
+@pytest.mark.parametrize("density", [0.1, 0.4])
+def test_the_budget_is_the_smallest_that_reads_so_much(density: float) -> None:
+    backend = TorchBackend()
+    one = layers(SMALL, backend, device="cpu")[0]
+    policy, read = budget_for(density, "losa", SMALL, backend, one)
+    budget = get_policy(policy).budget  # type: ignore[attr-defined]
+    assert read >= density
+    assert budget == SMALL.page_size or (
+        relative_density(with_budget("losa", budget - SMALL.page_size), backend, one) < density
+    )
+
+
+def test_layers_are_alike_whether_their_pages_are_shuffled() -> None:
+    backend = TorchBackend()
+    plain, shuffled = (layers(SMALL, backend, device="cpu", shuffled=on)[0] for on in (False, True))
+    assert not torch.equal(plain.context.page_table, shuffled.context.page_table)
+    bounds = plain.context.bounds, shuffled.context.bounds
+    assert bounds[0] is not None
+    assert bounds[1] is not None
+    assert torch.equal(bounds[0].lower, bounds[1].lower)
+
+
+def test_a_wrong_backend_is_not_timed() -> None:
+    class Late(TorchBackend):
+        def attend(self, *arguments: Any, **options: Any) -> Any:
+            out, state = super().attend(*arguments, **options)
+            return out * 1.01, state
+
+        def attend_ranked(self, *arguments: Any, **options: Any) -> Any:
+            result = super().attend_ranked(*arguments, **options)
+            object.__setattr__(result, "out", result.out * 1.01)
+            return result
+
+    one = layers(SMALL, TorchBackend(), device="cpu")[0]
+    assert check_passes(SMALL, "losa:budget=64", TorchBackend(), one) < 1e-4
+    with pytest.raises(WrongResultError, match="relative error"):
+        check_passes(SMALL, "losa:budget=64", Late(), one)
+
+
+def test_points_are_measured_for_every_density(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = layers
+
+    def on_host(*arguments: Any, **options: Any) -> Any:
+        return real(*arguments, **options, device="cpu")
+
+    # A clock that counts pages: what a pass takes is what it reads.
+    def read(works: Any, repeats: int) -> float:
+        assert len(works) >= 2
+        return 1 + 100 * float(works[0]()[1].traffic.density.mean())
+
+    monkeypatch.setattr(layer, "layers", on_host)
+    monkeypatch.setattr(timing, "measure_chained", read)
+    said: list[str] = []
+    backend = get_backend("torch")
+    points = measure_context(SMALL, "mage", (0.5, 0.1), backend, 3, said.append)
+    assert [found.asked for found in points] == [0.1, 0.5]
+    assert all(found.peer == "torch, policy dense" and found.dense_us == 101 for found in points)
+    assert all(math.isclose(found.sparse_us, 1 + 100 * found.density, rel_tol=1e-6) for found in points)
+    assert 0.1 <= points[0].density < 0.2
+    assert points[0].speedup > points[1].speedup > 1
+    assert any(remark.startswith("B2 0K T4 p16: flash-attn 3 is not here (") for remark in said)
+    assert break_even.LAYER["layer"] > 0
