@@ -16,6 +16,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,26 @@ def blocks(rows: list[Row], shape: Shape) -> list[Row]:
     return found
 
 
+def ragged_rows(shape: Shape, repeats: int) -> list[Row]:
+    """Time passes over a batch of which one sequence has the whole context and the others an eighth of it."""
+    made, rows = layers(shape, TritonBackend()), []
+    pages = shape.context // shape.page_size
+    for index, layer in enumerate(made):
+        lengths = layer.context.page_lengths.clone()
+        lengths[1:, pages // 8 :] = 0
+        made[index] = replace(layer, context=replace(layer.context, page_lengths=lengths))
+    for policy in ("dense", "losa:budget=512"):
+        for ragged in (False, True):
+            backend = TritonBackend(ragged=ragged)
+            timing = measure([runner(policy, backend, layer) for layer in made], repeats)
+            rows.append({
+                "shape": f"{shape}, ragged", "name": f"{policy}{', ragged=true' * ragged}", "kind": "ragged",
+                "density": relative_density(policy, backend, made[0]), "policy": policy,
+                "of_roofline": None, **timing.as_dict(),
+            })  # fmt: skip
+    return rows
+
+
 def print_rows(rows: list[Row]) -> None:
     """Print a table of one shape."""
     table = Table(title=f"{rows[0]['shape']}, microseconds")
@@ -225,6 +246,9 @@ def main() -> None:
         written = {"device": device, "torch": torch.__version__, "triton": triton.__version__,
                    "read_bytes_per_s": rate, "rows": rows, "blocks": whole}
         options.out.write_text(json.dumps(written, indent=1), encoding="utf-8")
+    rows += (found := ragged_rows(Shape(batch=8), options.repeats))
+    print_rows(found)
+    options.out.write_text(json.dumps(written | {"rows": rows}, indent=1), encoding="utf-8")
     if options.plot:
         plot(rows, options.plot)
 
