@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import functools
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from sparse_dlm_attn import LayerMemory, PassInfo, PrefixAttention, PrefixAttentionPolicy, Problem
 from sparse_dlm_attn_conformance.cases import Arrays, Case, Host
-from sparse_dlm_attn_conformance.strategies import cases
+from sparse_dlm_attn_conformance.strategies import cases, choice, integers
 from sparse_dlm_attn_conformance.subjects import Subject, host
 
 __all__ = ["Episode", "Pass", "episodes", "play", "rows_of"]
@@ -78,7 +79,7 @@ class Episode:
         current = self.case.arrays(dtype).q
         queries = [current]
         for number in range(1, self.passes):
-            fresh = replace(self.case, seed=self.case.seed + 1000 * number).arrays(dtype).q
+            fresh = self.case.fresh(dtype, self.case.seed + 1000 * number, self.case.q_heads)
             current = np.where(self.moved(number)[:, None, :, None], fresh, current)
             queries.append(current)
         return queries
@@ -170,11 +171,10 @@ def play(
     done: list[Pass] = []
     on = subject.load(base)  # one context object for the block, as an engine has it
     for number, q in enumerate(episode.queries(subject.dtype)):
-        now = subject.load(base.but(q=q[rows]))
         out, memory = attention(
-            now.q,
-            now.k,
-            now.v,
+            subject.laid_out(q[rows], base.layout),
+            on.k,
+            on.v,
             on.context,
             memory,
             episode.info(subject, number, rows=rows),
@@ -182,6 +182,14 @@ def play(
         )
         done.append(Pass.of(base, out, memory))
     return done
+
+
+@functools.lru_cache(maxsize=64)
+def _rows(tokens: int) -> tuple[st.SearchStrategy[int], st.SearchStrategy[int]]:
+    """Return two strategies for bitmasks of rows: one that likes a single row, and one that likes none."""
+    one_row = st.integers(0, tokens - 1).map(lambda row: 1 << row)
+    rows = st.one_of(st.just(0), one_row, st.integers(0, (1 << tokens) - 1))
+    return st.one_of(one_row, rows), rows
 
 
 @st.composite
@@ -194,16 +202,15 @@ def episodes(
     """
     narrow.setdefault("page_sizes", (1, 2, 3, 4, 5, 8, 16))
     case = draw(cases(regimes=regimes, max_batch=max_batch, max_pages=8, heads=("one",), **narrow))
-    later = draw(st.integers(1, max_passes - 1), label="later passes")
-    one_row = st.integers(0, case.tokens - 1).map(lambda row: 1 << row)
-    rows = st.one_of(st.just(0), one_row, st.integers(0, (1 << case.tokens) - 1))
-    layers = draw(st.integers(1, 3), label="layers")
+    later = draw(integers(1, max_passes - 1), label="later passes")
+    some, rows = _rows(case.tokens)
+    layers = draw(integers(1, 3), label="layers")
     return Episode(
         case=case,
         moves=tuple(draw(rows, label="moved rows") for _ in range(later)),
-        decoded=tuple(draw(st.one_of(one_row, rows), label="decoded rows") for _ in range(later)),
-        saves=draw(st.booleans(), label="last pass saves"),
+        decoded=tuple(draw(some, label="decoded rows") for _ in range(later)),
+        saves=draw(choice((False, True)), label="last pass saves"),
         num_layers=layers,
-        layer=draw(st.integers(0, layers - 1), label="layer"),
-        total_passes=draw(st.sampled_from((None, 1, 4, 16)), label="total passes"),
+        layer=draw(integers(0, layers - 1), label="layer"),
+        total_passes=draw(choice((None, 1, 4, 16)), label="total passes"),
     )

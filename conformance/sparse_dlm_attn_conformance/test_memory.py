@@ -27,8 +27,8 @@ def test_memory_is_a_value(subject: Subject, policy: Contender, episode: Episode
     memory = done[0].memory
     attention, context = PrefixAttention(chosen, subject.backend), subject.load(arrays).context
     context = replace(context, page_table=memory.page_table, page_lengths=memory.page_lengths)
-    now = subject.load(arrays.but(q=episode.queries(subject.dtype)[1]))
-    _, again = attention(now.q, now.k, now.v, context, memory, episode.info(subject, 1), scale=case.scale)
+    on = subject.load(arrays.but(q=episode.queries(subject.dtype)[1]))
+    _, again = attention(on.q, on.k, on.v, context, memory, episode.info(subject, 1), scale=case.scale)
     expect_same_decisions(
         Pass.of(arrays, done[1].out, again), done[1], "when a pass is repeated from its memory", "POLICY-1"
     )
@@ -49,13 +49,13 @@ def test_values_that_were_not_selected_are_not_read(
     on = subject.load(arrays)
     context = on.context.with_bounds(subject.bounds(arrays.bounds()))
     for number, q in enumerate(queries):
-        now, info = subject.load(arrays.but(q=q)), episode.info(subject, number)
+        rows, info = subject.laid_out(q, arrays.layout), episode.info(subject, number)
         given = memory
-        out, memory = attention(now.q, now.k, now.v, context, given, info, scale=case.scale)
+        out, memory = attention(rows, on.k, on.v, context, given, info, scale=case.scale)
         rotten = arrays.poisoned(~arrays.stored(host(memory.traffic.loaded)), np.nan)
         pages = subject.load(rotten if memory.traffic.key_reads == 0 else rotten.but(k_pages=arrays.k_pages))
         poisoned = replace(context, k_pages=pages.context.k_pages, v_pages=pages.context.v_pages)
-        again, _ = attention(now.q, now.k, now.v, poisoned, given, info, scale=case.scale)
+        again, _ = attention(rows, on.k, on.v, poisoned, given, info, scale=case.scale)
         expect_same_bits(
             host(again), host(out), f"out of pass {number} with NaN in pages not selected", "DRIVER-2"
         )

@@ -142,21 +142,21 @@ def test_sequences_may_stand_at_different_passes(
     on, attention, memory = subject.load(arrays), PrefixAttention(chosen, subject.backend), None
     alone: list[LayerMemory | None] = [None] * case.batch
     lone = [single(arrays, b) for b in range(case.batch)]
-    lone_contexts = [subject.load(one).context for one in lone]
+    lone_on = [subject.load(one) for one in lone]
     for step, q in enumerate(queries):
         index = [step if step < start or start == 0 else step - start for start in starts]
-        now = subject.load(arrays.but(q=q))
+        rows = subject.laid_out(q, arrays.layout)
         info = episode.info(subject, step, subject.ints(np.asarray(index, dtype=np.int32)))
-        _, memory = attention(now.q, now.k, now.v, on.context, memory, info, scale=case.scale)
+        _, memory = attention(rows, on.k, on.v, on.context, memory, info, scale=case.scale)
         pages, active = rows_of(arrays, memory), host(memory.active)
         for b in range(case.batch):
             one = slice(b, b + 1)
-            mine = subject.load(lone[b].but(q=q[one]))
+            mine = lone_on[b]
             _, alone[b] = attention(
-                mine.q,
+                subject.laid_out(q[one], arrays.layout),
                 mine.k,
                 mine.v,
-                lone_contexts[b],
+                mine.context,
                 alone[b],
                 episode.info(subject, step, index[b], one),
                 scale=case.scale,
