@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,12 +11,23 @@ from hypothesis import strategies as st
 
 from sparse_dlm_attn import LayerMemory, PassInfo, PrefixAttention, PrefixAttentionPolicy, Problem
 from sparse_dlm_attn_conformance.cases import Arrays, Case, Host
+from sparse_dlm_attn_conformance.operations import leaves
 from sparse_dlm_attn_conformance.strategies import cases, choice, integers
 from sparse_dlm_attn_conformance.subjects import Subject, host
 
 __all__ = ["Episode", "Pass", "episodes", "play", "rows_of"]
 
 EXACT = ("dyadic", "ties", "zeros", "one_hot")
+
+
+@functools.lru_cache(maxsize=1024)
+def spread(bits: int, tokens: int, batch: int) -> Host:
+    """Spread a bitmask of rows over the batch, so that sequences differ in which and in how many."""
+    row = np.asarray((bits >> np.arange(tokens)) & 1, dtype=bool)
+    others = row & (np.arange(tokens) % 2 == 0)
+    rows = np.stack([np.roll(others if b % 2 else row, b) for b in range(batch)])
+    rows.flags.writeable = False
+    return rows
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,10 @@ class Episode:
         """Number of passes."""
         return 1 + len(self.moves)
 
+    def begun(self) -> Episode:
+        """Return its first two passes."""
+        return replace(self, moves=self.moves[:1], decoded=self.decoded[:1], saves=False)
+
     def moved(self, number: int) -> Host:
         """Return the rows whose query moves before pass ``number``, bool ``(batch, tokens)``."""
         return self._of_sequences(self.moves[number - 1] if number else 0)
@@ -69,10 +84,7 @@ class Episode:
         return self._of_sequences(self.decoded[number - 1] if number else 0)
 
     def _of_sequences(self, bits: int) -> Host:
-        """Spread a bitmask of rows over the batch, so that sequences differ in which and in how many."""
-        row = np.asarray((bits >> np.arange(self.case.tokens)) & 1, dtype=bool)
-        others = row & (np.arange(len(row)) % 2 == 0)
-        return np.stack([np.roll(others if b % 2 else row, b) for b in range(self.case.batch)])
+        return spread(bits, self.case.tokens, self.case.batch)
 
     def queries(self, dtype: str) -> list[Host]:
         """Return the queries of every pass, float64 on the value grid of the case."""
@@ -116,6 +128,8 @@ class Pass:
         What the driver returned.
     kept : tuple of numpy.ndarray
         A copy of ``memory.state`` (out, lse), taken before any later pass.
+    left : dict of numpy.ndarray
+        A copy of what the policy remembers, likewise.
     """
 
     out: Host
@@ -123,6 +137,7 @@ class Pass:
     pages: Host
     memory: LayerMemory
     kept: tuple[Host, Host]
+    left: dict[str, Host]
 
     @classmethod
     def of(cls, arrays: Arrays, out: Any, memory: LayerMemory) -> Pass:
@@ -133,6 +148,7 @@ class Pass:
             rows_of(arrays, memory),
             memory,
             (host(memory.state.out), host(memory.state.lse)),
+            leaves(memory.policy_memory),
         )
 
 
@@ -150,6 +166,9 @@ def play(
     arrays: Arrays | None = None,
     rows: slice = slice(None),
     memory: LayerMemory | None = None,
+    version: int = 0,
+    heads: slice = slice(None),
+    first: int = 0,
 ) -> list[Pass]:
     """Run an episode through the driver.
 
@@ -165,23 +184,36 @@ def play(
         Sequences to run.
     memory : LayerMemory, optional
         Memory of an earlier block, handed in at pass 0.
+    version : int
+        Version of the context.
+    heads : slice
+        Query heads to run; ``arrays`` holds their KV heads alone.
+    first : int
+        Pass to begin with, without the memory of those before.
     """
     base = arrays if arrays is not None else episode.case.arrays(subject.dtype)
     attention = PrefixAttention(policy, subject.backend)
     done: list[Pass] = []
     on = subject.load(base)  # one context object for the block, as an engine has it
-    for number, q in enumerate(episode.queries(subject.dtype)):
+    context = replace(on.context, version=version) if version else on.context
+    queries = episode.queries(subject.dtype)
+    for number in range(first, episode.passes):
         out, memory = attention(
-            subject.laid_out(q[rows], base.layout),
+            subject.laid_out(queries[number][rows, heads], base.layout),
             on.k,
             on.v,
-            on.context,
+            context,
             memory,
             episode.info(subject, number, rows=rows),
             scale=episode.case.scale,
         )
         done.append(Pass.of(base, out, memory))
     return done
+
+
+@functools.lru_cache(maxsize=64)
+def _cases(**narrow: Any) -> st.SearchStrategy[Case]:
+    return cases(max_pages=8, heads=("one",), spans=(1,), selects=False, **narrow)
 
 
 @functools.lru_cache(maxsize=64)
@@ -201,7 +233,7 @@ def episodes(
     Pages are small: policies have budgets of a few tokens here, and one page leaves nothing to choose.
     """
     narrow.setdefault("page_sizes", (1, 2, 3, 4, 5, 8, 16))
-    case = draw(cases(regimes=regimes, max_batch=max_batch, max_pages=8, heads=("one",), **narrow))
+    case = draw(_cases(regimes=regimes, max_batch=max_batch, **narrow))
     later = draw(integers(1, max_passes - 1), label="later passes")
     some, rows = _rows(case.tokens)
     layers = draw(integers(1, 3), label="layers")

@@ -6,6 +6,7 @@ pytest until laws are collected.
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import warnings
@@ -170,6 +171,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = [item for item in items if item not in set(dropped)]
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Let the garbage collector leave alone what lives as long as the run: it takes a while to go through."""
+    if session_of(session.config) is not None:
+        gc.collect()
+        gc.freeze()
 
 
 def clauses_of_item(item: pytest.Item) -> tuple[str, ...]:

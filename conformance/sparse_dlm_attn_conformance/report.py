@@ -61,12 +61,15 @@ class Report:
         Hypothesis profile.
     backends : dict
         What each backend declares, or why it did not load.
+    processes : int
+        How many processes share the laws.
     results : list of Result
         One for each law, backend, dtype and policy.
     """
 
     profile: str
     backends: dict[str, dict[str, Any]]
+    processes: int = 1
     results: list[Result] = field(default_factory=list)
 
     def matrix(self) -> dict[str, dict[str, str]]:
@@ -92,7 +95,7 @@ class Report:
 
     def lines(self) -> list[str]:
         """Return the summary for a terminal."""
-        lines = []
+        lines = [f"profile {self.profile} in {self.processes} process{'es' if self.processes > 1 else ''}"]
         for name, facts in self.backends.items():
             if "did not load" in facts:
                 lines.append(f"{name} did not load: {facts['did not load']}")
@@ -132,6 +135,7 @@ class Report:
                 "system": platform.system(),
             },
             "profile": self.profile,
+            "processes": self.processes,
             "backends": self.backends,
             "counts": dict(self.counts()),
             "nothing_ran_on": self.idle_backends(),

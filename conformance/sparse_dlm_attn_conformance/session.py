@@ -20,7 +20,7 @@ from sparse_dlm_attn_conformance.subjects import DTYPES, Subject, load_backend
 
 __all__ = ["PROFILES", "ConformanceSession", "register_profiles", "subjects_of"]
 
-PROFILES = {"quick": 10, "ci": 60, "nightly": 2000}
+PROFILES = {"quick": 10, "ci": 40, "nightly": 2000}
 """Problems that a law gets, by profile."""
 
 
@@ -127,7 +127,7 @@ class ConformanceSession:
             subjects,
             contenders(option("--sda-policy"), option("--sda-seconds")),
             clauses,
-            Report(profile, described),
+            Report(profile, described, int(option("numprocesses", None) or 1)),
             tuple(option("--sda-report")),
         )
 

@@ -105,8 +105,12 @@ def cases(
     kv_heads: tuple[int, ...] | None = None,
     max_elements: int = MAX_ELEMENTS,
     sparse_pages: bool = False,
+    selects: bool = True,
 ) -> Case:
-    """Draw a whole problem; every parameter narrows one part of it."""
+    """Draw a whole problem; every parameter narrows one part of it.
+
+    Without ``selects``, everything is selected and active: a policy will decide.
+    """
     batch = draw(integers(1, max_batch), label="batch")
     group = _pick(draw, _allowed(groups, "groups", 64), "group")
     heads_kv = _pick(draw, kv_heads or ((1, 2, 3) if group < 4 else (1, 2)), "kv_heads")
@@ -118,8 +122,8 @@ def cases(
     fitting = max(2, max_elements // (heads_kv * page_size * head_dim))
     most = max(min_pages, min(max_pages, fitting))
     pages = draw(_page_counts(min_pages, most), label="pages")
-    lengths = tuple(draw(_page_lengths(pages, page_size, sparse_pages)) for _ in range(batch))
-    table, num_pages = draw(_page_tables(lengths, wild))
+    lengths = tuple(_page_lengths(draw, pages, page_size, sparse_pages) for _ in range(batch))
+    table, num_pages = _page_tables(draw, lengths, wild)
     all_spans = (tokens, 1, 2, 3, 32) if spans is None else spans
     return Case(
         kv_heads=heads_kv,
@@ -130,11 +134,13 @@ def cases(
         lengths=lengths,
         table=table,
         num_pages=num_pages,
-        segments=draw(_segments(batch, pages), label="segments"),
+        segments=_segments(draw, batch, pages),
         heads=_pick(draw, heads, "selection heads"),
         span=_pick(draw, all_spans, "span"),
-        masks=tuple(draw(_masks(pages), label="masks")),
-        active=tuple(draw(_bits(tokens), label="active") for _ in range(batch)),
+        masks=tuple(draw(_masks(pages), label="masks")) if selects else ((1 << pages) - 1,),
+        active=tuple(
+            draw(_bits(tokens), label="active") if selects else (1 << tokens) - 1 for _ in range(batch)
+        ),
         scale=_pick(draw, scales, "scale"),
         regime=_pick(draw, regimes, "regime"),
         poison=_pick(draw, poisons, "poison"),
@@ -168,7 +174,6 @@ def _any_length(page_size: int) -> st.SearchStrategy[int]:
     return st.one_of(st.just(page_size), integers(0, page_size))
 
 
-@st.composite
 def _page_lengths(draw: Any, pages: int, page_size: int, sparse: bool = False) -> tuple[int, ...]:
     """Draw the lengths of one sequence: a prefix of full pages, or anything anywhere."""
     if draw(BOOLEANS, label="pages filled in any way"):
@@ -182,7 +187,6 @@ def _page_lengths(draw: Any, pages: int, page_size: int, sparse: bool = False) -
     return tuple(min(page_size, max(0, tokens - page * page_size)) for page in range(pages))
 
 
-@st.composite
 def _page_tables(
     draw: Any, lengths: tuple[tuple[int, ...], ...], wild: bool
 ) -> tuple[tuple[tuple[int, ...], ...], int]:
@@ -205,7 +209,6 @@ def _page_tables(
     ), num_pages
 
 
-@st.composite
 def _segments(draw: Any, batch: int, pages: int) -> tuple[tuple[int, ...], ...] | None:
     """Draw prompt, generated and suffix pages in this order, or no segments."""
     if not draw(BOOLEANS, label="has segments"):

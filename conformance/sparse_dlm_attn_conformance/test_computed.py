@@ -19,10 +19,8 @@ from sparse_dlm_attn_conformance.laws import law
 from sparse_dlm_attn_conformance.oracle import context_keys
 from sparse_dlm_attn_conformance.strategies import BOOLEANS, choice, integers
 from sparse_dlm_attn_conformance.subjects import Subject, host
-from sparse_dlm_attn_conformance.test_policies import loaded, on_grid
+from sparse_dlm_attn_conformance.test_policies import SHARE, loaded, on_grid
 from sparse_dlm_attn_reference import ReferenceBackend
-
-SHARE = 0.5
 
 
 @dataclass(frozen=True)

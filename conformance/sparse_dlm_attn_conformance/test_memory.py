@@ -9,10 +9,11 @@ import pytest
 
 from sparse_dlm_attn import PassInfo, PrefixAttention
 from sparse_dlm_attn_conformance.cases import Host
-from sparse_dlm_attn_conformance.checks import expect_close, expect_same_bits
+from sparse_dlm_attn_conformance.checks import expect, expect_close, expect_same_bits
 from sparse_dlm_attn_conformance.contenders import Contender
 from sparse_dlm_attn_conformance.episodes import Episode, Pass, episodes, play
 from sparse_dlm_attn_conformance.laws import law
+from sparse_dlm_attn_conformance.operations import leaves
 from sparse_dlm_attn_conformance.subjects import Loaded, Subject, host
 from sparse_dlm_attn_conformance.test_policies import SHARE, expect_same_decisions, loaded
 
@@ -34,8 +35,13 @@ def test_memory_is_a_value(subject: Subject, policy: Contender, episode: Episode
     )
     for number, earlier in enumerate(done):
         state = earlier.memory.state
-        for name, value, kept in zip(("out", "lse"), (state.out, state.lse), earlier.kept, strict=True):
-            expect_same_bits(host(value), kept, f"{name} in the memory of pass {number}, later", "PURE-1")
+        for name, value, before in zip(("out", "lse"), (state.out, state.lse), earlier.kept, strict=True):
+            expect_same_bits(host(value), before, f"{name} in the memory of pass {number}, later", "PURE-1")
+        now = leaves(earlier.memory.policy_memory)
+        expect(now.keys() == earlier.left.keys(), "POLICY-1", f"memory of pass {number} holds something else")
+        for name, value in earlier.left.items():
+            what = f"memory{name} that the policy made in pass {number}, after later passes"
+            expect_same_bits(now[name], value, what, "POLICY-1")
 
 
 @pytest.mark.clause("DRIVER-2")
@@ -69,7 +75,7 @@ def test_memory_of_a_block_does_not_reach_the_next(
     chosen = loaded(policy)
     if chosen.memory_scope != "block":
         pytest.skip("the policy's memory spans the sequence")
-    earlier = replace(episode, case=replace(episode.case, seed=episode.case.seed + 5))
+    earlier = replace(episode, case=replace(episode.case, seed=episode.case.seed + 5)).begun()
     left_over = play(subject, chosen, earlier)[-1].memory
     clean, tainted = play(subject, chosen, episode), play(subject, chosen, episode, memory=left_over)
     for number, (want, got) in enumerate(zip(clean, tainted, strict=True)):
