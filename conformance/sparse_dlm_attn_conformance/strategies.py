@@ -90,6 +90,7 @@ def cases(
     *,
     regimes: tuple[str, ...] = REGIMES,
     max_batch: int = 3,
+    batches: tuple[int, ...] = (),
     min_pages: int = 0,
     max_pages: int = 6,
     heads: tuple[str, ...] = ("one", "kv", "query"),
@@ -111,7 +112,7 @@ def cases(
 
     Without ``selects``, everything is selected and active: a policy will decide.
     """
-    batch = draw(integers(1, max_batch), label="batch")
+    batch = draw(choice(batches) if batches else integers(1, max_batch), label="batch")
     group = _pick(draw, _allowed(groups, "groups", 64), "group")
     heads_kv = _pick(draw, kv_heads or ((1, 2, 3) if group < 4 else (1, 2)), "kv_heads")
     head_dim = _pick(draw, _allowed(head_dims, "head_dims", 256), "head_dim")
@@ -263,7 +264,7 @@ def merge_tables(draw: Any, *, states: tuple[int, ...] = (2, 1, 3, 4), empty: bo
     longest = getattr(_limits.get(), "max_block_length", None) or 70
     kinds = ("plain", "some rows empty", "empty") if empty else ("plain",)
     return MergeTable(
-        batch=draw(integers(1, 2), label="batch"),
+        batch=_pick(draw, (1, 2, 5), "batch"),
         q_heads=_pick(draw, (1, 2, 3, 4, 9), "q_heads"),
         tokens=_pick(draw, tuple(n for n in (*BLOCKS[:5], 40, 70) if n <= longest) or (1,), "tokens"),
         head_dim=_pick(draw, head_dims, "head_dim"),
