@@ -61,16 +61,16 @@ class Report:
         Hypothesis profile.
     backends : dict
         What each backend declares, or why it did not load.
-    processes : int
-        How many processes share the laws.
     results : list of Result
         One for each law, backend, dtype and policy.
+    processes : int
+        How many processes shared the laws.
     """
 
     profile: str
     backends: dict[str, dict[str, Any]]
-    processes: int = 1
     results: list[Result] = field(default_factory=list)
+    processes: int = 1
 
     def matrix(self) -> dict[str, dict[str, str]]:
         """Return the worst outcome that says something, by clause and by ``"backend dtype"``."""
@@ -156,7 +156,8 @@ class Report:
             "",
             "Written by `sparse-dlm-attn conformance "
             + " ".join(f"--backend {name}" for name in self.backends)
-            + f" --profile {self.profile.replace(' x ', ' --share ')} --report FILE.md`. Laws of policies "
+            + f" --profile {self.profile.replace(' x ', ' --share ')} --workers {self.processes} "
+            "--report FILE.md`. Laws of policies "
             "and of rankings run in one dtype, since nothing in them depends on it.",
             "",
             "| clause | says | " + " | ".join(columns) + " |",

@@ -129,7 +129,7 @@ class ConformanceSession:
             subjects,
             contenders(option("--sda-policy"), option("--sda-seconds")),
             clauses,
-            Report(profile, described, int(option("numprocesses", None) or 1)),
+            Report(profile, described, processes=int(option("numprocesses", None) or 1)),
             tuple(option("--sda-report")),
         )
 
