@@ -150,6 +150,10 @@ def test_questions_asked_in_between_do_not_matter(
         before = stirred_settings()
         disturbed = play(subject, Probe(chosen, disturb), episode)
         changed = changed_settings(before)
+        if changed:  # once may be a compiler that set itself up
+            before = stirred_settings()
+            play(subject, Probe(chosen, disturb), episode)
+            changed = changed_settings(before)
     for number, (got, want) in enumerate(zip(disturbed, apart, strict=True)):
         what = f"in pass {number} with other questions in between"
         expect_same_bits(got.active, want.active, f"active rows {what}", "POLICY-1")

@@ -107,8 +107,8 @@ class BoundRanking(PrefixAttentionPolicy[MemoryT]):
     )
     newest: bool = field(
         default=False,
-        metadata={"help": "Always choose the last page before the block, within the budget, as QUEST's "
-                  "kernels do; its accuracy code does not."},
+        metadata={"help": "Always choose the last page before the block, where there is one, within the "
+                  "budget, as QUEST's kernels do; its accuracy code does not."},
     )
     dense_layers: int = field(
         default=0,
