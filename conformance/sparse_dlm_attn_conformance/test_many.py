@@ -39,34 +39,53 @@ LONG_BLOCKS = cases(
 )
 
 
+def expect_pass(subject: Subject, case: Case) -> None:
+    """Check a fused pass, without and with what earlier passes left."""
+    one_softmax.body(subject, case)
+    composes.body(subject, case)
+
+
+def expect_ranked(subject: Subject, case: Case, rule: RankedRule) -> None:
+    """Check what a ranked pass decides and computes."""
+    arrays = case.arrays(subject.dtype)
+    expect_decided(run(subject, arrays, rule), arrays, rule)
+    computes.body(subject, case, rule)
+
+
 @pytest.mark.clause("ATTEND-4", "REUSE-1", "MERGE-1", "BLOCK-1")
-@law(many=MANY_SEQUENCES, heads=MANY_HEADS, share=0.4)
-def test_a_pass_of_many_sequences_or_heads(subject: Subject, many: Case, heads: Case) -> None:
-    for case in (many, heads):
-        one_softmax.body(subject, case)
-        composes.body(subject, case)
+@law(case=MANY_SEQUENCES, share=0.4)
+def test_a_pass_of_many_sequences(subject: Subject, case: Case) -> None:
+    expect_pass(subject, case)
+
+
+@pytest.mark.clause("ATTEND-4", "REUSE-1", "MERGE-1", "BLOCK-1")
+@law(case=MANY_HEADS, share=0.4)
+def test_a_pass_of_many_heads(subject: Subject, case: Case) -> None:
+    expect_pass(subject, case)
 
 
 @pytest.mark.clause("RANKED-1", "CHANGE-2", "CHANGE-3")
-@law(many=MANY_SEQUENCES, heads=MANY_HEADS, rule=ranked_rules(), share=0.4)
-def test_a_ranked_pass_of_many_sequences_or_heads(
-    subject: Subject, many: Case, heads: Case, rule: RankedRule
-) -> None:
-    for case in (many, heads):
-        arrays = case.arrays(subject.dtype)
-        expect_decided(run(subject, arrays, rule), arrays, rule)
-        computes.body(subject, case, rule)
+@law(case=MANY_SEQUENCES, rule=ranked_rules(), share=0.4)
+def test_a_ranked_pass_of_many_sequences(subject: Subject, case: Case, rule: RankedRule) -> None:
+    expect_ranked(subject, case, rule)
 
 
-@pytest.mark.clause("RANKED-1", "TOP-1", "TOP-2", "CHANGE-2", "CHANGE-3")
-@law(wide=MANY_PAGES, long=LONG_BLOCKS, rule=ranked_rules(), share=0.3)
-def test_a_ranked_pass_of_many_pages_or_rows(
-    subject: Subject, wide: Case, long: Case, rule: RankedRule
-) -> None:
-    for case in (wide, long):
-        arrays = case.arrays(subject.dtype)
-        expect_decided(run(subject, arrays, rule), arrays, rule)
-    computes.body(subject, long, rule)
+@pytest.mark.clause("RANKED-1", "CHANGE-2", "CHANGE-3")
+@law(case=MANY_HEADS, rule=ranked_rules(), share=0.4)
+def test_a_ranked_pass_of_many_heads(subject: Subject, case: Case, rule: RankedRule) -> None:
+    expect_ranked(subject, case, rule)
+
+
+@pytest.mark.clause("RANKED-1", "TOP-1", "TOP-2")
+@law(case=MANY_PAGES, rule=ranked_rules(), share=0.2)
+def test_a_ranked_pass_of_many_pages(subject: Subject, case: Case, rule: RankedRule) -> None:
+    expect_ranked(subject, case, rule)
+
+
+@pytest.mark.clause("RANKED-1", "CHANGE-2", "CHANGE-3")
+@law(case=LONG_BLOCKS, rule=ranked_rules(), share=0.3)
+def test_a_ranked_pass_of_many_rows(subject: Subject, case: Case, rule: RankedRule) -> None:
+    expect_ranked(subject, case, rule)
 
 
 @pytest.mark.clause("TOP-1", "TOP-2", "TOP-3")

@@ -32,7 +32,8 @@ def page_tokens(pages: FloatArray, context: Context, sequence: int, head: int, l
     """
     table, lengths = context.page_table[sequence, listed], context.page_lengths[sequence, listed]
     valid = np.arange(context.page_size) < lengths[:, None]
-    return pages[table, head][valid].astype(np.float64)
+    tokens: FloatArray = pages[table, head][valid].astype(np.float64)
+    return tokens
 
 
 def softmax_attention(
