@@ -238,7 +238,8 @@ class Collector:
         for name, value in report.user_properties:
             if name == "sda" and isinstance(value, dict):
                 self.session.collect(value)
-        if report.when == "???":  # xdist's report of a law in which its worker died
+        when: str | None = report.when
+        if when == "???":  # xdist's report of a law in which its worker died
             self.session.collect(asdict(self.session.crash(report)))
 
 

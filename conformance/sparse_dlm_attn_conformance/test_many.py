@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -22,7 +24,7 @@ from sparse_dlm_attn_conformance.test_ranked import (
     test_a_rule_computes_what_the_operators_compute as computes,
 )
 
-SMALL = {"head_dims": (2, 4, 3), "page_sizes": (1, 2, 4, 3), "layouts": ("plain",)}
+SMALL: dict[str, Any] = {"head_dims": (2, 4, 3), "page_sizes": (1, 2, 4, 3), "layouts": ("plain",)}
 MANY_SEQUENCES = cases(**SMALL, batches=(4, 9, 5, 17, 33), blocks=(2, 3, 1), max_pages=3, regimes=EXACT)
 MANY_HEADS = cases(
     **SMALL,
