@@ -37,8 +37,7 @@ from sparse_dlm_attn_conformance.subjects import Subject, host
 from sparse_dlm_attn_conformance.test_purity import single
 from sparse_dlm_attn_reference import ReferenceBackend
 
-SHARE = 0.35
-"""Of the profile's problems: episodes cost many passes, and each law meets every policy."""
+SHARE = 0.35  # of the profile's problems: an episode is many passes, and each law meets every policy
 
 
 def loaded(policy: Contender) -> PrefixAttentionPolicy[Any]:
@@ -73,8 +72,7 @@ def test_decisions_are_those_on_the_reference(subject: Subject, policy: Contende
     got = play(on_grid(subject), loaded(policy), episode, arrays=arrays)
     for number, (mine, theirs) in enumerate(zip(got, want, strict=True)):
         expect_same_decisions(mine, theirs, f"in pass {number}, against the reference", "POLICY-1")
-        budget = output_budget(arrays)
-        expect_close(mine.out, theirs.out, budget, f"out of pass {number}", "POLICY-1")
+        expect_close(mine.out, theirs.out, output_budget(arrays), f"out of pass {number}", "POLICY-1")
 
 
 def output_budget(arrays: Arrays) -> Host:
