@@ -6,6 +6,7 @@ recognises: NumPy, PyTorch, CuPy, JAX. Nothing here copies data between devices.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -71,12 +72,19 @@ def is_host(array: Array) -> bool:
 
 def dtype_name(array: Array) -> str:
     """Return the dtype without its library's prefix, e.g. ``"bfloat16"``."""
-    return str(array.dtype).rsplit(".", maxsplit=1)[-1]
+    return _spelled(array.dtype) if isinstance(array, np.ndarray) else _spell(array.dtype)
+
+
+def _spell(dtype: Any) -> str:
+    return str(dtype).rsplit(".", maxsplit=1)[-1]
+
+
+_spelled = functools.cache(_spell)  # checks ask often, and NumPy takes microseconds to spell a dtype
 
 
 def shape_of(array: Array) -> tuple[int, ...]:
     """Return the shape as plain integers."""
-    return tuple(int(size) for size in array.shape)
+    return tuple(map(int, array.shape))
 
 
 def compute_dtype(array: Array) -> Any:

@@ -6,6 +6,7 @@ integers, and a seed and a regime for the values, which would shrink badly and p
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeAlias
 
@@ -202,8 +203,16 @@ class Case:
         """Return the active rows, bool ``(batch, tokens)``."""
         return unpacked(self.active, self.tokens)
 
+    def fresh(self, dtype: str, seed: int, heads: int) -> HostArray:
+        """Return other queries or keys of the block, float64 ``(batch, heads, tokens, head_dim)``."""
+        shape = (self.batch, heads, self.tokens, self.head_dim)
+        return round_to(fill(np.random.default_rng(seed), self.regime, shape), dtype)
+
     def arrays(self, dtype: str) -> Arrays:
-        """Return the values of this case, all of them representable in ``dtype``."""
+        """Return the values of this case, all of them representable in ``dtype`` and read-only."""
+        return _arrays(self, dtype)
+
+    def _drawn(self, dtype: str) -> Arrays:
         rng = np.random.default_rng(self.seed)
 
         def draw(*shape: int, scores: bool = True) -> HostArray:
@@ -233,6 +242,16 @@ class Case:
             layout=self.layout,
         )
         return arrays.poisoned(~arrays.stored(), POISON[self.poison])
+
+
+@functools.lru_cache(maxsize=8)
+def _arrays(case: Case, dtype: str) -> Arrays:
+    """Draw the values of a case once for all that one law asks."""
+    arrays = case._drawn(dtype)
+    for value in vars(arrays).values():
+        if isinstance(value, np.ndarray):
+            value.flags.writeable = False
+    return arrays
 
 
 @dataclass(frozen=True, eq=False)

@@ -65,6 +65,7 @@ CLAUSES: dict[str, str] = {
     "POLICY-5": "reuse with all rows active returns fresh",
     "POLICY-6": "a policy keeps the budget its page states",
     "POLICY-7": "computed_tokens: all rows in pass 0; always those to be decoded and newly decoded",
+    "POLICY-8": "unless it declares mixes_heads, a KV head's pages are those that it gets alone",
     "DRIVER-1": "everything is checked before a kernel is launched; an error changes nothing",
     "DRIVER-2": "nothing is read that was not selected",
     "DRIVER-3": "rows that are not computed are not active: their queries are not read, their state stays",

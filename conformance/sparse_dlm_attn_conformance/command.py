@@ -20,6 +20,8 @@ EXIT_CODES = {0: 0, 1: 1, 2: 130, 3: 2, 4: 2, 5: 1}
 """Exit codes of pytest as those of this program: 1 a law failed or nothing ran, 2 bad input."""
 
 PROFILES = ("quick", "ci", "nightly")
+MOST_WORKERS = 4
+"""Processes unless asked for more: each loads the backend anew, and on a device takes memory of its own."""
 
 
 def conformance(
@@ -72,10 +74,16 @@ def conformance(
     seconds: Annotated[
         float, typer.Option(help="Time limit of one problem, compilation included; 0 for none.")
     ] = 120.0,
-    workers: Annotated[int, typer.Option(help="Processes; more than 1 needs pytest-xdist.")] = 1,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            help="Processes; more than 1 needs pytest-xdist.",
+            show_default=f"one a core, at most {MOST_WORKERS}",
+        ),
+    ] = None,
 ) -> None:
     """Prove that a backend or policy keeps the specification, or show where it does not."""
-    check_environment(workers)
+    workers = check_environment(workers)
     if profile not in PROFILES:
         raise InvalidArgumentError("--profile", f"must be one of {', '.join(PROFILES)}", repr(profile))
     if not share > 0:
@@ -105,8 +113,11 @@ def conformance(
         raise typer.Exit(code)
 
 
-def check_environment(workers: int) -> None:
-    """Raise unless what the suite needs is installed."""
+def check_environment(workers: int | None) -> int:
+    """Return how many processes run, and raise unless what the suite needs for them is installed."""
+    if workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = min(cores, MOST_WORKERS) if importlib.util.find_spec("xdist") is not None else 1
     if workers < 1:
         raise InvalidArgumentError("--workers", "must be at least 1", workers)
     wanted = ["hypothesis", "pytest"] + (["xdist"] if workers > 1 else [])
@@ -118,6 +129,7 @@ def check_environment(workers: int) -> None:
             "Install it with: pip install 'sparse_dlm_attn[conformance]'"
             + (" pytest-xdist" if "xdist" in missing else ""),
         )
+    return workers
 
 
 def run_pytest(options: list[str], workers: int) -> int:

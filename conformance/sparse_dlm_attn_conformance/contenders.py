@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from sparse_dlm_attn import PrefixAttentionPolicy, SparseAttentionError, get_policy
 from sparse_dlm_attn.registry import policies
 from sparse_dlm_attn_conformance.process import restored
+from sparse_dlm_attn_conformance.strategies import choice
 from sparse_dlm_attn_conformance.timing import time_limit
 
 __all__ = ["VARIANTS", "Contender", "contenders", "policy_texts"]
@@ -63,8 +64,8 @@ PARAMETERS: dict[str, dict[str, tuple[Any, ...]]] = {
 @st.composite
 def policy_texts(draw: Any, /) -> str:
     """Draw a published policy with parameters, as `sparse_dlm_attn.get_policy` reads it."""
-    name = draw(st.sampled_from(tuple(PARAMETERS)), label="policy")
-    chosen = [f"{key}={draw(st.sampled_from(values), label=key)}" for key, values in PARAMETERS[name].items()]
+    name = draw(choice(tuple(PARAMETERS)), label="policy")
+    chosen = [f"{key}={draw(choice(values), label=key)}" for key, values in PARAMETERS[name].items()]
     return f"{name}:{','.join(chosen)}"
 
 

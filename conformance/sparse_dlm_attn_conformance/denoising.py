@@ -67,7 +67,8 @@ class Denoising(RuleBasedStateMachine):
         self.arrays: Arrays | None = None
 
     @initialize(
-        case=cases(regimes=EXACT, max_batch=2, heads=("one",), layouts=("plain",)), spare=st.integers(0, 3)
+        case=cases(regimes=EXACT, max_batch=2, heads=("one",), layouts=("plain",), selects=False),
+        spare=st.integers(0, 3),
     )
     def begin(self, case: Case, spare: int) -> None:
         """Begin with a context that has room for ``spare`` more pages."""
@@ -90,7 +91,7 @@ class Denoising(RuleBasedStateMachine):
         """Run the next pass; some queries have moved, some tokens were decoded."""
         arrays = self.here()
         rows = bits(moved, arrays.q.shape[2])
-        fresh = replace(self.case, seed=1000 + seed).arrays(self.subject.dtype).q
+        fresh = self.case.fresh(self.subject.dtype, 1000 + seed, self.case.q_heads)
         arrays = arrays.but(q=np.where(rows[None, None, :, None], fresh, arrays.q))
         now = np.broadcast_to(bits(newly, arrays.q.shape[2]), self.decoded.shape) & ~self.decoded
         self.decoded = self.decoded | now

@@ -24,7 +24,7 @@ from sparse_dlm_attn import (
 from sparse_dlm_attn.arrays import Array, to_numpy
 from sparse_dlm_attn_reference import ReferenceBackend
 
-__all__ = ["Delegate", "Grid", "Probe", "Ranking", "Watched"]
+__all__ = ["Changes", "Delegate", "Grid", "Probe", "Ranking", "Watched"]
 
 GRID = 1024.0
 
@@ -164,6 +164,32 @@ class Grid(Delegate):
         return self.inner.asarray(np.round(scores * GRID) / np.float32(GRID), dtype="float32")
 
 
+class Changes(Delegate):
+    """A backend that keeps every `query_change`, or gives those of an earlier run again.
+
+    Parameters
+    ----------
+    inner : Backend
+        Computes everything else.
+    given : list of array, optional
+        What to return, call after call; default: what ``inner`` computes, which is kept in `seen`.
+    """
+
+    name: ClassVar[str] = "changes"
+
+    def __init__(self, inner: Backend, given: list[Array] | None = None) -> None:
+        super().__init__(inner)
+        self.given = None if given is None else iter(given)
+        self.seen: list[Array] = []
+
+    def query_change(self, q: Array, q_reference: Array) -> Array:
+        """Return the change of all heads, whichever of them are here."""
+        if self.given is not None:
+            return next(self.given)
+        self.seen.append(self.inner.query_change(q, q_reference))
+        return self.seen[-1]
+
+
 class Probe(PrefixAttentionPolicy[Any]):
     """A policy that hands every question on, and asks one of its own about each answer.
 
@@ -209,4 +235,6 @@ class Probe(PrefixAttentionPolicy[Any]):
         return self.inner.merge(inputs, context_state, block_state)
 
     def remember(self, inputs: PassInputs[Any], active: Array, selection: Selection) -> Any:
-        return self.inner.remember(inputs, active, selection)
+        memory = self.inner.remember(inputs, active, selection)
+        self.check(self.inner, "remember", inputs, active, selection, memory)
+        return memory

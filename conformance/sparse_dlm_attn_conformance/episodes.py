@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,12 +11,23 @@ from hypothesis import strategies as st
 
 from sparse_dlm_attn import LayerMemory, PassInfo, PrefixAttention, PrefixAttentionPolicy, Problem
 from sparse_dlm_attn_conformance.cases import Arrays, Case, Host
-from sparse_dlm_attn_conformance.strategies import cases
+from sparse_dlm_attn_conformance.operations import leaves
+from sparse_dlm_attn_conformance.strategies import cases, choice, integers
 from sparse_dlm_attn_conformance.subjects import Subject, host
 
 __all__ = ["Episode", "Pass", "episodes", "play", "rows_of"]
 
 EXACT = ("dyadic", "ties", "zeros", "one_hot")
+
+
+@functools.lru_cache(maxsize=1024)
+def spread(bits: int, tokens: int, batch: int) -> Host:
+    """Spread a bitmask of rows over the batch, so that sequences differ in which and in how many."""
+    row = np.asarray((bits >> np.arange(tokens)) & 1, dtype=bool)
+    others = row & (np.arange(tokens) % 2 == 0)
+    rows = np.stack([np.roll(others if b % 2 else row, b) for b in range(batch)])
+    rows.flags.writeable = False
+    return rows
 
 
 @dataclass(frozen=True)
@@ -59,6 +71,10 @@ class Episode:
         """Number of passes."""
         return 1 + len(self.moves)
 
+    def begun(self) -> Episode:
+        """Return its first two passes."""
+        return replace(self, moves=self.moves[:1], decoded=self.decoded[:1], saves=False)
+
     def moved(self, number: int) -> Host:
         """Return the rows whose query moves before pass ``number``, bool ``(batch, tokens)``."""
         return self._of_sequences(self.moves[number - 1] if number else 0)
@@ -68,17 +84,14 @@ class Episode:
         return self._of_sequences(self.decoded[number - 1] if number else 0)
 
     def _of_sequences(self, bits: int) -> Host:
-        """Spread a bitmask of rows over the batch, so that sequences differ in which and in how many."""
-        row = np.asarray((bits >> np.arange(self.case.tokens)) & 1, dtype=bool)
-        others = row & (np.arange(len(row)) % 2 == 0)
-        return np.stack([np.roll(others if b % 2 else row, b) for b in range(self.case.batch)])
+        return spread(bits, self.case.tokens, self.case.batch)
 
     def queries(self, dtype: str) -> list[Host]:
         """Return the queries of every pass, float64 on the value grid of the case."""
         current = self.case.arrays(dtype).q
         queries = [current]
         for number in range(1, self.passes):
-            fresh = replace(self.case, seed=self.case.seed + 1000 * number).arrays(dtype).q
+            fresh = self.case.fresh(dtype, self.case.seed + 1000 * number, self.case.q_heads)
             current = np.where(self.moved(number)[:, None, :, None], fresh, current)
             queries.append(current)
         return queries
@@ -115,6 +128,8 @@ class Pass:
         What the driver returned.
     kept : tuple of numpy.ndarray
         A copy of ``memory.state`` (out, lse), taken before any later pass.
+    left : dict of numpy.ndarray
+        A copy of what the policy remembers, likewise.
     """
 
     out: Host
@@ -122,6 +137,7 @@ class Pass:
     pages: Host
     memory: LayerMemory
     kept: tuple[Host, Host]
+    left: dict[str, Host]
 
     @classmethod
     def of(cls, arrays: Arrays, out: Any, memory: LayerMemory) -> Pass:
@@ -132,6 +148,7 @@ class Pass:
             rows_of(arrays, memory),
             memory,
             (host(memory.state.out), host(memory.state.lse)),
+            leaves(memory.policy_memory),
         )
 
 
@@ -149,6 +166,9 @@ def play(
     arrays: Arrays | None = None,
     rows: slice = slice(None),
     memory: LayerMemory | None = None,
+    version: int = 0,
+    heads: slice = slice(None),
+    first: int = 0,
 ) -> list[Pass]:
     """Run an episode through the driver.
 
@@ -164,24 +184,44 @@ def play(
         Sequences to run.
     memory : LayerMemory, optional
         Memory of an earlier block, handed in at pass 0.
+    version : int
+        Version of the context.
+    heads : slice
+        Query heads to run; ``arrays`` holds their KV heads alone.
+    first : int
+        Pass to begin with, without the memory of those before.
     """
     base = arrays if arrays is not None else episode.case.arrays(subject.dtype)
     attention = PrefixAttention(policy, subject.backend)
     done: list[Pass] = []
     on = subject.load(base)  # one context object for the block, as an engine has it
-    for number, q in enumerate(episode.queries(subject.dtype)):
-        now = subject.load(base.but(q=q[rows]))
+    context = replace(on.context, version=version) if version else on.context
+    queries = episode.queries(subject.dtype)
+    for number in range(first, episode.passes):
         out, memory = attention(
-            now.q,
-            now.k,
-            now.v,
-            on.context,
+            subject.laid_out(queries[number][rows, heads], base.layout),
+            on.k,
+            on.v,
+            context,
             memory,
             episode.info(subject, number, rows=rows),
             scale=episode.case.scale,
         )
         done.append(Pass.of(base, out, memory))
     return done
+
+
+@functools.lru_cache(maxsize=64)
+def _cases(**narrow: Any) -> st.SearchStrategy[Case]:
+    return cases(max_pages=8, heads=("one",), spans=(1,), selects=False, **narrow)
+
+
+@functools.lru_cache(maxsize=64)
+def _rows(tokens: int) -> tuple[st.SearchStrategy[int], st.SearchStrategy[int]]:
+    """Return two strategies for bitmasks of rows: one that likes a single row, and one that likes none."""
+    one_row = st.integers(0, tokens - 1).map(lambda row: 1 << row)
+    rows = st.one_of(st.just(0), one_row, st.integers(0, (1 << tokens) - 1))
+    return st.one_of(one_row, rows), rows
 
 
 @st.composite
@@ -193,17 +233,16 @@ def episodes(
     Pages are small: policies have budgets of a few tokens here, and one page leaves nothing to choose.
     """
     narrow.setdefault("page_sizes", (1, 2, 3, 4, 5, 8, 16))
-    case = draw(cases(regimes=regimes, max_batch=max_batch, max_pages=8, heads=("one",), **narrow))
-    later = draw(st.integers(1, max_passes - 1), label="later passes")
-    one_row = st.integers(0, case.tokens - 1).map(lambda row: 1 << row)
-    rows = st.one_of(st.just(0), one_row, st.integers(0, (1 << case.tokens) - 1))
-    layers = draw(st.integers(1, 3), label="layers")
+    case = draw(_cases(regimes=regimes, max_batch=max_batch, **narrow))
+    later = draw(integers(1, max_passes - 1), label="later passes")
+    some, rows = _rows(case.tokens)
+    layers = draw(choice((1, 2, 3, 33)), label="layers")
     return Episode(
         case=case,
         moves=tuple(draw(rows, label="moved rows") for _ in range(later)),
-        decoded=tuple(draw(st.one_of(one_row, rows), label="decoded rows") for _ in range(later)),
-        saves=draw(st.booleans(), label="last pass saves"),
+        decoded=tuple(draw(some, label="decoded rows") for _ in range(later)),
+        saves=draw(choice((False, True)), label="last pass saves"),
         num_layers=layers,
-        layer=draw(st.integers(0, layers - 1), label="layer"),
-        total_passes=draw(st.sampled_from((None, 1, 4, 16)), label="total passes"),
+        layer=draw(integers(0, layers - 1), label="layer"),
+        total_passes=draw(choice((None, 1, 4, 16)), label="total passes"),
     )

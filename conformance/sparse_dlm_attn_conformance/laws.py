@@ -32,7 +32,7 @@ from sparse_dlm_attn_conformance.ledger import KnownFailure, Ledger
 from sparse_dlm_attn_conformance.process import restored
 from sparse_dlm_attn_conformance.strategies import within
 from sparse_dlm_attn_conformance.subjects import Subject
-from sparse_dlm_attn_conformance.timing import TimeLimitExceeded, time_limit
+from sparse_dlm_attn_conformance.timing import TimeLimitExceeded, last_resort, time_limit
 
 __all__ = ["OPTIONS", "RECORD", "LawOptions", "LawRun", "Record", "clauses_of", "law", "law_settings"]
 
@@ -159,7 +159,7 @@ class LawRun:
         require_loaded(self.subject)
         entries = self.entries()
         self.record = RECORD.get() or self.record
-        with within(self.subject.backend.capabilities):
+        with within(self.subject.backend.capabilities), last_resort(OPTIONS.get().seconds):
             try:
                 if self.strategies:
                     self.hypothesis_test(entries)()

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import numpy as np
 
 from sparse_dlm_attn import AttentionState, PageBounds, RankedPass, RankedResult
 from sparse_dlm_attn.arrays import Array, is_array
-from sparse_dlm_attn_conformance.cases import Arrays
-from sparse_dlm_attn_conformance.subjects import Loaded, Subject
+from sparse_dlm_attn_conformance.cases import Arrays, Host
+from sparse_dlm_attn_conformance.subjects import Loaded, Subject, host
 from sparse_dlm_attn_conformance.tables import HostState
 
-__all__ = ["OPERATORS", "Call", "arrays_in", "prepare"]
+__all__ = ["OPERATORS", "Call", "array_leaves", "arrays_in", "leaves", "prepare"]
 
 OPERATORS = (
     "page_bounds",
@@ -125,3 +125,22 @@ def arrays_in(value: Any) -> dict[str, Array]:
             f"[{i}]{name}": array for i, part in enumerate(value) for name, array in arrays_in(part).items()
         }
     return {"": value} if is_array(value) else {}
+
+
+def leaves(value: Any) -> dict[str, Host]:
+    """Return what a policy remembers as copies on the host, by name."""
+    return {name: host(part) if is_array(part) else np.asarray(part)
+            for name, part in array_leaves(value).items()}  # fmt: skip
+
+
+def array_leaves(value: Any, name: str = "") -> dict[str, Any]:
+    """Return the arrays and numbers that a policy remembers, by name."""
+    if is_array(value):
+        return {name: value}
+    if is_dataclass(value) and not isinstance(value, type):
+        held = {field.name: getattr(value, field.name) for field in fields(value)}
+    elif isinstance(value, tuple):
+        held = {str(number): part for number, part in enumerate(value)}
+    else:
+        return {} if value is None else {name: value}
+    return {key: leaf for part in held for key, leaf in array_leaves(held[part], f"{name}.{part}").items()}

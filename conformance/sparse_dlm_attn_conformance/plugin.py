@@ -6,6 +6,7 @@ pytest until laws are collected.
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import warnings
@@ -172,6 +173,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in set(dropped)]
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Let the garbage collector leave alone what lives as long as the run: it takes a while to go through."""
+    if session_of(session.config) is not None:
+        gc.collect()
+        gc.freeze()
+
+
 def clauses_of_item(item: pytest.Item) -> tuple[str, ...]:
     """Return the clauses that an item is marked with."""
     return tuple(str(clause) for mark in item.iter_markers("clause") for clause in mark.args)
@@ -230,6 +238,9 @@ class Collector:
         for name, value in report.user_properties:
             if name == "sda" and isinstance(value, dict):
                 self.session.collect(value)
+        when: str | None = report.when
+        if when == "???":  # xdist's report of a law in which its worker died
+            self.session.collect(asdict(self.session.crash(report)))
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["changed_settings", "restored", "settings_of_the_process"]
+__all__ = ["changed_settings", "restored", "settings_of_the_process", "stirred_settings"]
 
 
 def settings_of_the_process() -> dict[str, Any]:
@@ -35,6 +35,16 @@ def settings_of_the_process() -> dict[str, Any]:
             "the state of torch's random numbers": hash(torch.get_rng_state().numpy().tobytes()),
         }
     return found
+
+
+def stirred_settings() -> dict[str, Any]:
+    """Return the settings after a draw from the random states of NumPy and Python.
+
+    Hypothesis seeds them with 0 before each problem, and so does careless code: it would not show.
+    """
+    np.random.random()
+    random.random()
+    return settings_of_the_process()
 
 
 def _digest(state: Any) -> int:

@@ -63,11 +63,14 @@ class Report:
         What each backend declares, or why it did not load.
     results : list of Result
         One for each law, backend, dtype and policy.
+    processes : int
+        How many processes shared the laws.
     """
 
     profile: str
     backends: dict[str, dict[str, Any]]
     results: list[Result] = field(default_factory=list)
+    processes: int = 1
 
     def matrix(self) -> dict[str, dict[str, str]]:
         """Return the worst outcome that says something, by clause and by ``"backend dtype"``."""
@@ -92,7 +95,7 @@ class Report:
 
     def lines(self) -> list[str]:
         """Return the summary for a terminal."""
-        lines = []
+        lines = [f"profile {self.profile} in {self.processes} process{'es' if self.processes > 1 else ''}"]
         for name, facts in self.backends.items():
             if "did not load" in facts:
                 lines.append(f"{name} did not load: {facts['did not load']}")
@@ -132,6 +135,7 @@ class Report:
                 "system": platform.system(),
             },
             "profile": self.profile,
+            "processes": self.processes,
             "backends": self.backends,
             "counts": dict(self.counts()),
             "nothing_ran_on": self.idle_backends(),
@@ -152,7 +156,8 @@ class Report:
             "",
             "Written by `sparse-dlm-attn conformance "
             + " ".join(f"--backend {name}" for name in self.backends)
-            + f" --profile {self.profile.replace(' x ', ' --share ')} --report FILE.md`. Laws of policies "
+            + f" --profile {self.profile.replace(' x ', ' --share ')} --workers {self.processes} "
+            "--report FILE.md`. Laws of policies "
             "and of rankings run in one dtype, since nothing in them depends on it.",
             "",
             "| clause | says | " + " | ".join(columns) + " |",

@@ -179,7 +179,7 @@ class Ranked:
         count = budget_pages(arrays, policy.budget, policy.page_count, policy.min_pages)
         if policy.newest:
             forced = self.newest(arrays)[:, None, None, :]
-            own = best(scores, count - 1, exists(arrays) & ~forced) | forced
+            own = best(scores, count - forced.sum(axis=(1, 2, 3)), exists(arrays) & ~forced) | forced
         else:
             own = best(scores, count, exists(arrays))
         own &= active[:, None, :, None]
@@ -304,12 +304,17 @@ class Kept:
         self.policy = policy
         self.dense = policy.delay if policy.name == "sparse-dllm" else 0
         self.chosen: Host | None = None
+        self.known: Host | None = None
 
     def step(self, now: Moment) -> Stated:
-        pages = exists(now.arrays) if self.chosen is None else self.chosen
-        if now.number == self.dense:
+        present = exists(now.arrays)
+        pages = present
+        if self.chosen is not None and self.known is not None:
+            pages = self.chosen | (present & ~self.known)  # what has joined the context since is read, too
+        if now.number == self.dense and self.chosen is None:
             sparse = self.policy.name == "sparse-dllm"
             self.chosen = self.sparse_dllm(now.arrays) if sparse else self.snapkv(now.arrays)
+            self.known = present
         return Stated(everyone(now.arrays), pages)
 
     def pooled(self, scores: Host, order: Host, size: int, reduce: Callable[[Host], Any]) -> Host:

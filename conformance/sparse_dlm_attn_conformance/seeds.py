@@ -36,7 +36,7 @@ class Run:
 def run_seed(seed: int, options: Sequence[str], folder: Path) -> Run:
     """Run the suite with one seed in a process of its own; the log stays in ``folder``."""
     report, log = folder / f"{seed}.json", folder / f"{seed}.log"
-    command = [sys.executable, "-m", "sparse_dlm_attn", "conformance", *options]
+    command = [sys.executable, "-m", "sparse_dlm_attn", "conformance", "--workers", "1", *options]
     environment = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **os.environ}
     started = time.monotonic()
     with log.open("w", encoding="utf-8") as output:

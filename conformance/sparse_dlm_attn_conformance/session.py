@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,14 +15,14 @@ import sparse_dlm_attn
 from sparse_dlm_attn import DataFileError, InvalidArgumentError
 from sparse_dlm_attn_conformance.clauses import CLAUSES, matches
 from sparse_dlm_attn_conformance.contenders import Contender, contenders
-from sparse_dlm_attn_conformance.laws import CALM, OPTIONS, LawOptions, Record
+from sparse_dlm_attn_conformance.laws import CALM, OPTIONS, LawOptions, Record, clauses_of
 from sparse_dlm_attn_conformance.ledger import Ledger
 from sparse_dlm_attn_conformance.report import Report, Result, write_report
 from sparse_dlm_attn_conformance.subjects import DTYPES, Subject, load_backend
 
 __all__ = ["PROFILES", "ConformanceSession", "register_profiles", "subjects_of"]
 
-PROFILES = {"quick": 10, "ci": 60, "nightly": 2000}
+PROFILES = {"quick": 10, "ci": 40, "nightly": 2000}
 """Problems that a law gets, by profile."""
 
 
@@ -127,7 +129,7 @@ class ConformanceSession:
             subjects,
             contenders(option("--sda-policy"), option("--sda-seconds")),
             clauses,
-            Report(profile, described),
+            Report(profile, described, processes=int(option("numprocesses", None) or 1)),
             tuple(option("--sda-report")),
         )
 
@@ -184,6 +186,23 @@ class ConformanceSession:
             refused=dict(record.refused),
             known=dict(record.known),
             features=dict(record.features),
+        )
+
+    def crash(self, report: pytest.TestReport) -> Result:
+        """Describe a law in which the process of a worker ended: all that is known is its name."""
+        path, _, item = report.nodeid.rpartition("::")
+        law, _, parameters = item.partition("[")
+        module = importlib.import_module(f"{__package__}.{Path(path).stem}")
+        subject = next((each for each in self.subjects if str(each) in parameters), None)
+        policy = next((str(each) for each in self.contenders if str(each) in parameters), "")
+        return Result(
+            law=law,
+            clauses=clauses_of(getattr(module, law, None)),
+            backend=subject.spec if subject else "",
+            dtype=subject.dtype if subject else "any",
+            policy=policy,
+            outcome="failed",
+            reason="the code under test ended the process; the stack in the log shows where",
         )
 
     def collect(self, data: dict[str, Any]) -> None:

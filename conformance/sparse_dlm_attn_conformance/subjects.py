@@ -121,24 +121,24 @@ class Subject:
     def state(self, state: HostState, layout: str = "plain") -> AttentionState:
         """Convert an attention state, in plain, token-major or gapped memory."""
         lse = self.floats(state.lse, "float32", gapped=layout == "gapped")
-        return AttentionState(self._laid_out(state.out, layout), lse)
+        return AttentionState(self.laid_out(state.out, layout), lse)
 
     def bounds(self, bounds: PageBounds, layout: str = "plain") -> PageBounds:
         """Convert page bounds, in plain, token-major (here page-major) or gapped memory."""
-        return PageBounds(self._laid_out(bounds.lower, layout), self._laid_out(bounds.upper, layout))
+        return PageBounds(self.laid_out(bounds.lower, layout), self.laid_out(bounds.upper, layout))
 
     def load(self, arrays: Arrays) -> Loaded:
         """Convert a whole problem, in the memory layout that it asks for."""
         segments, gapped = arrays.page_segments, arrays.layout == "gapped"
         context = Context(
-            self._laid_out(arrays.k_pages, arrays.layout),
-            self._laid_out(arrays.v_pages, arrays.layout),
+            self.laid_out(arrays.k_pages, arrays.layout),
+            self.laid_out(arrays.v_pages, arrays.layout),
             self.ints(arrays.page_table, gapped=gapped),
             self.ints(arrays.page_lengths, gapped=gapped),
             None if segments is None else self.ints(segments, gapped=gapped),
         )
         rows = {
-            name: self._laid_out(getattr(arrays, name), arrays.layout) for name in ("q", "q_other", "k", "v")
+            name: self.laid_out(getattr(arrays, name), arrays.layout) for name in ("q", "q_other", "k", "v")
         }
         return Loaded(
             context=context,
@@ -147,8 +147,8 @@ class Subject:
             **rows,
         )
 
-    def _laid_out(self, values: Host, layout: str) -> Array:
-        """Convert ``(a, heads, tokens, head_dim)`` values, in plain, token-major or gapped memory."""
+    def laid_out(self, values: Host, layout: str) -> Array:
+        """Convert ``(a, heads, tokens, head_dim)`` values to plain, token-major or gapped memory."""
         if layout == "token_major":
             moved = self.floats(np.ascontiguousarray(values.swapaxes(1, 2)))
             return frozen(namespace(moved).permute_dims(moved, (0, 2, 1, 3)))

@@ -17,11 +17,10 @@ from sparse_dlm_attn_conformance.contenders import Contender
 from sparse_dlm_attn_conformance.episodes import Episode, episodes, rows_of
 from sparse_dlm_attn_conformance.laws import law
 from sparse_dlm_attn_conformance.oracle import context_keys
+from sparse_dlm_attn_conformance.strategies import BOOLEANS, choice, integers
 from sparse_dlm_attn_conformance.subjects import Subject, host
-from sparse_dlm_attn_conformance.test_policies import loaded, on_grid
+from sparse_dlm_attn_conformance.test_policies import SHARE, loaded, on_grid
 from sparse_dlm_attn_reference import ReferenceBackend
-
-SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -75,15 +74,15 @@ class Filling:
 @st.composite
 def fillings(draw: Any, /) -> Filling:
     """Draw a pass of up to three sequences."""
-    tokens, batch = draw(st.integers(1, 12)), draw(st.integers(1, 3))
-    bits = st.integers(0, (1 << tokens) - 1)
-    within = [draw(st.integers(0, 9)) for _ in range(batch)]
+    tokens, batch = draw(integers(1, 12)), draw(integers(1, 3))
+    bits = integers(0, (1 << tokens) - 1)
+    within = [draw(integers(0, 9)) for _ in range(batch)]
     return Filling(
         tokens,
         tuple((draw(bits), draw(bits), draw(bits), draw(bits)) for _ in range(batch)),
-        tuple(number + draw(st.sampled_from((0, 0, 4))) for number in within),
+        tuple(number + draw(choice((0, 0, 4))) for number in within),
         tuple(within),
-        draw(st.tuples(st.booleans(), st.booleans(), st.booleans())),
+        (draw(BOOLEANS), draw(BOOLEANS), draw(BOOLEANS)),
     )
 
 
@@ -164,7 +163,7 @@ def fill_in(
     for number, q in enumerate(episode.queries(subject.dtype)):
         info = replace(episode.info(subject, number), window=subject.ints(window), window_index=number)
         rows = computed(subject, policy, info, shape)[:, None, :, None]
-        fresh = replace(episode.case, seed=episode.case.seed + 50 + number).arrays(subject.dtype).k
+        fresh = episode.case.fresh(subject.dtype, episode.case.seed + 50 + number, episode.case.kv_heads)
         keys = np.where(rows, fresh, keys)
         arrays = whole(base.but(q=q, k=keys))
         shown = q if spoil is None else np.where(rows, q, spoil)

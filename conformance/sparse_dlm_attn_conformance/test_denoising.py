@@ -21,7 +21,7 @@ from sparse_dlm_attn_conformance.laws import (
 )
 from sparse_dlm_attn_conformance.strategies import within
 from sparse_dlm_attn_conformance.subjects import Subject
-from sparse_dlm_attn_conformance.timing import TimeLimitExceeded
+from sparse_dlm_attn_conformance.timing import TimeLimitExceeded, last_resort
 
 SHARE = 0.25
 
@@ -36,7 +36,7 @@ def test_denoising_goes_as_on_the_reference(subject: Subject, policy: Contender)
         pytest.skip("known failure of the ledger: a state machine has no single problem to match")
     machine = type("Machine", (Denoising,), {"subject": subject, "policy": policy.instance})
     chosen = settings(law_settings(SHARE), print_blob=False)
-    with within(subject.backend.capabilities):
+    with within(subject.backend.capabilities), last_resort(OPTIONS.get().seconds):
         try:
             run_state_machine_as_test(machine, settings=chosen)
         except ConformanceFailure as error:

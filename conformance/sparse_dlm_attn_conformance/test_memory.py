@@ -9,10 +9,11 @@ import pytest
 
 from sparse_dlm_attn import PassInfo, PrefixAttention
 from sparse_dlm_attn_conformance.cases import Host
-from sparse_dlm_attn_conformance.checks import expect_close, expect_same_bits
+from sparse_dlm_attn_conformance.checks import expect, expect_close, expect_same_bits
 from sparse_dlm_attn_conformance.contenders import Contender
 from sparse_dlm_attn_conformance.episodes import Episode, Pass, episodes, play
 from sparse_dlm_attn_conformance.laws import law
+from sparse_dlm_attn_conformance.operations import leaves
 from sparse_dlm_attn_conformance.subjects import Loaded, Subject, host
 from sparse_dlm_attn_conformance.test_policies import SHARE, expect_same_decisions, loaded
 
@@ -27,15 +28,20 @@ def test_memory_is_a_value(subject: Subject, policy: Contender, episode: Episode
     memory = done[0].memory
     attention, context = PrefixAttention(chosen, subject.backend), subject.load(arrays).context
     context = replace(context, page_table=memory.page_table, page_lengths=memory.page_lengths)
-    now = subject.load(arrays.but(q=episode.queries(subject.dtype)[1]))
-    _, again = attention(now.q, now.k, now.v, context, memory, episode.info(subject, 1), scale=case.scale)
+    on = subject.load(arrays.but(q=episode.queries(subject.dtype)[1]))
+    _, again = attention(on.q, on.k, on.v, context, memory, episode.info(subject, 1), scale=case.scale)
     expect_same_decisions(
         Pass.of(arrays, done[1].out, again), done[1], "when a pass is repeated from its memory", "POLICY-1"
     )
     for number, earlier in enumerate(done):
         state = earlier.memory.state
-        for name, value, kept in zip(("out", "lse"), (state.out, state.lse), earlier.kept, strict=True):
-            expect_same_bits(host(value), kept, f"{name} in the memory of pass {number}, later", "PURE-1")
+        for name, value, before in zip(("out", "lse"), (state.out, state.lse), earlier.kept, strict=True):
+            expect_same_bits(host(value), before, f"{name} in the memory of pass {number}, later", "PURE-1")
+        now = leaves(earlier.memory.policy_memory)
+        expect(now.keys() == earlier.left.keys(), "POLICY-1", f"memory of pass {number} holds something else")
+        for name, value in earlier.left.items():
+            what = f"memory{name} that the policy made in pass {number}, after later passes"
+            expect_same_bits(now[name], value, what, "POLICY-1")
 
 
 @pytest.mark.clause("DRIVER-2")
@@ -49,13 +55,13 @@ def test_values_that_were_not_selected_are_not_read(
     on = subject.load(arrays)
     context = on.context.with_bounds(subject.bounds(arrays.bounds()))
     for number, q in enumerate(queries):
-        now, info = subject.load(arrays.but(q=q)), episode.info(subject, number)
+        rows, info = subject.laid_out(q, arrays.layout), episode.info(subject, number)
         given = memory
-        out, memory = attention(now.q, now.k, now.v, context, given, info, scale=case.scale)
+        out, memory = attention(rows, on.k, on.v, context, given, info, scale=case.scale)
         rotten = arrays.poisoned(~arrays.stored(host(memory.traffic.loaded)), np.nan)
         pages = subject.load(rotten if memory.traffic.key_reads == 0 else rotten.but(k_pages=arrays.k_pages))
         poisoned = replace(context, k_pages=pages.context.k_pages, v_pages=pages.context.v_pages)
-        again, _ = attention(now.q, now.k, now.v, poisoned, given, info, scale=case.scale)
+        again, _ = attention(rows, on.k, on.v, poisoned, given, info, scale=case.scale)
         expect_same_bits(
             host(again), host(out), f"out of pass {number} with NaN in pages not selected", "DRIVER-2"
         )
@@ -69,7 +75,7 @@ def test_memory_of_a_block_does_not_reach_the_next(
     chosen = loaded(policy)
     if chosen.memory_scope != "block":
         pytest.skip("the policy's memory spans the sequence")
-    earlier = replace(episode, case=replace(episode.case, seed=episode.case.seed + 5))
+    earlier = replace(episode, case=replace(episode.case, seed=episode.case.seed + 5)).begun()
     left_over = play(subject, chosen, earlier)[-1].memory
     clean, tainted = play(subject, chosen, episode), play(subject, chosen, episode, memory=left_over)
     for number, (want, got) in enumerate(zip(clean, tainted, strict=True)):

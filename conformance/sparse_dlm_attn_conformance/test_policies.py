@@ -37,7 +37,7 @@ from sparse_dlm_attn_conformance.subjects import Subject, host
 from sparse_dlm_attn_conformance.test_purity import single
 from sparse_dlm_attn_reference import ReferenceBackend
 
-SHARE = 0.5
+SHARE = 0.35  # of the profile's problems: an episode is many passes, and each law meets every policy
 
 
 def loaded(policy: Contender) -> PrefixAttentionPolicy[Any]:
@@ -72,8 +72,7 @@ def test_decisions_are_those_on_the_reference(subject: Subject, policy: Contende
     got = play(on_grid(subject), loaded(policy), episode, arrays=arrays)
     for number, (mine, theirs) in enumerate(zip(got, want, strict=True)):
         expect_same_decisions(mine, theirs, f"in pass {number}, against the reference", "POLICY-1")
-        budget = output_budget(arrays)
-        expect_close(mine.out, theirs.out, budget, f"out of pass {number}", "POLICY-1")
+        expect_close(mine.out, theirs.out, output_budget(arrays), f"out of pass {number}", "POLICY-1")
 
 
 def output_budget(arrays: Arrays) -> Host:
@@ -101,7 +100,7 @@ def test_the_same_inputs_give_the_same_answers(subject: Subject, policy: Contend
     """Passes of another problem in between must not matter: a policy keeps nothing but its memory."""
     chosen = loaded(policy)
     first = play(subject, chosen, episode)
-    other = replace(episode, case=replace(episode.case, seed=episode.case.seed + 7))
+    other = replace(episode, case=replace(episode.case, seed=episode.case.seed + 7)).begun()
     play(subject, chosen, other)
     for number, (one, two) in enumerate(zip(first, play(subject, chosen, episode), strict=True)):
         expect_same_decisions(two, one, f"in pass {number}, asked again", "POLICY-1")
@@ -142,21 +141,21 @@ def test_sequences_may_stand_at_different_passes(
     on, attention, memory = subject.load(arrays), PrefixAttention(chosen, subject.backend), None
     alone: list[LayerMemory | None] = [None] * case.batch
     lone = [single(arrays, b) for b in range(case.batch)]
-    lone_contexts = [subject.load(one).context for one in lone]
+    lone_on = [subject.load(one) for one in lone]
     for step, q in enumerate(queries):
         index = [step if step < start or start == 0 else step - start for start in starts]
-        now = subject.load(arrays.but(q=q))
+        rows = subject.laid_out(q, arrays.layout)
         info = episode.info(subject, step, subject.ints(np.asarray(index, dtype=np.int32)))
-        _, memory = attention(now.q, now.k, now.v, on.context, memory, info, scale=case.scale)
+        _, memory = attention(rows, on.k, on.v, on.context, memory, info, scale=case.scale)
         pages, active = rows_of(arrays, memory), host(memory.active)
         for b in range(case.batch):
             one = slice(b, b + 1)
-            mine = subject.load(lone[b].but(q=q[one]))
+            mine = lone_on[b]
             _, alone[b] = attention(
-                mine.q,
+                subject.laid_out(q[one], arrays.layout),
                 mine.k,
                 mine.v,
-                lone_contexts[b],
+                mine.context,
                 alone[b],
                 episode.info(subject, step, index[b], one),
                 scale=case.scale,
@@ -262,7 +261,9 @@ def test_the_policy_does_what_its_page_states(subject: Subject, policy: Contende
     rule = rule_of(chosen, episode)
     if rule is None:
         pytest.skip("the policy states no rule (see stated_rule in the how-to)")
-    check_statement(subject, chosen, rule, episode)
+    arrays = episode.case.arrays(subject.dtype)
+    done = play(on_grid(subject), chosen, episode)
+    expect_stated(done, rule, episode, arrays, episode.queries(subject.dtype))
 
 
 @pytest.mark.clause("POLICY-6")
@@ -273,27 +274,30 @@ def test_every_parameter_does_what_its_page_states(
     chosen = get_policy(policy_name)
     rule = rule_of(chosen, episode)
     assert rule is not None
-    check_statement(subject, chosen, rule, episode)
+    arrays = episode.case.arrays(subject.dtype)
+    done = play(on_grid(subject), chosen, episode)
+    expect_stated(done, rule, episode, arrays, episode.queries(subject.dtype))
 
 
-def check_statement(
-    subject: Subject, chosen: PrefixAttentionPolicy[Any], rule: Rule, episode: Episode
+def expect_stated(
+    played: list[Pass],
+    rule: Rule,
+    episode: Episode,
+    arrays: Arrays,
+    queries: list[Host],
+    block: str = "the block",
+    first: int = 0,
 ) -> None:
-    """Compare active rows and pages of every pass with the rule."""
-    arrays, queries = episode.case.arrays(subject.dtype), episode.queries(subject.dtype)
-    for number, done in enumerate(play(on_grid(subject), chosen, episode)):
-        stated = rule.step(
-            Moment(
-                arrays.but(q=queries[number]),
-                number,
-                episode.saves and number == episode.passes - 1,
-                episode.newly(number),
-            )
-        )
-        expect_same_bits(done.active, stated.active, f"active rows in pass {number}", "POLICY-6")
+    """Compare active rows and pages of every pass, from ``first`` on, with the rule."""
+    for number, done in enumerate(played, first):
+        saves = episode.saves and number == episode.passes - 1
+        moment = Moment(arrays.but(q=queries[number]), number - first, saves, episode.newly(number))
+        stated = rule.step(moment)
+        what = f"in pass {number} of {block}"
+        expect_same_bits(done.active, stated.active, f"active rows {what}", "POLICY-6")
         pages = np.broadcast_to(stated.pages, done.pages.shape) & stated.active[:, None, :, None]
         pages = pages & (arrays.page_lengths > 0)[:, None, None, :]
-        expect_same_bits(done.pages, pages, f"pages read in pass {number}", "POLICY-6")
+        expect_same_bits(done.pages, pages, f"pages read {what}", "POLICY-6")
 
 
 @pytest.mark.clause("POLICY-5", "ATTEND-4")

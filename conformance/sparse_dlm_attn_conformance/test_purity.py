@@ -7,14 +7,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparse_dlm_attn import AttentionState
+from sparse_dlm_attn import AttentionState, RankedPass
 from sparse_dlm_attn_conformance import accuracy
 from sparse_dlm_attn_conformance.cases import Arrays, Case
 from sparse_dlm_attn_conformance.checks import expect, expect_same_bits, expect_state_close
 from sparse_dlm_attn_conformance.laws import law
 from sparse_dlm_attn_conformance.operations import OPERATORS, arrays_in, prepare
 from sparse_dlm_attn_conformance.oracle import context_keys
-from sparse_dlm_attn_conformance.process import changed_settings, restored, settings_of_the_process
+from sparse_dlm_attn_conformance.process import (
+    changed_settings,
+    restored,
+    settings_of_the_process,
+    stirred_settings,
+)
 from sparse_dlm_attn_conformance.strategies import cases
 from sparse_dlm_attn_conformance.subjects import Loaded, Subject, host
 from sparse_dlm_attn_conformance.test_context import shares_memory
@@ -45,7 +50,7 @@ def test_no_operator_changes_a_setting_of_the_process(subject: Subject, operator
         before = settings_of_the_process()
         call.run()
         changed = changed_settings(before, random_states=False)
-        before = settings_of_the_process()
+        before = stirred_settings()
         call.run()
         changed += changed_settings(before)
     expect(not changed, "PURE-5", f"{operator} must leave the process as it was, but: {'; '.join(changed)}")
@@ -164,8 +169,11 @@ def need(subject: Subject, capability: str) -> None:
 @pytest.mark.clause("PURE-4")
 @pytest.mark.parametrize(
     "operator",
-    ("page_bounds", "page_scores", "pooled_scores", "query_change", "attend_pages", "attend_block", "attend"),
-)
+    (
+        "page_bounds", "page_scores", "pooled_scores", "query_change",
+        "attend_pages", "attend_block", "attend", "attend_ranked",
+    ),
+)  # fmt: skip
 @law(case=cases(regimes=ROUGH), share=0.5)
 def test_a_sequence_does_not_depend_on_its_batch(subject: Subject, operator: str, case: Case) -> None:
     need(subject, "batch_invariant")
@@ -181,9 +189,17 @@ def test_a_sequence_does_not_depend_on_its_batch(subject: Subject, operator: str
 
 def prepared_results(subject: Subject, arrays: Arrays, operator: str) -> dict[str, Any]:
     """Run an operator with no cached state, which would differ between batch and single."""
-    if operator != "attend":
+    if operator not in ("attend", "attend_ranked"):
         return arrays_in(prepare(subject, arrays, operator).run())
     on = subject.load(arrays)
+    if operator == "attend_ranked":
+        rule = RankedPass(arrays.page_size, 2, reference=on.q_other, count=2, keep="queries")
+        bounds = subject.bounds(arrays.bounds())
+        return arrays_in(
+            subject.backend.attend_ranked(
+                on.q, on.k, on.v, on.context, bounds, rule, None, scale=arrays.scale
+            )
+        )
     return arrays_in(
         subject.backend.attend(
             on.q, on.k, on.v, on.context, on.selection, on.active, None, scale=arrays.scale

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,6 @@ from sparse_dlm_attn import (
     get_policy,
     ranked,
 )
-from sparse_dlm_attn.arrays import is_array
 from sparse_dlm_attn_conformance import accuracy
 from sparse_dlm_attn_conformance.cases import Arrays, Case, Host
 from sparse_dlm_attn_conformance.checks import (
@@ -32,6 +31,7 @@ from sparse_dlm_attn_conformance.contenders import Contender
 from sparse_dlm_attn_conformance.doubles import Probe, Ranking, Watched
 from sparse_dlm_attn_conformance.episodes import EXACT, Episode, episodes, play
 from sparse_dlm_attn_conformance.laws import law
+from sparse_dlm_attn_conformance.operations import leaves
 from sparse_dlm_attn_conformance.oracle import block_keys, context_keys
 from sparse_dlm_attn_conformance.strategies import cases, ranked_rules
 from sparse_dlm_attn_conformance.subjects import Subject, host
@@ -290,16 +290,3 @@ def test_the_rule_of_a_policy_is_what_it_decides(
             expect_same_bits(got[name], value, f"memory{name} from what a ranked pass kept", "RANKED-2")
 
     play(subject, Probe(inner, check), episode)
-
-
-def leaves(value: Any, name: str = "") -> dict[str, Host]:
-    """Return what a policy remembers as host arrays by name."""
-    if is_array(value):
-        return {name: host(value)}
-    if is_dataclass(value) and not isinstance(value, type):
-        held = {field.name: getattr(value, field.name) for field in fields(value)}
-    elif isinstance(value, tuple):
-        held = {str(number): part for number, part in enumerate(value)}
-    else:
-        return {} if value is None else {name: np.asarray(value)}
-    return {key: leaf for part in held for key, leaf in leaves(held[part], f"{name}.{part}").items()}

@@ -30,32 +30,34 @@ def page_tokens(pages: FloatArray, context: Context, sequence: int, head: int, l
     numpy.ndarray
         float64 ``(tokens, head_dim)``. Nothing else of ``pages`` is read.
     """
-    table, lengths = context.page_table[sequence], context.page_lengths[sequence]
-    parts = [pages[table[page], head, : lengths[page]] for page in listed]
-    if not parts:
-        return np.zeros((0, context.head_dim))
-    return np.concatenate(parts).astype(np.float64)
+    table, lengths = context.page_table[sequence, listed], context.page_lengths[sequence, listed]
+    valid = np.arange(context.page_size) < lengths[:, None]
+    tokens: FloatArray = pages[table, head][valid].astype(np.float64)
+    return tokens
 
 
 def softmax_attention(
     q: FloatArray, k: FloatArray, v: FloatArray, scale: float
 ) -> tuple[FloatArray, FloatArray]:
-    """Return ``(out, lse)`` of rows ``q`` over keys ``k`` and values ``v`` (one head, clause STATE-1)."""
-    out = np.zeros((len(q), v.shape[1]))
-    lse = np.full(len(q), -np.inf)
+    """Return ``(out, lse)`` of ``q`` ``(heads, rows, head_dim)`` over the keys and values of one KV head.
+
+    Clause STATE-1.
+    """
+    out = np.zeros(q.shape)
+    lse = np.full(q.shape[:2], -np.inf)
     if len(k) == 0:
         return out, lse
     with np.errstate(invalid="ignore", over="ignore"):  # NaN and inf inputs flow to the output
-        for start in range(0, len(q), ROWS_AT_ONCE):
+        for start in range(0, q.shape[1], ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
-            logits = scale * (q[rows].astype(np.float64) @ k.T)
-            peak = logits.max(axis=1, keepdims=True)
+            logits = scale * (q[:, rows].astype(np.float64) @ k.T)
+            peak = logits.max(axis=2, keepdims=True)
             # Keys whose scores are all -inf weigh nothing, as if the set were empty (STATE-2).
             nothing = np.isneginf(peak)
             weights = np.exp(logits - np.where(nothing, 0.0, peak))
-            total = np.where(nothing, 1.0, weights.sum(axis=1, keepdims=True))
-            out[rows] = np.where(nothing, 0.0, (weights @ v) / total)
-            lse[rows] = (peak + np.log(total))[:, 0]
+            total = np.where(nothing, 1.0, weights.sum(axis=2, keepdims=True))
+            out[:, rows] = np.where(nothing, 0.0, (weights @ v) / total)
+            lse[:, rows] = (peak + np.log(total))[..., 0]
     return out, lse
 
 
@@ -80,9 +82,11 @@ def _attend_pages(
     factor = softmax_scale(head_dim, scale)
     out = np.zeros(q.shape)
     lse = np.full(q.shape[:3], -np.inf)
-    for b, h in np.ndindex(batch, q_heads):
-        kv_head = h // (q_heads // context.kv_heads)
-        selection_head = h // (q_heads // selection.heads)
+    alike = q_heads // max(context.kv_heads, selection.heads)  # query heads that share keys and pages
+    for b, first in np.ndindex(batch, q_heads // alike):
+        heads = np.arange(first * alike, (first + 1) * alike)
+        kv_head = heads[0] // (q_heads // context.kv_heads)
+        selection_head = heads[0] // (q_heads // selection.heads)
         for start in range(0, tokens, selection.span):
             rows = start + np.flatnonzero(active[b, start : start + selection.span])
             chosen = selection.mask[b, selection_head, start // selection.span]
@@ -91,7 +95,8 @@ def _attend_pages(
                 continue
             k = page_tokens(context.k_pages, context, b, kv_head, listed)
             v = page_tokens(context.v_pages, context, b, kv_head, listed)
-            out[b, h, rows], lse[b, h, rows] = softmax_attention(q[b, h, rows], k, v, factor)
+            where = b, heads[:, None], rows
+            out[where], lse[where] = softmax_attention(q[where], k, v, factor)
     return _state(out, lse, q.dtype)
 
 
@@ -127,10 +132,11 @@ def attend_block(
     factor = softmax_scale(head_dim, scale)
     out = np.zeros(q.shape)
     lse = np.full(q.shape[:3], -np.inf)
-    for b, h in np.ndindex(batch, q_heads):
-        kv_head = h // (q_heads // k.shape[1])
+    group = q_heads // k.shape[1]
+    for b, kv_head in np.ndindex(batch, k.shape[1]):
+        heads = slice(kv_head * group, (kv_head + 1) * group)
         keys, values = k[b, kv_head].astype(np.float64), v[b, kv_head].astype(np.float64)
-        out[b, h], lse[b, h] = softmax_attention(q[b, h], keys, values, factor)
+        out[b, heads], lse[b, heads] = softmax_attention(q[b, heads], keys, values, factor)
     return _state(out, lse, q.dtype)
 
 

@@ -107,8 +107,8 @@ class BoundRanking(PrefixAttentionPolicy[MemoryT]):
     )
     newest: bool = field(
         default=False,
-        metadata={"help": "Always choose the last page before the block, within the budget, as QUEST's "
-                  "kernels do; its accuracy code does not."},
+        metadata={"help": "Always choose the last page before the block, where there is one, within the "
+                  "budget, as QUEST's kernels do; its accuracy code does not."},
     )
     dense_layers: int = field(
         default=0,
@@ -199,8 +199,9 @@ class BoundRanking(PrefixAttentionPolicy[MemoryT]):
         count, eligible = count[:, None, None], context.exists[:, None, None, :] & active[:, None, :, None]
         if not self.newest:
             return ops.top_pages(scores, count, eligible=eligible)
-        forced = newest_page(context)[:, None, None, :]
-        return ops.top_pages(scores, count - 1, eligible=eligible & ~forced) | forced
+        forced, xp = newest_page(context)[:, None, None, :], inputs.xp
+        bought = xp.astype(xp.any(forced, axis=-1), count.dtype)  # none where only a suffix exists
+        return ops.top_pages(scores, count - bought, eligible=eligible & ~forced) | forced
 
     def _scores(self, inputs: PassInputs[MemoryT], active: Array) -> Array:
         bounds = inputs.ops.page_bounds(inputs.context)

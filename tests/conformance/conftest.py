@@ -1,6 +1,21 @@
-"""Makes the broken and plain backends beside the tests importable under --import-mode=importlib."""
+"""Makes what lies beside the tests importable, and a folder with broken backends for runs of the suite."""
 
+from __future__ import annotations
+
+import shutil
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with the module `broken`, two that do not load, and settings that must not matter."""
+    shutil.copy(Path(__file__).parent / "misbehaving.py", tmp_path / "broken.py")
+    (tmp_path / "raises.py").write_text("raise OSError('no driver')", encoding="utf-8")
+    (tmp_path / "leaves.py").write_text("raise SystemExit('bye')", encoding="utf-8")
+    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --no-such-option\n", encoding="utf-8")
+    return tmp_path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mutants_attention
+import mutants_many
 import mutants_ranked
 import mutants_ranking
 import mutants_reading
@@ -21,4 +22,5 @@ MODULES = (
     mutants_ranking,
     mutants_ranked,
     mutants_sizes,
+    mutants_many,
 )

@@ -25,8 +25,8 @@ class WrongForGroups(ReferenceBackend):
 
     def attend_block(self, q: Any, k: Any, v: Any, *, scale: float | None = None) -> AttentionState:
         state = super().attend_block(q, k, v, scale=scale)
-        wrong = q.shape[1] // k.shape[1] == 7
-        return AttentionState((state.out + np.asarray(wrong, q.dtype)).astype(q.dtype), state.lse)
+        wrong = q.shape[1] > k.shape[1]
+        return AttentionState(np.full_like(state.out, 7) if wrong else state.out, state.lse)
 
 
 @contextmanager
@@ -45,9 +45,9 @@ def block_findings(backend: ReferenceBackend) -> list[str]:
 
 def test_problems_of_an_entry_may_fail_and_others_may_not() -> None:
     assert block_findings(WrongForGroups())
-    with ledger(KnownFailure(**ENTRY, clause="BLOCK-1", when="group == 7")):
+    with ledger(KnownFailure(**ENTRY, clause="BLOCK-1", when="group > 1")):
         assert block_findings(WrongForGroups()) == []
-    with ledger(KnownFailure(**ENTRY, clause="BLOCK-1", when="group == 7 and head_dim == 1234")):
+    with ledger(KnownFailure(**ENTRY, clause="BLOCK-1", when="group > 1 and head_dim == 1234")):
         assert block_findings(WrongForGroups())
 
 
@@ -69,7 +69,7 @@ def test_a_crash_entry_is_never_run() -> None:
 
 def test_an_entry_for_another_backend_or_dtype_does_not_count() -> None:
     for other in ({"dtype": "float16"}, {"backend": "another"}, {"law": "test_something_else", "clause": ""}):
-        with ledger(KnownFailure(**{**ENTRY, "clause": "BLOCK-1", "when": "group == 7", **other})):
+        with ledger(KnownFailure(**{**ENTRY, "clause": "BLOCK-1", "when": "group > 1", **other})):
             assert block_findings(WrongForGroups())
 
 

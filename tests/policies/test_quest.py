@@ -140,6 +140,17 @@ def test_the_newest_page_is_the_last_before_the_block_and_counts_in_the_budget()
         assert (read.sum(axis=-1) == 1).all()
 
 
+def test_without_a_page_before_the_block_the_whole_budget_goes_to_the_best_pages() -> None:
+    block = make_block(24)
+    suffix = np.full_like(block.context.page_segments, 2)
+    block = replace(block, context=replace(block.context, page_segments=suffix))
+    forced, free = (
+        rows_read(next(denoise(f"quest:budget=8,pages=own,newest={newest}", block))[1], 4, 6)
+        for newest in ("true", "false")
+    )
+    assert (forced == free).all() and (forced.sum(axis=-1) == 2).all()
+
+
 def test_the_first_pass_is_dense_only_on_request_and_dense_layers_always_are() -> None:
     block = make_block(25)
 
