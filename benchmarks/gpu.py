@@ -219,6 +219,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON to write")
     parser.add_argument("--plot", type=Path, help="PNG to write")
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--shape", action="append", choices=[str(shape) for shape in SHAPES],
+                        help="shapes to time; default: all, and a ragged batch")
     parser.add_argument("--peer", action="append", choices=sorted((*DENSE, *SPARSE)),
                         help="peers to ask; default: all but the slow ones")
     options = parser.parse_args()
@@ -234,6 +236,8 @@ def main() -> None:
     rows: list[Row] = []
     whole: dict[str, list[Row]] = {}
     for shape in SHAPES:
+        if options.shape and str(shape) not in options.shape:
+            continue
         found = time_shape(shape, rate, names, sparse_names, options.repeats)
         print_rows(found)
         rows += found
@@ -246,9 +250,10 @@ def main() -> None:
         written = {"device": device, "torch": torch.__version__, "triton": triton.__version__,
                    "read_bytes_per_s": rate, "rows": rows, "blocks": whole}
         options.out.write_text(json.dumps(written, indent=1), encoding="utf-8")
-    rows += (found := ragged_rows(Shape(batch=8), options.repeats))
-    print_rows(found)
-    options.out.write_text(json.dumps(written | {"rows": rows}, indent=1), encoding="utf-8")
+    if not options.shape:
+        rows += (found := ragged_rows(Shape(batch=8), options.repeats))
+        print_rows(found)
+        options.out.write_text(json.dumps(written | {"rows": rows}, indent=1), encoding="utf-8")
     if options.plot:
         plot(rows, options.plot)
 

@@ -1,8 +1,10 @@
 """Path "block-sparse": long blocks through a library's block-sparse kernel, FlashAttention 4's.
 
-FlexAttention drives it with ``kernel_options={"BACKEND": "FLASH"}``, or flash-attn 4 is called itself.
 Pages become blocks of one dense sequence, copied in reading order; slots behind a page's length hold 0
-there, and a `mask_mod` keeps them out. Spans and pages must be the kernel's tile, 128 tokens.
+there. Whole pages are flash-attn 4's, called itself: driven by FlexAttention
+(``kernel_options={"BACKEND": "FLASH"}``) its results were wrong over the same lists. The few pages that are
+not full are FlexAttention's own, whose `mask_mod` keeps their empty slots out; states merge by their LSE.
+Spans and pages must be the kernel's tile, 128 tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import torch
 
 from sparse_dlm_attn import UnavailableError, UnsupportedError
 from sparse_dlm_attn_torch.layout import Lists, lists_of, wanted_pages
-from sparse_dlm_attn_torch.states import keep_active
+from sparse_dlm_attn_torch.states import keep_active, merged
 
 __all__ = [
     "attend_pages", "check_installed", "flash_attn_listed", "flex_listed", "flex_masked", "listed_mask",
@@ -31,21 +33,14 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 def check_installed() -> None:
-    """Raise `UnavailableError` unless PyTorch and flash-attn 4 can run this path together."""
-    reasons = []
+    """Raise `UnavailableError` unless flash-attn 4 is there."""
     try:
         importlib.import_module("flash_attn.cute")
     except (ImportError, AttributeError, OSError, RuntimeError) as error:
-        reasons.append(f"flash_attn.cute: {error}")
-    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    if version < (2, 11):
-        reasons.append(f"PyTorch {torch.__version__}: FlexAttention drives flash-attn 4 from 2.11 on")
-    if reasons:
         raise UnavailableError(
-            "backend 'torch' with attention='block-sparse'", reasons,
-            "Install flash-attn 4 (pip install flash-attn-4) beside PyTorch 2.11 or later, or use "
-            "attention='flex'.",
-        )
+            "backend 'torch' with attention='block-sparse'", [f"flash_attn.cute: {error}"],
+            "Install flash-attn 4 (pip install flash-attn-4), or use attention='flex'.",
+        ) from error
 
 
 def why_not(dtype: str, head_dim: int, page_size: int, span: int | None = None) -> list[str]:
@@ -75,7 +70,6 @@ def why_not(dtype: str, head_dim: int, page_size: int, span: int | None = None) 
 def attend_pages(
     q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, page_table: torch.Tensor,
     page_lengths: torch.Tensor, mask: torch.Tensor, span: int, active: torch.Tensor, scale: float,
-    *, kernel: str = "FLASH",
 ) -> Pair:
     """Attend to selected pages (clause ATTEND-1); arguments and results as those of path "gather".
 
@@ -83,8 +77,6 @@ def attend_pages(
     ----------
     q, k_pages, v_pages, page_table, page_lengths, mask, span, active, scale
         See `sparse_dlm_attn_torch.gather.attend_pages`.
-    kernel : str
-        FlexAttention's back end: "FLASH", or "TRITON" for comparisons.
 
     Raises
     ------
@@ -104,15 +96,21 @@ def attend_pages(
     if wanted.shape[1] != q.shape[1]:
         wanted = wanted.repeat_interleave(q.shape[1] // wanted.shape[1], dim=1)
     whole = (page_lengths == k_pages.shape[2])[:, None, None, :]
+    q = q.contiguous()
+    k, v = (_in_order(side, page_table, page_lengths) for side in (k_pages, v_pages))
     # Lists are (batch, heads, spans, width) here: heads take the place of spans in `lists_of`.
-    out, lse = flex_listed(
-        q.contiguous(), _in_order(k_pages, page_table, page_lengths),
-        _in_order(v_pages, page_table, page_lengths), lists_of(wanted & whole, span), (TILE, TILE), scale,
-        kernel=kernel, partial=lists_of(wanted & ~whole, span), lengths=page_lengths,
-    )
-    empty = ~wanted.any(-1).repeat_interleave(span, dim=2)[:, :, :tokens]
-    out = out.masked_fill(empty[..., None], 0.0)
-    return keep_active(out, lse.to(torch.float32).masked_fill(empty, -torch.inf), active)
+    full, partial, none = (lists_of(part, span) for part in (wanted & whole, wanted & ~whole, wanted & False))
+    states = [
+        flash_attn_listed(q, k, v, full, scale),
+        flex_listed(q, k, v, none, (TILE, TILE), scale, partial=partial, lengths=page_lengths),
+    ]
+    outs, lses = [], []
+    for (out, lse), listed in zip(states, (full, partial), strict=True):
+        empty = (listed.counts == 0).repeat_interleave(span, dim=2)[:, :, :tokens]
+        outs.append(out.to(torch.float32))
+        lses.append(lse.to(torch.float32).masked_fill(empty, -torch.inf))
+    out, lse = merged(outs, lses)
+    return keep_active(out.to(q.dtype), lse, active)
 
 
 def _in_order(pages: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

@@ -38,11 +38,15 @@ def test_a_steady_state_takes_no_memory_from_the_driver(policy: str, made: Any) 
     one = made[0]
     attention = PrefixAttention(policy, TritonBackend())
 
+    decoded = torch.zeros(one.q.shape[0], one.q.shape[2], dtype=torch.bool, device="cuda")
+    decoded[:, 0] = True
+
     def block(passes: int) -> None:
         memory = None
         for index in range(passes):
             q = one.q if index % 2 else one.q_next
-            _, memory = attention(q, one.k, one.v, one.context, memory, PassInfo(index))
+            info = PassInfo(index, newly_decoded=decoded if index else None)
+            _, memory = attention(q, one.k, one.v, one.context, memory, info)
 
     block(4)
     torch.cuda.synchronize()

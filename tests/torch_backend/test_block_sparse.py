@@ -37,10 +37,6 @@ def test_without_its_library_it_says_what_to_install(monkeypatch: pytest.MonkeyP
         choice.check_attention("block-sparse", torch.device("cuda"))
     monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
     monkeypatch.setitem(sys.modules, "flash_attn.cute", ModuleType("flash_attn.cute"))
-    monkeypatch.setattr(torch, "__version__", "2.9.0")
-    with pytest.raises(UnavailableError, match=r"PyTorch 2\.9\.0: .* from 2\.11 on"):
-        choice.check_attention("block-sparse", torch.device("cuda"))
-    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
     assert choice.check_attention("block-sparse", torch.device("cuda")) == "block-sparse"
 
 
@@ -64,11 +60,9 @@ def problem(
 
 
 def listed_attention(
-    q: Any, k: Any, v: Any, lists: Any, block: tuple[int, int], scale: float, *, kernel: str, partial: Any,
-    lengths: Any,
+    q: Any, k: Any, v: Any, lists: Any, block: tuple[int, int], scale: float, *, partial: Any, lengths: Any,
 ) -> tuple[Any, Any]:
-    """Do what the library does with the lists, in plain products."""
-    assert kernel == "FLASH"
+    """Do what FlexAttention does with the lists, in plain products."""
     assert block == (128, 128)
     (batch, heads, tokens, _), keys = q.shape, k.shape[2]
     keep = torch.zeros(batch, heads, tokens, keys, dtype=torch.bool)
@@ -79,7 +73,21 @@ def listed_attention(
                 last = 128 if inside is None else int(inside[b, page])
                 columns = (key // 128 == page) & (key % 128 < last)
                 keep[b, h] |= (row // 128 == s)[:, None] & columns
-    group = heads // k.shape[1]
+    return masked_attention(q, k, v, keep, scale)
+
+
+def whole_attention(q: Any, k: Any, v: Any, lists: Any, scale: float) -> tuple[Any, Any]:
+    """Do what flash-attn 4 does with lists of whole blocks; rows without any hold NaN."""
+    keep = torch.zeros(*q.shape[:3], k.shape[2], dtype=torch.bool)
+    rows, keys = torch.arange(q.shape[2]) // 128, torch.arange(k.shape[2]) // 128
+    for b, h, s in torch.cartesian_prod(*(torch.arange(n) for n in lists.counts.shape)).tolist():
+        for page in lists.pages[b, h, s, : lists.counts[b, h, s]].tolist():
+            keep[b, h] |= (rows == s)[:, None] & (keys == page)
+    return masked_attention(q, k, v, keep, scale)
+
+
+def masked_attention(q: Any, k: Any, v: Any, keep: Any, scale: float) -> tuple[Any, Any]:
+    group = q.shape[1] // k.shape[1]
     k, v = (side.float().repeat_interleave(group, 1) for side in (k, v))
     logits = (q.float() @ k.mT * scale).masked_fill(~keep, -math.inf)
     return (logits.softmax(-1) @ v).to(q.dtype), logits.logsumexp(-1)
@@ -97,6 +105,7 @@ def test_the_lists_are_the_selection(
 ) -> None:
     arguments, context = problem(tokens, lengths, heads, listed)
     monkeypatch.setattr(block_sparse, "flex_listed", listed_attention)
+    monkeypatch.setattr(block_sparse, "flash_attn_listed", whole_attention)
     out, lse = block_sparse.attend_pages(*arguments)
     q, mask, span, active = arguments[0], *arguments[5:8]
     wanted = get_backend("torch").attend_pages(q, context, Selection(mask, span), active, scale=0.125)
