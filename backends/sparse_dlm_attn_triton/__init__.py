@@ -1,4 +1,4 @@
-"""The Triton backend: a pass in four launches that read what the policy selected, where it lies.
+"""The Triton backend: a pass in five launches that read what the policy selected, where it lies.
 
 Kernels are in `decisions` (bounds, scores, active rows, pages) and `attention` (splits, finish); `launch`
 sizes them. See docs/backends/triton.md.
