@@ -138,7 +138,7 @@ def packed_call(
             "backend 'flash-attn'", [f"this version returns log-sum-exps of shape {tuple(lse.shape)}"],
             "Upgrade it: pip install -U flash-attn (2.6 or newer).",
         )
-    return out[:, 0], lse[0]
+    return _unhidden(q, pool, requests, scale, out[:, 0], lse[0])
 
 
 def paged_call(
@@ -163,7 +163,32 @@ def paged_call(
         return_softmax_lse=True, **options,
     )
     out, lse = _with_lse(result)
-    return out[:, :, 0][inside], lse[:, 0][inside]
+    return _unhidden(q, pool, requests, scale, out[:, :, 0][inside], lse[:, 0][inside])
+
+
+def _unhidden(
+    q: torch.Tensor, pool: Pool, requests: Requests, scale: float, out: torch.Tensor, lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute rows anew whose LSE is infinite: these kernels take a sum that is NaN for one of no keys.
+
+    No request is without a key, so such a row has read NaN or infinity, which has to show (MERGE-4).
+    """
+    hidden = lse.isinf()
+    if not bool(hidden.any()):
+        return out, lse
+    out, lse, lengths = out.clone(), lse.clone(), requests.lengths(pool.k.shape[1]).tolist()
+    for number, length in enumerate(lengths):
+        first, last = requests.row_starts[number : number + 2].tolist()
+        rows = hidden[first:last].nonzero()[:, 0] + first
+        if rows.numel() == 0:
+            continue
+        pages = requests.pages[slice(*requests.page_starts[number : number + 2].tolist())].long()
+        keys, values = (side[pages].flatten(0, 1)[:length].to(torch.float32) for side in (pool.k, pool.v))
+        logits = scale * (q[rows].to(torch.float32) @ keys.T)
+        lse[rows] = logits.logsumexp(-1)
+        empty = lse[rows].isneginf()[:, None]
+        out[rows] = torch.where(empty, 0.0, logits.softmax(-1) @ values).to(out.dtype)
+    return out, lse
 
 
 def _with_lse(result: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,7 +1,7 @@
 """Plain PyTorch with the documented contracts of flash-attn's and FlashInfer's functions, for a CPU.
 
 They are as strict as the contracts, and as careless: what lies behind a page's last token is multiplied
-by 0, so that NaN there would show.
+by 0, so that NaN there would show. Those of flash-attn return rows of a sum that is NaN as rows of no keys.
 """
 
 from __future__ import annotations
@@ -26,6 +26,12 @@ def softmax(q: Any, k: Any, v: Any, count: int, scale: float) -> tuple[Any, Any]
     return (weights @ v.double()).to(q.dtype), lse.float()
 
 
+def hiding(q: Any, k: Any, v: Any, count: int, scale: float) -> tuple[Any, Any]:
+    """Do as `softmax` does, but drop NaN as flash-attn does."""
+    out, lse = softmax(q, k, v, count, scale)
+    return out.masked_fill(lse.isnan()[:, None], 0.0), lse.masked_fill(lse.isnan(), -math.inf)
+
+
 def flash_attn_varlen_func(
     q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: int, max_seqlen_k: int,
     softmax_scale: float | None = None, causal: bool = False, return_attn_probs: bool = False,
@@ -44,7 +50,7 @@ def flash_attn_varlen_func(
         rows = slice(*cu_seqlens_q[number : number + 2].tolist())
         keys = slice(*cu_seqlens_k[number : number + 2].tolist())
         count = keys.stop - keys.start
-        parts.append(softmax(q[rows, 0], k[keys, 0], v[keys, 0], count, softmax_scale))
+        parts.append(hiding(q[rows, 0], k[keys, 0], v[keys, 0], count, softmax_scale))
     out, lse = (torch.cat(side) for side in zip(*parts, strict=True))
     return (out[:, None], lse[None], None) if return_attn_probs else out[:, None]
 
@@ -62,7 +68,7 @@ def flash_attn_with_kvcache(
     for number, length in enumerate(cache_seqlens.tolist()):
         pages = block_table[number, : -(-length // size)].long()
         keys, values = (cache[pages, :, 0].flatten(0, 1) for cache in (k_cache, v_cache))
-        out[number, :, 0], lse[number, 0] = softmax(q[number, :, 0], keys, values, length, softmax_scale)
+        out[number, :, 0], lse[number, 0] = hiding(q[number, :, 0], keys, values, length, softmax_scale)
     assert return_softmax_lse
     return out, lse
 
