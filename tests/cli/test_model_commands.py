@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -386,42 +387,50 @@ def test_evaluate_refuses_bad_input_before_any_work(
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_an_interrupted_evaluation_ends_at_once_and_leaves_nothing(tmp_path: Path, workers: str) -> None:
+@contextlib.contextmanager
+def evaluating(folder: Path, workers: str) -> Iterator[subprocess.Popen[str]]:
+    """Start a long evaluation in a group of its own, which ends with the test whatever happens."""
     process = subprocess.Popen(
         [sys.executable, "-m", "sparse_dlm_attn", "evaluate", "--length", "4096", "--prompts", "50",
          "--workers", workers],
-        stderr=subprocess.PIPE, text=True, cwd=tmp_path, start_new_session=True,
+        stderr=subprocess.PIPE, text=True, cwd=folder, start_new_session=True,
         env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+        # Tests that run in the background of a shell inherit that interrupts are ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    assert process.stderr is not None
-    assert "100 prompts" in process.stderr.readline()
-    time.sleep(2)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process
-    _, err = process.communicate(timeout=30)
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_an_interrupted_evaluation_ends_at_once_and_leaves_nothing(tmp_path: Path, workers: str) -> None:
+    with evaluating(tmp_path, workers) as process:
+        assert process.stderr is not None
+        assert "100 prompts" in process.stderr.readline()
+        time.sleep(2)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process
+        _, err = process.communicate(timeout=30)
     assert process.returncode == 130, err
     assert "interrupted" in err and "Traceback" not in err
     assert os.listdir(tmp_path) == []
 
 
 def test_workers_end_when_the_evaluation_is_killed(tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "sparse_dlm_attn", "evaluate", "--length", "4096", "--prompts", "50",
-         "--workers", "2"],
-        stderr=subprocess.PIPE, text=True, cwd=tmp_path, start_new_session=True,
-        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
-    )
-    assert process.stderr is not None
-    assert "2 processes" in process.stderr.readline()
-    time.sleep(2)  # by now the workers run
-    process.kill()
-    process.wait()
-    process.stderr.close()
-    deadline = time.monotonic() + 30
-    with pytest.raises(ProcessLookupError):  # nobody is left in the group
-        while time.monotonic() < deadline:
-            os.killpg(process.pid, 0)
-            time.sleep(0.1)
+    with evaluating(tmp_path, "2") as process:
+        assert process.stderr is not None
+        assert "2 processes" in process.stderr.readline()
+        time.sleep(2)  # by now the workers run
+        process.kill()
+        process.wait()
+        process.stderr.close()
+        deadline = time.monotonic() + 30
+        with pytest.raises(ProcessLookupError):  # nobody is left in the group
+            while time.monotonic() < deadline:
+                os.killpg(process.pid, 0)
+                time.sleep(0.1)
 
 
 def torch_options(command: str) -> tuple[str, ...]:
