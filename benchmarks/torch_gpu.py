@@ -22,8 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 from sparse_dlm_attn import Context, PassInfo, PrefixAttention, Selection, UnsupportedError
+from sparse_dlm_attn_bench.gate import WrongResultError
 from sparse_dlm_attn_bench.layer import Layer, budget_for, layers, relative_density, runner
-from sparse_dlm_attn_bench.peers import dense_peers
+from sparse_dlm_attn_bench.peers import TOLERANCE, dense_peers, expected_dense
 from sparse_dlm_attn_bench.shape import Shape
 from sparse_dlm_attn_bench.timing import measure, relative_error
 from sparse_dlm_attn_torch import TorchBackend, flex
@@ -32,57 +33,48 @@ PATHS = ("flex", "masked", "gather")
 SHAPES = (Shape(), Shape(context=16384))
 PEERS = ("SDPA flash, group folded", "FlexAttention, group folded", "FlexAttention, enable_gqa")
 DENSITY = 0.10
-TOLERANCE = 1e-2  # of bfloat16, relative to the norm
 SPARSED_TOKENS, SPARSED_SPAN = 16384, 128
 PASSES = 200
 Row = dict[str, Any]
 
 
-class WrongResultError(Exception):
-    """A contender does not compute what float32 sums say."""
-
-
-def exact(layer: Layer, shape: Shape, block: bool, pages: torch.Tensor | None = None) -> torch.Tensor:
-    """Return attention of ``q_next`` in float32, over the context or chosen pages, and over the block.
+def exact(layer: Layer, shape: Shape, pages: torch.Tensor) -> torch.Tensor:
+    """Return attention of ``q_next`` in float32, over chosen pages and over the block.
 
     Parameters
     ----------
     layer, shape : Layer, Shape
         The problem.
-    block : bool
-        Whether the block's own keys belong to it.
-    pages : torch.Tensor, optional
-        bool ``(batch, heads, 1, pages)``: chosen ones; default all.
+    pages : torch.Tensor
+        bool ``(batch, heads, 1, pages)``: the chosen ones.
     """
     rows = layer.q_next.float().reshape(shape.batch, shape.kv_heads, -1, shape.head_dim)
-    keys, values = layer.cache
-    if block:
-        keys, values = (torch.cat(pair, 2) for pair in zip(layer.cache, (layer.k, layer.v), strict=True))
+    keys, values = (torch.cat(pair, 2) for pair in zip(layer.cache, (layer.k, layer.v), strict=True))
     logits = rows @ keys.float().mT * shape.head_dim**-0.5
-    if pages is not None:
-        tokens = pages.repeat_interleave(shape.page_size, -1)
-        every = tokens.new_ones(*tokens.shape[:3], keys.shape[2] - tokens.shape[3])
-        group = shape.q_heads // shape.kv_heads
-        seen = torch.cat([tokens, every], -1).expand(-1, -1, shape.tokens, -1)
-        if seen.shape[1] == shape.q_heads:
-            seen = seen.reshape(shape.batch, shape.kv_heads, group * shape.tokens, -1)
-        else:
-            seen = seen.repeat(1, 1, group, 1)
-        logits = logits.masked_fill(~seen, -torch.inf)
+    tokens = pages.repeat_interleave(shape.page_size, -1)
+    every = tokens.new_ones(*tokens.shape[:3], keys.shape[2] - tokens.shape[3])
+    group = shape.q_heads // shape.kv_heads
+    seen = torch.cat([tokens, every], -1).expand(-1, -1, shape.tokens, -1)
+    if seen.shape[1] == shape.q_heads:
+        seen = seen.reshape(shape.batch, shape.kv_heads, group * shape.tokens, -1)
+    else:
+        seen = seen.repeat(1, 1, group, 1)
+    logits = logits.masked_fill(~seen, -torch.inf)
     return (logits.softmax(-1) @ values.float()).reshape(layer.q_next.shape)
 
 
 def gate(name: str, error: float) -> float:
     """Return a relative error, or raise if it is too large."""
-    if not error <= TOLERANCE:
-        raise WrongResultError(f"{name}: relative error {error:.1e} exceeds {TOLERANCE:.0e}")
+    limit = TOLERANCE["bfloat16"]
+    if not error <= limit:
+        raise WrongResultError(f"{name}: relative error {error:.1e} exceeds {limit:.0e}")
     return error
 
 
 def check_pass(policy: str, backend: TorchBackend, layer: Layer, shape: Shape) -> float:
     """Compare the rows that a sparse pass recomputed with float32 sums over the pages that it chose."""
     out, memory = runner(policy, backend, layer)()
-    wanted = exact(layer, shape, True, memory.selection.mask)
+    wanted = exact(layer, shape, memory.selection.mask)
     rows = memory.active[:, None, :, None].expand_as(out)
     return gate(f"{policy} on {backend.attention}", relative_error(out[rows], wanted[rows]))
 
@@ -91,12 +83,12 @@ def losa_rows(shape: Shape, repeats: int, attempt: Callable[..., Any]) -> list[R
     """Time a LoSA pass on every path, and dense attention, on one shape."""
     plain = TorchBackend(device="cuda", attention="masked")
     made = layers(shape, plain, share=DENSITY)
-    policy, _ = budget_for(DENSITY, "losa:", shape, plain, made[0])
+    policy, _ = budget_for(DENSITY, "losa", shape, plain, made[0])
     rows: list[Row] = []
 
     def peer(name: str, works: list[Callable[[], Any]]) -> None:
         out = works[0]()[0].reshape(made[0].q_next.shape)
-        error = gate(name, relative_error(out, exact(made[0], shape, False)))
+        error = relative_error(out, expected_dense(made[0])[0])  # compared already, to be let in
         rows.append({"name": name, "kind": "dense", "read": 1.0, "error": error,
                      **measure(works, repeats).as_dict()})
 

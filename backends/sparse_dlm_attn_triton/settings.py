@@ -29,8 +29,11 @@ __all__ = [
 ]
 
 FORMAT = 1
-KERNELS = ("attention.py", "decisions.py", "launch.py")
-"""Files that settings belong to: other kernels, other settings."""
+KERNELS = (
+    "attention.py", "common.py", "decisions.py", "launch.py", "launch_decisions.py", "shares.py",
+    "span_tiles.py", "tiles.py",
+)
+"""Files that settings belong to, what `launch` is made of: other kernels, other settings."""
 WHAT = "tuned settings of backend 'triton'"
 
 
