@@ -31,12 +31,13 @@ from sparse_dlm_attn_bench.peers import (
     wrapper_for,
 )
 from sparse_dlm_attn_bench.shape import Shape
+from sparse_dlm_attn_folded.flash_attn import build_flags
 from sparse_dlm_attn_folded.folding import Pool, Requests, folded, full_pages, rows_of_lists
 from sparse_dlm_attn_torch import TorchBackend
 from sparse_dlm_attn_torch.block_sparse import flex_masked, listed_mask
 from sparse_dlm_attn_torch.layout import Lists, lists_of
 
-__all__ = ["SPARSE", "SPARSE_FAST", "Chosen", "Found", "sparse_peers"]
+__all__ = ["SPARSE", "Chosen", "Found", "sparse_peers"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,10 +152,7 @@ def _paged(function: Callable[..., Any], chosen: Sequence[Chosen], shape: Shape)
     works: list[Work] = []
     for one in chosen:
         pool, requests = one.requests()
-        pages = requests.page_starts.diff().long()
-        listed = (torch.arange(int(pages.max())) < pages[:, None]).to(requests.pages.device)
-        table = torch.zeros(listed.shape, dtype=torch.int32, device=listed.device)
-        table = table.masked_scatter(listed, requests.pages)
+        table = requests.block_table()
         q = one.layer.q_next.reshape(-1, shape.head_dim)[requests.rows]
         q = q.view(len(requests), -1, 1, shape.head_dim)
         lengths = requests.lengths(shape.page_size).to(table.device)
@@ -177,11 +175,7 @@ def _flash_attn_2(chosen: Sequence[Chosen], shape: Shape) -> Found:
 
 def _flash_attn_3(chosen: Sequence[Chosen], shape: Shape) -> Found:
     module = flash_attn_3()
-    try:
-        config = importlib.import_module(module.__name__.replace("_interface", "_config")).CONFIG
-    except ImportError:
-        config = {}
-    if config.get("build_flags", {}).get("FLASHATTENTION_DISABLE_PAGEDKV"):
+    if build_flags(module.__name__).get("FLASHATTENTION_DISABLE_PAGEDKV"):
         raise NotImplementedError(f"{module.__name__} was built without paged KV")
     return _paged(module.flash_attn_with_kvcache, chosen, shape)
 
@@ -190,7 +184,6 @@ def _flash_attn_3(chosen: Sequence[Chosen], shape: Shape) -> Found:
 class _SparsePeer:
     make: Callable[[Sequence[Chosen], Shape], Found]
     log_base: float = math.e
-    slow: bool = False
 
 
 SPARSE: dict[str, _SparsePeer] = {
@@ -199,11 +192,10 @@ SPARSE: dict[str, _SparsePeer] = {
     "flash-attn 2 paged, heads folded": _SparsePeer(_flash_attn_2),
     "flash-attn 3 paged, heads folded": _SparsePeer(_flash_attn_3),
 }
-SPARSE_FAST = tuple(SPARSE)
 
 
 def sparse_peers(
-    chosen: Sequence[Chosen], shape: Shape, names: Sequence[str] = SPARSE_FAST
+    chosen: Sequence[Chosen], shape: Shape, names: Sequence[str] = tuple(SPARSE)
 ) -> dict[str, Found | str]:
     """Return for each peer its work on every layer's lists, or in words why it is not there.
 

@@ -14,7 +14,7 @@ from sparse_dlm_attn.values import check_int
 from sparse_dlm_attn_folded.backend import FoldedBackend
 from sparse_dlm_attn_folded.folding import Pool, Requests
 
-__all__ = ["FlashAttentionBackend"]
+__all__ = ["FlashAttentionBackend", "build_flags"]
 
 MODULES = ("flash_attn_interface", "fa3_fwd_interface", "flash_attn", "flash_attn.cute")
 """Where versions 3 (built from source, and the wheel `fa3_fwd`), 2 and 4 put their functions."""
@@ -74,7 +74,7 @@ class FlashAttentionBackend(FoldedBackend):
     @property
     def capabilities(self) -> Capabilities:
         """Half precision on a GPU; plans on the host."""
-        half = not _flags(self.module).get("FLASHATTENTION_DISABLE_FP16", False)
+        half = not build_flags(self.module).get("FLASHATTENTION_DISABLE_FP16", False)
         return Capabilities(
             dtypes=("bfloat16", "float16") if half else ("bfloat16",), devices=("cuda",), deterministic=True,
             notes=f"{self.module}, pages {self.pages}; reads selections on the host.",
@@ -146,15 +146,12 @@ def paged_call(
     num_splits: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Call ``flash_attn_with_kvcache`` with a block table; rows of a request are padded to the most."""
-    counts, pages = requests.row_starts.diff().long(), requests.page_starts.diff().long()
+    counts = requests.row_starts.diff().long()
     inside = (torch.arange(int(counts.max())) < counts[:, None]).to(q.device)
     padded = q.new_zeros((*inside.shape, q.shape[1])).masked_scatter(inside[..., None], q)
-    listed = (torch.arange(int(pages.max())) < pages[:, None]).to(q.device)
-    table = torch.zeros(listed.shape, dtype=torch.int32, device=q.device)
-    table = table.masked_scatter(listed, requests.pages)
     known = inspect.signature(function).parameters
     name = "page_table" if "block_table" not in known else "block_table"
-    options: dict[str, Any] = {name: table}
+    options: dict[str, Any] = {name: requests.block_table()}
     if "num_splits" in known:
         options["num_splits"] = num_splits
     result = function(
@@ -200,8 +197,14 @@ def _with_lse(result: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return result[0], result[1]
 
 
-def _flags(module: str) -> dict[str, bool]:
-    """Return what a build of version 3 was made without; empty for other versions."""
+def build_flags(module: str) -> dict[str, bool]:
+    """Return what a build of version 3 was made without; empty for other versions.
+
+    Parameters
+    ----------
+    module : str
+        One of `MODULES`.
+    """
     if not module.endswith("_interface"):
         return {}
     try:
@@ -220,7 +223,7 @@ def _installed(wanted: str, modules: tuple[str, ...]) -> tuple[str, Callable[...
         except (ImportError, AttributeError, OSError, RuntimeError) as error:  # built for another CUDA, too
             reasons.append(f"{name}: {error}")
             continue
-        if wanted == "flash_attn_with_kvcache" and _flags(name).get("FLASHATTENTION_DISABLE_PAGEDKV"):
+        if wanted == "flash_attn_with_kvcache" and build_flags(name).get("FLASHATTENTION_DISABLE_PAGEDKV"):
             reasons.append(f"{name}: built without paged KV; pages='packed' does without")
             continue
         return name, function

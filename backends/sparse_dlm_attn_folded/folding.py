@@ -72,6 +72,13 @@ class Requests:
         """Return the tokens of each request, int32 on the host."""
         return (self.page_starts.diff() - 1) * page_size + self.last_lengths
 
+    def block_table(self) -> torch.Tensor:
+        """Return the pages of each request, int32 ``(requests, most pages)``, padded with page 0."""
+        counts = self.page_starts.diff().long()
+        listed = (torch.arange(int(counts.max())) < counts[:, None]).to(self.pages.device)
+        table = torch.zeros(listed.shape, dtype=torch.int32, device=self.pages.device)
+        return table.masked_scatter(listed, self.pages)
+
 
 def folded(context: Context, backend: str) -> Pool:
     """View the pages of a context as those of one head.

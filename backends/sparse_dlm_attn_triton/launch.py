@@ -144,10 +144,10 @@ def _grid(q: Tensor, part: Part, kv_heads: int, has_pages: bool) -> _Grid:
 
 
 def _parts(
-    q: Tensor, block: tuple[Tensor, Tensor] | None, part: Part | None, scale: float, later: bool, ragged: bool
+    q: Tensor, block: tuple[Tensor, Tensor] | None, part: Part | None, scale: float, kv_heads: int, *,
+    later: bool, ragged: bool,
 ) -> Parts:
     """Launch attention over the listed pages and over the block."""
-    kv_heads = block[0].shape[1] if part is None else part.k_pages.shape[1]  # type: ignore[index]
     if part is None or part.page_table.shape[1] == 0 or part.k_pages.shape[0] == 0:
         part, has_pages = _no_pages(q, kv_heads), False
     else:
@@ -313,12 +313,12 @@ def attend(
     kept = torch.empty_like(state_out) if keep else nothing
     if state_out.numel() == 0:
         return out, state_out, state_lse, kept
-    parts = _parts(q, block, part, scale, later, ragged)
+    kv_heads = block[0].shape[1] if part is None else part.k_pages.shape[1]  # type: ignore[index]
+    parts = _parts(q, block, part, scale, kv_heads, later=later, ragged=ragged)
     shared = parts.counts is not None
     old = tuple(map(lined, cached)) if cached is not None else (q, state_lse)
     before = q if reference is None else lined(reference)
     active = q if part is None else bytes_of(part.active.contiguous())
-    kv_heads = block[0].shape[1] if part is None else part.k_pages.shape[1]  # type: ignore[index]
     finish_kernel[(tokens, q_heads, batch)](
         q, active, parts.out, parts.lse, *(parts.firsts, parts.lasts, parts.counts) if shared else (q, q, q),
         *old, before, out, state_out, state_lse, kept,

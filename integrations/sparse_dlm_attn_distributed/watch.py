@@ -159,16 +159,7 @@ class Watch:
         RankError
             If another rank failed, or did not come within the time limit.
         """
-        begun, looked = time.monotonic(), 0.0
-        while not work.is_completed():
-            waited = time.monotonic() - begun
-            if waited > looked + LOOK_EVERY:
-                looked = waited
-                self._store.set(f"{self._prefix}/at/{self.rank}", str(self._calls))
-                self.raise_if_failed()
-            if waited > self.timeout:
-                self._give_up(self._late(), f"in {what}")
-            time.sleep(2e-5 if waited < 1e-3 else 5e-4)
+        self._until(work.is_completed, f"in {what}", 1e-3)
         self._came = time.monotonic()
         try:
             work.wait()
@@ -180,23 +171,27 @@ class Watch:
 
         A collective on a device does not hold up the host, so it is here that the host notices.
         """
-        begun, looked = time.monotonic(), 0.0
         try:
-            while not done():
-                waited = time.monotonic() - begun
-                if waited > looked + LOOK_EVERY:
-                    looked = waited
-                    self._store.set(f"{self._prefix}/at/{self.rank}", str(self._calls))
-                    self.raise_if_failed()
-                if waited > self.timeout:
-                    self._give_up(self._late(), "on the device")
-                time.sleep(2e-5 if waited < 1e-2 else 5e-4)
+            self._until(done, "on the device", 1e-2)
             self._look_at_device()
         except RankError:
             for stop in self._stops:
                 stop()
             raise
         self._came = time.monotonic()
+
+    def _until(self, done: Callable[[], bool], where: str, eager: float) -> None:
+        """Ask whether it is done, often for ``eager`` seconds; look at the store, and give up in time."""
+        begun, looked = time.monotonic(), 0.0
+        while not done():
+            waited = time.monotonic() - begun
+            if waited > looked + LOOK_EVERY:
+                looked = waited
+                self._store.set(f"{self._prefix}/at/{self.rank}", str(self._calls))
+                self.raise_if_failed()
+            if waited > self.timeout:
+                self._give_up(self._late(), where)
+            time.sleep(2e-5 if waited < eager else 5e-4)
 
     def read(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a tensor on the host; waiting for its device has a limit here.
