@@ -92,7 +92,9 @@ def query_change(q: Array, q_reference: Array) -> Array:
     dtype = compute_dtype(q)
     difference = xp.astype(q, dtype) - xp.astype(q_reference, dtype)
     total = xp.sum(difference * difference, axis=(1, 3))
-    return xp.astype(total / (q.shape[1] * q.shape[3]), xp.float32)
+    # An array, since PyTorch divides by a plain number as a product with its rounded inverse on a GPU.
+    numbers = xp.full((), q.shape[1] * q.shape[3], dtype=dtype, device=total.device)
+    return xp.astype(total / numbers, xp.float32)
 
 
 def check_change_rule(count: int | None, mass: float | None) -> None:

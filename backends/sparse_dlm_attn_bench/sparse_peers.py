@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from sparse_dlm_attn import Context, Selection
+from sparse_dlm_attn_bench.flex_peer import flex_masked, listed_mask
 from sparse_dlm_attn_bench.layer import Layer
 from sparse_dlm_attn_bench.peers import (
     WORKSPACE,
@@ -34,7 +35,6 @@ from sparse_dlm_attn_bench.shape import Shape
 from sparse_dlm_attn_folded.flash_attn import build_flags
 from sparse_dlm_attn_folded.folding import Pool, Requests, folded, full_pages, rows_of_lists
 from sparse_dlm_attn_torch import TorchBackend
-from sparse_dlm_attn_torch.block_sparse import flex_masked, listed_mask
 from sparse_dlm_attn_torch.layout import Lists, lists_of
 
 __all__ = ["SPARSE", "Chosen", "Found", "sparse_peers"]

@@ -16,6 +16,7 @@ from sparse_dlm_attn import (
     InvalidTypeError,
     PageBounds,
     Selection,
+    UnavailableError,
 )
 from sparse_dlm_attn.arrays import compute_dtype
 from sparse_dlm_attn.checks import (
@@ -29,7 +30,41 @@ from sparse_dlm_attn.operators import gather_pages, valid_tokens
 from sparse_dlm_attn.values import softmax_scale
 from sparse_dlm_attn_folded.folding import Pool, Requests, folded, full_pages, partial_pages, rows_of_lists
 
-__all__ = ["FoldedBackend"]
+__all__ = ["FoldedBackend", "check_gpu"]
+
+
+def check_gpu(backend: str, device: str) -> str:
+    """Return ``device``, the GPU that a library's kernels are to run on.
+
+    Parameters
+    ----------
+    backend : str
+        Name of the backend that asks.
+    device : str
+        "cuda" (PyTorch's current GPU) or "cuda:1" (that one).
+
+    Raises
+    ------
+    InvalidArgumentError
+        If it is something else, or a GPU that is not there.
+    UnavailableError
+        If there is no GPU.
+    """
+    kind, _, number = device.partition(":") if isinstance(device, str) else ("", "", "")
+    if kind != "cuda" or device == "cuda:" or (number and not number.isdecimal()):
+        raise InvalidArgumentError(
+            "device", "must be 'cuda' or 'cuda:N': these kernels run on GPUs", repr(device),
+            "Use backend 'torch' on a CPU.",
+        )
+    if not torch.cuda.is_available():
+        raise UnavailableError(
+            f"backend '{backend}'", ["no usable GPU was found"], "Use backend 'torch' on this machine."
+        )
+    if number and int(number) >= torch.cuda.device_count():
+        raise InvalidArgumentError(
+            "device", f"must name one of {torch.cuda.device_count()} GPUs, from cuda:0", repr(device)
+        )
+    return device
 
 
 class FoldedBackend(Backend):

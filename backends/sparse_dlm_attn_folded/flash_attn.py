@@ -11,7 +11,7 @@ import torch
 
 from sparse_dlm_attn import AttentionState, Capabilities, InvalidArgumentError, Problem, UnavailableError
 from sparse_dlm_attn.values import check_int
-from sparse_dlm_attn_folded.backend import FoldedBackend
+from sparse_dlm_attn_folded.backend import FoldedBackend, check_gpu
 from sparse_dlm_attn_folded.folding import Pool, Requests
 
 __all__ = ["FlashAttentionBackend", "build_flags"]
@@ -42,18 +42,22 @@ class FlashAttentionBackend(FoldedBackend):
     num_splits : int
         Parts that version 3 cuts the keys of a request into, to fill the GPU; 0 lets it choose. Version 4
         takes it too, but on a datacenter Blackwell GPU alone: elsewhere it is 1. Version 2 always chooses.
+    device : str
+        "cuda" (PyTorch's current GPU) or "cuda:1" (that one).
 
     Raises
     ------
     UnavailableError
         If no version of flash-attn can be imported here, or there is no GPU.
     InvalidArgumentError
-        If ``pages`` or ``module`` is something else.
+        If ``pages``, ``module`` or ``device`` is something else.
     """
 
     name: ClassVar[str] = "flash-attn"
 
-    def __init__(self, pages: Pages = "packed", module: str | None = None, num_splits: int = 0) -> None:
+    def __init__(
+        self, pages: Pages = "packed", module: str | None = None, num_splits: int = 0, device: str = "cuda"
+    ) -> None:
         if pages not in get_args(Pages):
             raise InvalidArgumentError("pages", f"must be one of {', '.join(get_args(Pages))}", repr(pages))
         if module is not None and module not in MODULES:
@@ -63,13 +67,10 @@ class FlashAttentionBackend(FoldedBackend):
             "flash_attn_varlen_func" if pages == "packed" else "flash_attn_with_kvcache",
             MODULES if module is None else (module,),
         )
-        if not torch.cuda.is_available():
-            raise UnavailableError(
-                "backend 'flash-attn'", ["no usable GPU was found"], "Use backend 'torch' on this machine."
-            )
+        self.device = check_gpu(self.name, device)
 
     def __repr__(self) -> str:
-        return f"FlashAttentionBackend(pages={self.pages!r}, module={self.module!r})"
+        return f"FlashAttentionBackend(pages={self.pages!r}, module={self.module!r}, device={self.device!r})"
 
     @property
     def capabilities(self) -> Capabilities:
@@ -95,7 +96,7 @@ class FlashAttentionBackend(FoldedBackend):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None = None
     ) -> AttentionState:
         if self.pages == "paged":  # a block is no page of 256 tokens; packed it is a view
-            packed = FlashAttentionBackend("packed", self.module, self.num_splits)
+            packed = FlashAttentionBackend("packed", self.module, self.num_splits, self.device)
             return packed.attend_block(q, k, v, scale=scale)
         return super().attend_block(q, k, v, scale=scale)
 

@@ -63,7 +63,7 @@ class TorchBackend(Backend):
     attention : {"auto", "gather", "masked", "flex", "block-sparse"}
         How selected pages are attended to. "auto" is "gather" on a CPU; on a GPU it is "flex" for the
         problems that FlexAttention takes and "masked" for the others. "block-sparse" is for long blocks:
-        FlashAttention 4's kernel, spans and pages of 128.
+        FlashAttention 4's kernel, pages of 128, best with spans of 128.
     dense : {"auto", "matmul", "flash"}
         How the block is attended to. "auto" is "matmul"; "flash" is flash-attn 2, 3 or 4.
 
@@ -96,8 +96,12 @@ class TorchBackend(Backend):
         paths = {"cpu": "gather", "cuda": "flex where it can, else masked"}
         attention = paths[self._device.type] if self.attention == "auto" else self.attention
         dense = "matmul" if self.dense == "auto" else self.dense
+        block_sparse_only = self.attention == "block-sparse"
         return Capabilities(
-            dtypes=HALVES if self.dense == "flash" else DTYPES, devices=(self._device.type,),
+            dtypes=HALVES if self.dense == "flash" or block_sparse_only else DTYPES,
+            devices=(self._device.type,),
+            head_dims=block_sparse.HEAD_DIMS if block_sparse_only else None,
+            page_sizes=(block_sparse.TILE,) if block_sparse_only else None,
             deterministic=True, batch_invariant=False,
             notes=f"device={self.device}, attention={attention}, dense={dense}; computes in float32 or "
             "float64.",
@@ -117,8 +121,6 @@ class TorchBackend(Backend):
                 f"{reason}; attention='masked' computes it"
                 for reason in flex.why_not(problem.dtype, problem.head_dim, problem.page_size)
             ]
-        if self.attention == "block-sparse":
-            reasons += block_sparse.why_not(problem.dtype, problem.head_dim, problem.page_size)
         return reasons
 
     def path_for(self, problem: Problem, context: Context | None = None) -> str:

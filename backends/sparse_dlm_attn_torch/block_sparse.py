@@ -2,31 +2,31 @@
 
 Pages become blocks of one dense sequence, copied in reading order; slots behind a page's length hold 0
 there. Whole pages are flash-attn 4's, called itself: driven by FlexAttention
-(``kernel_options={"BACKEND": "FLASH"}``) its results were wrong over the same lists. The few pages that are
-not full are FlexAttention's own, whose `mask_mod` keeps their empty slots out; states merge by their LSE.
-Spans and pages must be the kernel's tile, 128 tokens.
+(``kernel_options={"BACKEND": "FLASH"}``) its results were wrong over the same lists. Pages that are not full,
+or that only some rows of a tile selected, or whose numbers may overflow, are FlexAttention's own, with a
+mask; states merge by their LSE. Pages must be the kernel's tile, 128 tokens; spans may be any, and are best
+of that size.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
-import inspect
-from collections.abc import Callable
-from typing import Any
 
 import torch
+from torch.nn.attention import flex_attention
 
 from sparse_dlm_attn import UnavailableError, UnsupportedError
+from sparse_dlm_attn_torch import flex
 from sparse_dlm_attn_torch.layout import Lists, lists_of, wanted_pages
 from sparse_dlm_attn_torch.states import keep_active, merged
 
 __all__ = [
-    "attend_pages", "check_installed", "flash_attn_listed", "flex_listed", "flex_masked", "listed_mask",
-    "why_not",
+    "attend_pages", "check_installed", "flash_attn_listed", "of_tiles", "why_not",
 ]
 
 TILE = 128
+LARGEST = 1e37
+"""Scores below it are finite float32 numbers, whatever base their exponentials have."""
 DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = (64, 96, 128)
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -43,7 +43,7 @@ def check_installed() -> None:
         ) from error
 
 
-def why_not(dtype: str, head_dim: int, page_size: int, span: int | None = None) -> list[str]:
+def why_not(dtype: str, head_dim: int, page_size: int) -> list[str]:
     """Return what keeps the kernel from a problem.
 
     Parameters
@@ -52,8 +52,6 @@ def why_not(dtype: str, head_dim: int, page_size: int, span: int | None = None) 
         Dtype of q, K and V.
     head_dim, page_size : int
         Channels a head, tokens a page.
-    span : int, optional
-        Rows that share a selection, where it is known.
     """
     reasons, way = [], "of attention='block-sparse'"
     if dtype not in DTYPES:
@@ -62,8 +60,6 @@ def why_not(dtype: str, head_dim: int, page_size: int, span: int | None = None) 
         reasons.append(f"head_dim {head_dim} is not one of {', '.join(map(str, HEAD_DIMS))} {way}")
     if page_size != TILE:
         reasons.append(f"page_size {page_size} is not {TILE}, the tile {way}")
-    if span not in (None, TILE):
-        reasons.append(f"span {span} is not {TILE}, the tile {way}")
     return reasons
 
 
@@ -81,36 +77,107 @@ def attend_pages(
     Raises
     ------
     UnsupportedError
-        If the kernel's tile does not fit the problem.
+        If the kernel does not take the dtype, the head size or the page size.
     """
-    tokens, pages = q.shape[2], page_table.shape[1]
-    of_span = span if mask.shape[2] > 1 else TILE  # a single span is a short block: one tile, or several
-    reasons = why_not(str(q.dtype).removeprefix("torch."), q.shape[3], k_pages.shape[2], of_span)
-    if mask.shape[2] == 1 and tokens > TILE:
-        reasons.append(f"span {span} of a block of {tokens} is not {TILE}, the tile of 'block-sparse'")
+    pages = page_table.shape[1]
+    reasons = why_not(str(q.dtype).removeprefix("torch."), q.shape[3], k_pages.shape[2])
     if reasons:
         raise UnsupportedError("torch", reasons)
     if 0 in (*q.shape, pages, k_pages.shape[0]):
         return torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
-    wanted = wanted_pages(mask, span, active, page_lengths > 0, k_pages.shape[1]).transpose(1, 2)
-    if wanted.shape[1] != q.shape[1]:
-        wanted = wanted.repeat_interleave(q.shape[1] // wanted.shape[1], dim=1)
-    whole = (page_lengths == k_pages.shape[2])[:, None, None, :]
-    q = q.contiguous()
+    span, group = min(span, q.shape[2]), q.shape[1] // k_pages.shape[1]
+    chosen = wanted_pages(mask, span, active, page_lengths > 0, k_pages.shape[1]).transpose(1, 2)
+    chosen = chosen.repeat_interleave(q.shape[1] // chosen.shape[1], dim=1)
+    some, every = of_tiles(chosen, span, active)
     k, v = (_in_order(side, page_table, page_lengths) for side in (k_pages, v_pages))
-    # Lists are (batch, heads, spans, width) here: heads take the place of spans in `lists_of`.
-    full, partial, none = (lists_of(part, span) for part in (wanted & whole, wanted & ~whole, wanted & False))
-    states = [
-        flash_attn_listed(q, k, v, full, scale),
-        flex_listed(q, k, v, none, (TILE, TILE), scale, partial=partial, lengths=page_lengths),
+    tokens, rows = q.shape[2], some.shape[2] * TILE
+    q = torch.nn.functional.pad(q, (0, 0, 0, rows - tokens)).contiguous()
+    every &= (page_lengths == TILE)[:, None, None, :] & _harmless(q, k, v, scale)
+    rest = some & ~every
+    read, mixed = v, mask.shape[2] > 1 and span % TILE != 0
+    if mixed:  # rows of one tile may have selected other pages: a weight of 0 does not stop a NaN
+        read = torch.where(v.isfinite(), v, 0.0)
+    parts = [
+        (flash_attn_listed(q, k, v, lists_of(every, TILE), scale), every),
+        (_masked_pages(q, k, read, rest, chosen, span, page_lengths, scale), rest),
     ]
     outs, lses = [], []
-    for (out, lse), listed in zip(states, (full, partial), strict=True):
-        empty = (listed.counts == 0).repeat_interleave(span, dim=2)[:, :, :tokens]
+    for (out, lse), listed in parts:
+        empty = (~listed.any(dim=-1)).repeat_interleave(TILE, dim=2)
         outs.append(out.to(torch.float32))
         lses.append(lse.to(torch.float32).masked_fill(empty, -torch.inf))
-    out, lse = merged(outs, lses)
+    out, lse = (side[:, :, :tokens] for side in merged(outs, lses))
+    if mixed:
+        out = out.masked_fill(_not_finite(v, chosen, span, group)[:, :, :tokens], torch.nan)
     return keep_active(out.to(q.dtype), lse, active)
+
+
+def _harmless(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return for which tiles and pages no score and no value can be infinite or NaN.
+
+    flash-attn takes a sum of weights that is NaN for one of no keys and returns such rows as empty. A bound
+    is enough, bool ``(batch, q_heads, tiles, pages)``: FlexAttention computes the others.
+    """
+    group = q.shape[1] // k.shape[1]
+    of_q, of_k, of_v = (_largest(side) for side in (q, k, v))
+    of_k, of_v = (side.repeat_interleave(group, 1)[:, :, None] for side in (of_k, of_v))
+    bound = LARGEST / (q.shape[3] * max(abs(scale), 1.0))
+    return (of_q[..., None] * of_k < bound) & of_v.isfinite()
+
+
+def _largest(side: torch.Tensor) -> torch.Tensor:
+    """Return the largest amount in each tile of 128 tokens, float32 ``(batch, heads, tiles)``."""
+    tiles = _tiles(side)
+    return torch.maximum(tiles.amax(dim=(3, 4)), -tiles.amin(dim=(3, 4))).to(torch.float32)
+
+
+def _tiles(side: torch.Tensor) -> torch.Tensor:
+    """View ``(batch, heads, tokens, head_dim)`` as ``(batch, heads, tiles, 128, head_dim)``."""
+    batch, heads, _, head_dim = side.shape
+    return side.view(batch, heads, -1, TILE, head_dim)
+
+
+def _not_finite(v: torch.Tensor, chosen: torch.Tensor, span: int, group: int) -> torch.Tensor:
+    """Return which channels of which rows read a value that is not finite.
+
+    A weight of 0 would carry it to rows of the same tile that did not select its page.
+    """
+    bad = ~_tiles(v).isfinite().all(dim=3)
+    hits = chosen.to(torch.float32) @ bad.repeat_interleave(group, dim=1).to(torch.float32)
+    rows: torch.Tensor = hits > 0
+    return rows.repeat_interleave(span, dim=2)
+
+
+def of_tiles(chosen: torch.Tensor, span: int, active: torch.Tensor) -> Pair:
+    """Return the pages that any, and those that all, active rows of a tile of rows selected.
+
+    Parameters
+    ----------
+    chosen : torch.Tensor
+        bool ``(batch, heads, spans, pages)``: false where a span has no active row.
+    span : int
+        Rows that share a selection.
+    active : torch.Tensor
+        bool ``(batch, tokens)``.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        bool ``(batch, heads, tiles, pages)``.
+    """
+    (batch, _, spans, _), tokens = chosen.shape, active.shape[1]
+    rows = torch.nn.functional.pad(active, (0, spans * span - tokens))
+    used = rows.view(batch, 1, spans, span).any(-1)
+    first = torch.arange(0, tokens, TILE, device=active.device)
+    last = (first + (TILE - 1)).clamp(max=tokens - 1)
+    before, after = first // span, last // span + 1
+
+    def count(side: torch.Tensor) -> torch.Tensor:
+        running = torch.nn.functional.pad(side.cumsum(2), (0, 0, 1, 0))
+        return running[:, :, after] - running[:, :, before]
+
+    got, wanted = count(chosen), count(used[..., None])
+    return got > 0, (got > 0) & (got == wanted)
 
 
 def _in_order(pages: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
@@ -120,130 +187,89 @@ def _in_order(pages: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor) -
     return dense.permute(0, 2, 1, 3, 4).flatten(2, 3).contiguous()
 
 
-@functools.cache
-def _compiled() -> Callable[..., Any]:
-    module = importlib.import_module("torch.nn.attention.flex_attention")
-    return torch.compile(module.flex_attention, dynamic=False)
-
-
-def _every_key(b: Any, h: Any, query: Any, key: Any) -> Any:
-    # A mask_mod that is trivial would let the FLASH back end ignore the lists and compute densely.
-    return key >= 0
-
-
-def flex_listed(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: Lists, block: tuple[int, int], scale: float,
-    *, kernel: str = "TRITON", partial: Lists | None = None, lengths: torch.Tensor | None = None,
-    options: dict[str, Any] | None = None, mask_mod: Callable[..., Any] | None = None,
+def _partial_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: torch.Tensor, counts: torch.Tensor,
+    inside: torch.Tensor, chosen: torch.Tensor, span: int, lengths: torch.Tensor, scale: float,
 ) -> Pair:
-    """Run compiled FlexAttention over listed blocks.
+    """Run FlexAttention over tiles that need a mask; see `_masked_pages`."""
+    last = chosen.shape[2] - 1
+
+    def mask_mod(
+        b: torch.Tensor, h: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+    ) -> torch.Tensor:
+        # It says all that the lists say: where the function is not compiled they are ignored.
+        page = key // TILE
+        of_row = chosen[b, h, torch.clamp(query // span, max=last), page] & inside[b, h, query // TILE, page]
+        return of_row & (key % TILE < lengths[b, page])
+
+    mask = flex_attention.BlockMask.from_kv_blocks(
+        counts, lists, torch.zeros_like(counts), torch.zeros_like(lists), BLOCK_SIZE=(TILE, TILE),
+        mask_mod=mask_mod, seq_lengths=(q.shape[2], k.shape[2]), **flex.INDEX_OPTIONS,
+    )
+    if flex.RETURNS_AUX:
+        out, aux = flex_attention.flex_attention(
+            q, k, v, block_mask=mask, scale=scale, enable_gqa=True,
+            return_aux=flex_attention.AuxRequest(lse=True),
+        )
+        return out, aux.lse  # type: ignore[return-value]  # it was asked for
+    return flex_attention.flex_attention(
+        q, k, v, block_mask=mask, scale=scale, enable_gqa=True, return_lse=True
+    )
+
+
+@torch.no_grad()  # whether gradients are recorded is part of what is compiled
+def _masked_pages(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, inside: torch.Tensor, chosen: torch.Tensor, span: int,
+    lengths: torch.Tensor, scale: float,
+) -> Pair:
+    """Attend to pages that are not full, or that some rows of a tile selected and others did not.
 
     Parameters
     ----------
     q : torch.Tensor
-        ``(batch, q_heads, tokens, head_dim)``.
+        ``(batch, q_heads, rows, head_dim)``: whole tiles of rows.
     k, v : torch.Tensor
         ``(batch, kv_heads, keys, head_dim)``.
-    lists : Lists
-        ``(batch, q_heads, row blocks, width)``: blocks that need no mask.
-    block : tuple of int
-        Rows and keys a block.
+    inside : torch.Tensor
+        bool ``(batch, q_heads, tiles, pages)``: these pages.
+    chosen : torch.Tensor
+        bool ``(batch, q_heads, spans, pages)``: what each span selected.
+    span : int
+        Rows of a span.
+    lengths : torch.Tensor
+        int32 ``(batch, pages)``.
     scale : float
         Factor on q.k.
-    kernel : str
-        "TRITON" or "FLASH".
-    partial : Lists, optional
-        Blocks to which ``mask_mod`` is applied; None for none.
-    lengths : torch.Tensor, optional
-        int32 ``(batch, key blocks)``: valid tokens of each block, for the default ``mask_mod``.
-    options : dict, optional
-        Further kernel options.
-    mask_mod : callable, optional
-        For ``partial``; default: keys within ``lengths``, or every key.
-
-    Returns
-    -------
-    tuple of torch.Tensor
-        ``out`` like ``q`` and ``lse`` ``(batch, q_heads, tokens)``, natural log.
     """
-    if mask_mod is None:
-        mask_mod = _every_key if lengths is None else _within(lengths, block[1])
-    mask = listed_mask((q.shape[2], k.shape[2]), lists, block, partial=partial, mask_mod=mask_mod)
-    return flex_masked(q, k, v, mask, scale, kernel=kernel, options=options)
-
-
-def listed_mask(
-    lengths: tuple[int, int], lists: Lists, block: tuple[int, int], *, partial: Lists | None = None,
-    mask_mod: Callable[..., Any] = _every_key,
-) -> Any:
-    """Return FlexAttention's `BlockMask` of listed blocks.
-
-    Parameters
-    ----------
-    lengths : tuple of int
-        Rows and keys.
-    lists, block, partial, mask_mod
-        As for `flex_listed`.
-    """
-    module = importlib.import_module("torch.nn.attention.flex_attention")
-    full = lists.pages.to(torch.int32), lists.counts.to(torch.int32)
-    other = (
-        (torch.zeros_like(full[0]), torch.zeros_like(full[1])) if partial is None
-        else (partial.pages.to(torch.int32), partial.counts.to(torch.int32))
+    listed = lists_of(inside, TILE)  # heads take the place of spans there
+    form = (*q.shape, *k.shape, *chosen.shape, span, q.dtype, q.device, scale)
+    pages, counts = listed.pages.to(torch.int32), listed.counts.to(torch.int32)
+    return flex.kernel(_partial_attention, form, flex.compiler)(  # type: ignore[no-any-return]
+        q, k.detach(), v.detach(), pages, counts, inside, chosen, span, lengths, scale
     )
-    more: dict[str, Any] = {}
-    if "compute_q_blocks" in inspect.signature(module.BlockMask.from_kv_blocks).parameters:
-        more["compute_q_blocks"] = False
-    return module.BlockMask.from_kv_blocks(
-        other[1], other[0], full[1], full[0], BLOCK_SIZE=block, mask_mod=mask_mod, seq_lengths=lengths,
-        **more,
-    )
-
-
-def flex_masked(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, scale: float, *, kernel: str = "TRITON",
-    options: dict[str, Any] | None = None,
-) -> Pair:
-    """Run compiled FlexAttention over a mask that is there already; see `flex_listed`.
-
-    Parameters
-    ----------
-    q, k, v
-        As there.
-    mask : BlockMask
-        As `listed_mask` makes it.
-    scale, kernel, options
-        As there.
-    """
-    module = importlib.import_module("torch.nn.attention.flex_attention")
-    chosen = dict(options or {})
-    if kernel != "TRITON":
-        chosen["BACKEND"] = kernel
-    request = getattr(module, "AuxRequest", None)
-    wish = {"return_lse": True} if request is None else {"return_aux": request(lse=True)}
-    out, aux = _compiled()(
-        q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1],
-        kernel_options=chosen or None, **wish,
-    )
-    return out, getattr(aux, "lse", aux)
-
-
-def _within(lengths: torch.Tensor, block: int) -> Callable[..., Any]:
-    def mask_mod(b: Any, h: Any, query: Any, key: Any) -> Any:
-        return key % block < lengths[b, key // block]
-
-    return mask_mod
 
 
 def flash_attn_listed(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: Lists, scale: float
 ) -> Pair:
-    """Run flash-attn 4 itself over whole listed blocks of 128; arguments as those of `flex_listed`.
+    """Run flash-attn 4 itself over whole listed blocks of 128.
 
     Parameters
     ----------
-    q, k, v, lists, scale
-        See there; q, K and V may be views of ``(batch, tokens, heads, head_dim)``.
+    q : torch.Tensor
+        ``(batch, q_heads, tokens, head_dim)``; like K and V a view of ``(batch, tokens, heads, head_dim)`` if
+        need be.
+    k, v : torch.Tensor
+        ``(batch, kv_heads, keys, head_dim)``.
+    lists : Lists
+        ``(batch, q_heads, tiles, width)``: heads take the place of its spans.
+    scale : float
+        Factor on q.k.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        ``out`` like ``q`` and ``lse`` ``(batch, q_heads, tokens)``, natural log.
     """
     interface = importlib.import_module("flash_attn.cute.interface")
     sparsity = importlib.import_module("flash_attn.cute.block_sparsity")

@@ -204,19 +204,23 @@ def _every_slot(
 
 
 @functools.cache
-def kernel(form: tuple[Any, ...], backend: Any = "inductor") -> Callable[..., Any]:
-    """Return the compiled kernel of one form, for this process; it compiles at its first call.
+def kernel(
+    function: types.FunctionType, form: tuple[Any, ...], backend: Any = "inductor"
+) -> Callable[..., Any]:
+    """Return a function compiled for one form, for this process; it compiles at its first call.
 
     Parameters
     ----------
+    function : function
+        What to compile.
     form : tuple
         Every size that the kernel is built for, and its dtype.
     backend : str or callable
         Compiler.
     """
-    # Code of its own for each form: PyTorch gives up on a function after a few variants of it.
-    code = _listed_attention.__code__.replace(co_name=f"listed_attention_{abs(hash(form))}")
-    own = types.FunctionType(code, globals())
+    # Code of its own for each form: after a few variants of a function PyTorch runs it uncompiled.
+    code = function.__code__.replace(co_name=f"{function.__name__}_{abs(hash(form))}")
+    own = types.FunctionType(code, function.__globals__)
     # Only the cache's length is symbolic: with symbolic heads the kernel is a slower one.
     return torch.compile(own, dynamic=False, fullgraph=True, backend=backend)
 
@@ -280,7 +284,7 @@ def _flex(
     most = max(TILE_BYTES // (head_dim * q.element_size()), TILE)
     options = {"BLOCK_M": min(tile, 64, most), "BLOCK_N": min(64, page_size & -page_size, most)}
     form = (*q.shape, blocks.shape[-1], page_size, q.dtype, q.device, scale)
-    return kernel(form, compiler)(  # type: ignore[no-any-return]
+    return kernel(_listed_attention, form, compiler)(  # type: ignore[no-any-return]
         q, k, v, lists, full, _every_slot, size, scale, options
     )
 

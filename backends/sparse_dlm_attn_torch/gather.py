@@ -204,5 +204,7 @@ def _softmax(logits: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 def _row_by_row(logits: torch.Tensor, values: torch.Tensor, reads: torch.Tensor) -> torch.Tensor:
+    nothing = values.new_zeros(values.shape[1])
     pairs = zip(logits, reads, strict=True)
-    return torch.stack([_softmax(row[read], values[read])[0] for row, read in pairs])
+    outs = [_softmax(row[read], values[read])[0] if read.any() else nothing for row, read in pairs]
+    return torch.stack(outs)

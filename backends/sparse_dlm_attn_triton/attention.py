@@ -139,41 +139,63 @@ def splits_kernel(
 
 @triton.jit
 def _merged(out, lse, other_out, other_lse):
-    """Merge two states in log2 units; one of weight 0 is dropped, whatever its ``out`` holds."""
+    """Merge two states of rows in log2 units; one of weight 0 is dropped, whatever its ``out`` holds."""
     top = tl.maximum(lse, other_lse)
     safe = tl.where(top == NOTHING, 0.0, top)
     weight, other_weight = tl.exp2(lse - safe), tl.exp2(other_lse - safe)
     total = weight + other_weight
     share = tl.where(total == 0, 1.0, total)
-    return tl.where(weight == 0, 0.0, out * (weight / share)) + tl.where(
-        other_weight == 0, 0.0, other_out * (other_weight / share)
+    return tl.where((weight == 0)[:, None], 0.0, out * (weight / share)[:, None]) + tl.where(
+        (other_weight == 0)[:, None], 0.0, other_out * (other_weight / share)[:, None]
     )
 
 
 @triton.jit
-def _united(part_out, part_lse, base, step, ready, most, channel,
-            HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """Merge the first ``ready`` parts of a row, ``step`` apart from ``base``; LSE in log2 units."""
-    top = tl.full((1,), NOTHING, tl.float32)
-    total = tl.zeros((1,), tl.float32)
-    mixed = tl.zeros((BLOCK_D,), tl.float32)
+def _united(
+    part_out, part_lse, base, step, ready, most, channel,
+    HEAD_DIM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Merge the first ``ready`` parts of each row, ``step`` apart from ``base``; LSE in log2 units.
+
+    ``BLOCK_S`` parts at a time: their loads wait for nothing, so all of them are under way together.
+    """
+    top = tl.full((BLOCK_R,), NOTHING, tl.float32)
+    total = tl.zeros((BLOCK_R,), tl.float32)
+    mixed = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     for begin in range(0, most, BLOCK_S):
-        part = begin + tl.arange(0, BLOCK_S)
-        at = base + part.to(tl.int64) * step
-        lses = tl.load(part_lse + at, mask=part < ready, other=NOTHING)
-        there = (part < ready)[:, None] & (channel < HEAD_DIM)[None, :]
-        parts = tl.load(part_out + at[:, None] * HEAD_DIM + channel[None, :], mask=there, other=0.0)
-        peak = tl.maximum(top, tl.max(lses, axis=0))
-        safe = tl.where(peak == NOTHING, 0.0, peak)
-        weights, kept = tl.exp2(lses - safe), tl.exp2(top - safe)
-        # A part without a weight is dropped; NaN is no 0, and shows.
-        parts = tl.where((weights != 0)[:, None], parts * weights[:, None], 0.0)
-        mixed = tl.where(kept != 0, mixed * kept, 0.0) + tl.sum(parts, axis=0)
-        total = total * kept + tl.sum(weights, axis=0)
+        if BLOCK_R == 1:  # parts of one row are a tile
+            part = begin + tl.arange(0, BLOCK_S)
+            lses = tl.load(part_lse + base + part * step, mask=part < ready, other=NOTHING)
+            there = (part < ready)[:, None] & (channel < HEAD_DIM)[None, :]
+            from_parts = part_out + (base + part * step)[:, None] * HEAD_DIM + channel[None, :]
+            parts = tl.load(from_parts, mask=there, other=0.0)
+            peak = tl.maximum(top, tl.max(lses, axis=0))
+            safe = tl.where(peak == NOTHING, 0.0, peak)
+            weights = tl.exp2(lses - safe)
+            # A part without a weight is dropped; NaN is no 0, and shows.
+            parts = tl.where((weights != 0)[:, None], parts * weights[:, None], 0.0)
+            added, weight = tl.sum(parts, axis=0)[None, :], tl.sum(weights, axis=0)
+        else:
+            peak = top
+            for i in tl.static_range(BLOCK_S):
+                from_lse = part_lse + base + (begin + i) * step
+                peak = tl.maximum(peak, tl.load(from_lse, mask=begin + i < ready, other=NOTHING))
+            safe = tl.where(peak == NOTHING, 0.0, peak)
+            added, weight = tl.zeros((BLOCK_R, BLOCK_D), tl.float32), tl.zeros((BLOCK_R,), tl.float32)
+            for i in tl.static_range(BLOCK_S):
+                at, there = base + (begin + i) * step, begin + i < ready
+                share = tl.exp2(tl.load(part_lse + at, mask=there, other=NOTHING) - safe)
+                there = there[:, None] & (channel < HEAD_DIM)[None, :]
+                rows = tl.load(part_out + at[:, None] * HEAD_DIM + channel[None, :], mask=there, other=0.0)
+                added += tl.where((share != 0)[:, None], rows * share[:, None], 0.0)
+                weight += share
+        kept = tl.exp2(top - safe)
+        mixed = tl.where((kept != 0)[:, None], mixed * kept[:, None], 0.0) + added
+        total = total * kept + weight
         top = peak
     share = tl.where(total == 0, 1.0, total)
     lse = tl.where(total == 0, NOTHING, top + tl.log2(share))
-    return mixed * (1.0 / share), tl.sum(lse, axis=0)
+    return mixed * (1.0 / share)[:, None], lse
 
 
 @triton.jit
@@ -183,32 +205,38 @@ def finish_kernel(
     stride_qb, stride_qh, stride_qt, stride_cb, stride_ch, stride_ct, stride_lb, stride_lh,
     stride_rb, stride_rh, stride_rt, q_heads, block_slots,
     TOKENS: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr, SLOTS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, CONTEXT: tl.constexpr,
-    CACHED: tl.constexpr, BLOCK: tl.constexpr, SHARED: tl.constexpr, KEEP: tl.constexpr, PDL: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    CONTEXT: tl.constexpr, CACHED: tl.constexpr, BLOCK: tl.constexpr, SHARED: tl.constexpr,
+    KEEP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program a query row: merge its parts, or take its cached state, and merge the block's part.
+    """One program ``BLOCK_R`` rows of a query head, a warp each: merge parts or cached states with the block.
 
     Parts are those of `splits_kernel`, or ``SHARED``: those of `shares.shares_kernel`.
 
     ``KEEP`` stores what the next pass measures change against: the query of every row (1), or that of
     active rows and the old one of the others (2).
     """
-    token, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head, sequence = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    token = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    exists = token < TOKENS
     channel = tl.arange(0, BLOCK_D)
-    wide = channel < HEAD_DIM
+    wide = exists[:, None] & (channel < HEAD_DIM)[None, :]
     row = (sequence * q_heads + head) * TOKENS + token
+    into = row[:, None] * HEAD_DIM + channel[None, :]
     if KEEP:  # written before this pass began, so there is no need to wait
-        from_q = q + sequence * stride_qb + head * stride_qh + token * stride_qt + channel
+        from_q = q + sequence * stride_qb + head * stride_qh + token[:, None] * stride_qt + channel[None, :]
         query = tl.load(from_q, mask=wide, other=0.0)
         if KEEP == 1:
-            tl.store(kept + row * HEAD_DIM + channel, query, mask=wide)
+            tl.store(kept + into, query, mask=wide)
     if CACHED:  # of every row: which rows are active may not be known yet
-        from_old = cached_out + sequence * stride_cb + head * stride_ch + token * stride_ct + channel
-        old = tl.load(from_old, mask=wide, other=0.0).to(tl.float32)
-        old_lse = tl.load(cached_lse + sequence * stride_lb + head * stride_lh + token)
+        from_old = cached_out + sequence * stride_cb + head * stride_ch
+        old = tl.load(from_old + token[:, None] * stride_ct + channel[None, :], mask=wide, other=0.0)
+        old = old.to(tl.float32)
+        from_lse = cached_lse + sequence * stride_lb + head * stride_lh + token
+        old_lse = tl.load(from_lse, mask=exists, other=NOTHING)
     if KEEP == 2:
-        from_before = reference + sequence * stride_rb + head * stride_rh + token * stride_rt + channel
-        before = tl.load(from_before, mask=wide, other=0.0)
+        from_before = reference + sequence * stride_rb + head * stride_rh
+        before = tl.load(from_before + token[:, None] * stride_rt + channel[None, :], mask=wide, other=0.0)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -219,35 +247,34 @@ def finish_kernel(
     else:
         at_block = row * SLOTS + SLOTS - 1
     if BLOCK:
-        block_out = tl.load(part_out + at_block * HEAD_DIM + channel, mask=wide, other=0.0)
-        block_lse = tl.load(part_lse + at_block)
+        block_out = tl.load(part_out + at_block[:, None] * HEAD_DIM + channel[None, :], mask=wide, other=0.0)
+        block_lse = tl.load(part_lse + at_block, mask=exists, other=NOTHING)
     if CONTEXT:
-        is_active = tl.load(active + sequence * TOKENS + token) != 0
+        is_active = tl.load(active + sequence * TOKENS + token, mask=exists, other=0) != 0
         if SHARED:
             first = tl.load(firsts + pair)
             ready = tl.where(tl.load(counts + pair) > 0, tl.load(lasts + pair) - first + 1, 0)
-            ready = tl.where(is_active, ready, 0)
-            base = (first + pair) * (GROUP * TOKENS) + of_pair
             context_out, context_lse = _united(
-                part_out, part_lse, base, GROUP * TOKENS, ready, ready, channel, HEAD_DIM, BLOCK_S, BLOCK_D
-            )
+                part_out, part_lse, (first + pair) * (GROUP * TOKENS) + of_pair, GROUP * TOKENS,
+                tl.where(is_active, ready, 0), ready, channel, HEAD_DIM, BLOCK_R, BLOCK_S, BLOCK_D,
+            )  # fmt: skip
         else:
-            ready = tl.where(is_active, SPLITS, 0)
             context_out, context_lse = _united(
-                part_out, part_lse, row * SLOTS, 1, ready, SPLITS, channel, HEAD_DIM, BLOCK_S, BLOCK_D
-            )
+                part_out, part_lse, row * SLOTS, 1, tl.where(is_active, SPLITS, 0), SPLITS, channel, HEAD_DIM,
+                BLOCK_R, BLOCK_S, BLOCK_D,
+            )  # fmt: skip
         natural = context_lse * LN2
         if CACHED:
-            context_out = tl.where(is_active, context_out, old)
+            context_out = tl.where(is_active[:, None], context_out, old)
             natural = tl.where(is_active, natural, old_lse)
             context_lse = tl.where(is_active, context_lse, old_lse / LN2)
-        tl.store(state_out + row * HEAD_DIM + channel, context_out.to(state_out.dtype.element_ty), mask=wide)
-        tl.store(state_lse + row, natural)
+        tl.store(state_out + into, context_out.to(state_out.dtype.element_ty), mask=wide)
+        tl.store(state_lse + row, natural, mask=exists)
         if BLOCK:
             both = _merged(context_out, context_lse, block_out, block_lse)
-            tl.store(out + row * HEAD_DIM + channel, both.to(out.dtype.element_ty), mask=wide)
+            tl.store(out + into, both.to(out.dtype.element_ty), mask=wide)
         if KEEP == 2:
-            tl.store(kept + row * HEAD_DIM + channel, tl.where(is_active, query, before), mask=wide)
+            tl.store(kept + into, tl.where(is_active[:, None], query, before), mask=wide)
     else:
-        tl.store(state_out + row * HEAD_DIM + channel, block_out.to(state_out.dtype.element_ty), mask=wide)
-        tl.store(state_lse + row, block_lse * LN2)
+        tl.store(state_out + into, block_out.to(state_out.dtype.element_ty), mask=wide)
+        tl.store(state_lse + row, block_lse * LN2, mask=exists)

@@ -179,15 +179,23 @@ def _ordered(scores):
 
 
 @triton.jit
-def _best(keys, wanted):
+def _best(keys, wanted, PARTS: tl.constexpr):
     """Return the mask of the ``wanted`` largest keys that are not `ABSENT`, the lowest index first of equals.
 
     A search for the cut: at least ``wanted`` keys reach ``low``, fewer reach ``high``. Each turn counts above
     two values between them, in one sum. It ends early where exactly ``wanted`` keys reach one of them, which
     is the rule unless scores tie.
+
+    It begins at the smallest of the largest keys of ``PARTS`` parts, each what one thread holds: so many keys
+    reach it, mostly more than are wanted, and with far less between it and the largest than below.
     """
-    low = tl.min(tl.where(keys == ABSENT, 0x7FFFFFFE, keys), axis=0)
-    high = tl.max(keys, axis=0) + 1
+    each: tl.constexpr = min(4, keys.shape[0] // PARTS)  # neighbours that a thread loads together
+    parted = tl.reshape(keys, (keys.shape[0] // (PARTS * each), PARTS, each))
+    largest = tl.max(tl.max(parted, axis=2), axis=0)
+    low = tl.min(tl.where(largest == ABSENT, 0x7FFFFFFE, largest), axis=0)
+    if tl.sum((largest != ABSENT).to(tl.int32), axis=0) < wanted:
+        low = tl.min(tl.where(keys == ABSENT, 0x7FFFFFFE, keys), axis=0)
+    high = tl.max(largest, axis=0) + 1
     while low + 1 < high:
         width = high.to(tl.int64) - low
         third = tl.maximum((width * 0x5555) >> 16, 1)
@@ -212,7 +220,7 @@ def _best(keys, wanted):
 @triton.jit
 def top_kernel(
     scores, counts, eligible, chosen, pages,
-    BLOCK_P: tl.constexpr,
+    BLOCK_P: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """One program a row of scores: its ``count`` best eligible pages (clauses TOP-1 to TOP-4)."""
     row = tl.program_id(0).to(tl.int64)
@@ -222,14 +230,14 @@ def top_kernel(
     keys = _ordered(tl.load(scores + row * pages + page, mask=inside, other=0.0).to(tl.float32))
     count = tl.load(counts + row)
     wanted = tl.minimum(tl.maximum(count, 0), tl.sum(allowed.to(tl.int32), axis=0))
-    best = _best(tl.where(allowed, keys, ABSENT), wanted)
+    best = _best(tl.where(allowed, keys, ABSENT), wanted, PARTS)
     tl.store(chosen + row * pages + page, best.to(tl.int8), mask=inside)
 
 
 @triton.jit
 def select_kernel(
     scores, order, page_lengths, union, q_heads, pages, unions, budget, bought,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr, PDL: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program an active row and query head: which pages does it want.
 
@@ -251,7 +259,7 @@ def select_kernel(
     of_scores = (sequence * q_heads + query_head) * ROWS + number
     keys = _ordered(tl.load(scores + of_scores * pages + page, mask=page < pages, other=0.0))
     if row >= 0:  # fewer rows than places may be active
-        best = _best(tl.where(there, keys, ABSENT), wanted)
+        best = _best(tl.where(there, keys, ABSENT), wanted, PARTS)
         # unions is kv_heads, q_heads or q_heads * tokens rows
         of_row = (query_head * TOKENS + row) * unions // (q_heads * TOKENS)
         tl.store(union + (sequence * unions + of_row) * pages + page, (best * 0 + 1).to(tl.int8), mask=best)

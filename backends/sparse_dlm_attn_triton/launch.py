@@ -41,6 +41,10 @@ __all__ = [
 
 MOST_ROWS = 128
 """Longest block that the kernels of a pass take; longer ones are whole sequences (`full_sequence`)."""
+MANY_ROWS = 2048
+"""From so many rows on, programs that finish a pass take `FINISHED` of them: to start programs takes longer
+than they run. Fewer rows, and rows of many parts, have a program each: what counts then is one row's time."""
+FINISHED = 4
 MOST_PAIRS = 2048
 """Most pairs of sequence and KV head whose page lists are shared out evenly."""
 MOST_LISTED = 2048
@@ -319,14 +323,17 @@ def attend(
     old = tuple(map(lined, cached)) if cached is not None else (q, state_lse)
     before = q if reference is None else lined(reference)
     active = q if part is None else bytes_of(part.active.contiguous())
-    finish_kernel[(tokens, q_heads, batch)](
+    several = not shared and parts.splits <= 8 and batch * q_heads * tokens >= MANY_ROWS
+    rows = min(power_of_two(tokens, 1), FINISHED) if several else 1
+    finish_kernel[(triton.cdiv(tokens, rows), q_heads, batch)](
         q, active, parts.out, parts.lse, *(parts.firsts, parts.lasts, parts.counts) if shared else (q, q, q),
         *old, before, out, state_out, state_lse, kept,
         *q.stride()[:3], *old[0].stride()[:3], *old[1].stride()[:2], *before.stride()[:3], q_heads,
         parts.block_slots,
         TOKENS=tokens, GROUP=q_heads // kv_heads, SPLITS=parts.splits, SLOTS=parts.slots, HEAD_DIM=head_dim,
-        BLOCK_S=8 if shared else power_of_two(parts.splits, 1), BLOCK_D=padded_dim(head_dim),
+        BLOCK_R=rows, BLOCK_S=8 if shared else power_of_two(parts.splits, 1),
+        BLOCK_D=padded_dim(head_dim),
         CONTEXT=part is not None, CACHED=cached is not None, BLOCK=block is not None, SHARED=shared,
-        KEEP=keep, num_warps=1, **launched(q.device),
+        KEEP=keep, num_warps=rows, **launched(q.device),
     )  # fmt: skip
     return out, state_out, state_lse, kept

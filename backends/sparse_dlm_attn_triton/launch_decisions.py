@@ -106,7 +106,7 @@ def top_pages(scores: Tensor, count: Tensor, eligible: Tensor) -> Tensor:
     allowed = eligible.expand(scores.shape).contiguous()
     top_kernel[(rows,)](
         scores.contiguous(), counts, bytes_of(allowed), bytes_of(chosen), pages,
-        BLOCK_P=power_of_two(pages), num_warps=select_warps(pages),
+        **search_sizes(pages),
     )  # fmt: skip
     return chosen
 
@@ -153,15 +153,19 @@ def rank(
     scores = _scores(q, *bounds, ranking, rows)
     select_kernel[(rows, q_heads, batch)](
         scores, order, page_lengths.contiguous(), bytes_of(mask), q_heads, pages, heads * spans, budget,
-        bought, TOKENS=tokens, ROWS=rows, BLOCK_P=power_of_two(pages), num_warps=select_warps(pages),
-        **launched(q.device),
+        bought, TOKENS=tokens, ROWS=rows, **search_sizes(pages), **launched(q.device),
     )  # fmt: skip
     return active, mask
 
 
-def select_warps(pages: int) -> int:
-    """Return warps of a program that ranks so many pages: one, which waits for no other, while keys fit."""
-    return min(max(power_of_two(pages) // 1024, 1), 16)
+def search_sizes(pages: int) -> dict[str, int]:
+    """Return how a program ranks so many pages: about 8 keys a thread, and a part for each thread.
+
+    Fewer keys make turns of the search shorter and sums over warps relatively longer.
+    """
+    block = power_of_two(pages)
+    warps = min(max(block // 256, 1), 16)
+    return {"BLOCK_P": block, "PARTS": min(32 * warps, block), "num_warps": warps}
 
 
 @functools.lru_cache(maxsize=64)

@@ -44,7 +44,9 @@ def conformance(
     ] = None,
     dtype: Annotated[
         list[str] | None,
-        typer.Option(help="Test only this dtype; repeatable.", metavar="DTYPE", show_default="all declared"),
+        typer.Option(  # named, since Typer 0.27 takes a metavar that is the name itself for no option
+            "--dtype", help="Test only this dtype; repeatable.", metavar="DTYPE", show_default="all declared"
+        ),
     ] = None,
     device: Annotated[str | None, typer.Option(help="Passed to the backend as device=...")] = None,
     clause: Annotated[

@@ -18,7 +18,7 @@ from sparse_dlm_attn_conformance.cases import Arrays, Case, Host
 from sparse_dlm_attn_conformance.checks import expect, expect_close, expect_same_bits
 from sparse_dlm_attn_conformance.doubles import Grid
 from sparse_dlm_attn_conformance.episodes import EXACT, rows_of
-from sparse_dlm_attn_conformance.laws import OPTIONS, RECORD
+from sparse_dlm_attn_conformance.laws import OPTIONS, RECORD, refuse_undeclared
 from sparse_dlm_attn_conformance.strategies import cases
 from sparse_dlm_attn_conformance.subjects import Subject, host
 from sparse_dlm_attn_conformance.test_policies import output_budget
@@ -72,10 +72,10 @@ class Denoising(RuleBasedStateMachine):
     )
     def begin(self, case: Case, spare: int) -> None:
         """Begin with a context that has room for ``spare`` more pages."""
-        reasons = self.subject.backend.why_not(case.problem(self.subject.dtype, self.subject.device_kind))
+        refuse_undeclared(self.subject, case, RECORD.get())
         arrays = case.arrays(self.subject.dtype)
         self.case, self.version, self.number = case, 0, 0
-        self.arrays = None if reasons else with_room(arrays, spare, case.num_pages)
+        self.arrays = with_room(arrays, spare, case.num_pages)
         self.decoded = np.zeros(arrays.active.shape, dtype=bool)
         reference = Subject("reference", "float64", ReferenceBackend())
         self.sides = (Side(self.subject, self.policy), Side(reference, self.policy))
@@ -144,6 +144,8 @@ class Denoising(RuleBasedStateMachine):
                 return
             arrays = arrays.but(page_lengths=lengths)
         for side in self.sides:
+            if what == "lengths" and side.subject.device_kind != "cpu":
+                continue  # reading them would make the pass wait for the device (SYNC-1)
             before = host(side.memory.state.out) if side.memory is not None else None
             try:
                 side.run(arrays, self.number, info, version)

@@ -248,15 +248,7 @@ class LawRun:
         """Leave out problems that the backend says it does not compute."""
         for value in drawn.values():
             if hasattr(value, "problem"):
-                with time_limit(OPTIONS.get().seconds, "why_not"):
-                    problem = value.problem(self.subject.dtype, self.subject.device_kind)
-                    reasons = self.subject.backend.why_not(problem)
-                if not reasons or not isinstance(reasons, list | tuple):  # a law of CAPS-1 checks the type
-                    continue
-                self.record.refused["; ".join(map(str, reasons))] += 1
-                if not self.record.examples and sum(self.record.refused.values()) >= REFUSALS:
-                    raise NothingDeclared
-                reject()
+                refuse_undeclared(self.subject, value, self.record)
 
     def facts(self, drawn: dict[str, Any]) -> dict[str, Any]:
         """Return what a ledger's ``when`` may speak about."""
@@ -301,9 +293,34 @@ class LawRun:
                     f"all {matched} problems of the known failure {entry.reason!r} "
                     f"({entry.link}) passed: remove its entry from the ledger",
                 )
-        if self.record.examples == 0 and not self.record.known:
-            reasons = "; ".join(dict(self.record.refused.most_common(3))) or "no problem could be drawn"
-            pytest.skip(f"the backend declares none of the drawn problems: {reasons}")
+        if not self.record.known:
+            skip_if_nothing_ran(self.record)
+
+
+def refuse_undeclared(subject: Subject, value: Any, record: Record | None) -> None:
+    """Reject a drawn problem that the backend says it does not compute, and count that.
+
+    Raises
+    ------
+    NothingDeclared
+        If it was so with the first `REFUSALS` problems.
+    """
+    with time_limit(OPTIONS.get().seconds, "why_not"):
+        reasons = subject.backend.why_not(value.problem(subject.dtype, subject.device_kind))
+    if not reasons or not isinstance(reasons, list | tuple):  # a law of CAPS-1 checks the type
+        return
+    if record is not None:
+        record.refused["; ".join(map(str, reasons))] += 1
+        if not record.examples and sum(record.refused.values()) >= REFUSALS:
+            raise NothingDeclared
+    reject()
+
+
+def skip_if_nothing_ran(record: Record) -> None:
+    """Skip a law that no problem was computed for, saying why."""
+    if record.examples == 0:
+        reasons = "; ".join(dict(record.refused.most_common(3))) or "no problem could be drawn"
+        pytest.skip(f"the backend declares none of the drawn problems: {reasons}")
 
 
 def require_loaded(subject: Subject) -> None:

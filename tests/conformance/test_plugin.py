@@ -37,8 +37,9 @@ def test_share_draws_fewer_problems(folder: Path) -> None:
     assert report["profile"] == "quick x 0.2"
 
 
-def test_a_run_in_which_nothing_ran_fails(folder: Path) -> None:
-    done = run(folder, "--backend", "broken:DeclaresNothing", "--clause", "ATTEND", "--policy", "dense",
+@pytest.mark.parametrize("clause", ["ATTEND", "MEMORY-2"])
+def test_a_run_in_which_nothing_ran_fails(folder: Path, clause: str) -> None:
+    done = run(folder, "--backend", "broken:DeclaresNothing", "--clause", clause, "--policy", "dense",
                "--dtype", "float32", "--report", "out.json")  # fmt: skip
     assert done.returncode == 1
     report = json.loads((folder / "out.json").read_text(encoding="utf-8"))

@@ -133,7 +133,7 @@ class Paged(_OnHost, FlashAttentionBackend):
 
 
 class Planned(_OnHost, FlashInferBackend):
-    workspace = 1 << 20
+    workspace, kernel = 1 << 20, "fa3"
 
     def run(self, q: Any, pool: Any, requests: Any, scale: float) -> Any:
         return planned_call(PrefillWrapper(), q, pool, requests, scale)

@@ -114,3 +114,27 @@ def test_a_missing_library_is_named_with_the_remedy(
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UnavailableError, match=remedy):
         get_backend(name)
+
+
+@pytest.mark.clause("ERROR-1", "REGISTRY-1")
+def test_which_gpu_and_which_of_flashinfers_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flashinfer", types.ModuleType("flashinfer"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    capability = {"cuda": (8, 0), "cuda:1": (9, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability.__getitem__)
+    assert get_backend("flashinfer").kernel == "fa2"
+    other = get_backend("flashinfer:device=cuda:1")
+    assert (other.kernel, other.device) == ("fa3", "cuda:1")
+    assert get_backend("flashinfer", device="cuda:1", kernel="fa2").kernel == "fa2"
+    for arguments, rule in (
+        ({"device": "cpu"}, "device must be 'cuda' or 'cuda:N'"),
+        ({"device": "cuda:2"}, "device must name one of 2 GPUs"),
+        ({"device": "cuda:x"}, "device must be 'cuda' or 'cuda:N'"),
+        ({"kernel": "fa4"}, "kernel must be one of auto, fa2, fa3"),
+    ):
+        with pytest.raises(InvalidArgumentError, match=rule):
+            get_backend("flashinfer", **arguments)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UnavailableError, match="no usable GPU"):
+        get_backend("flashinfer")

@@ -19,7 +19,7 @@ from sparse_dlm_attn import (  # noqa: E402
     UnsupportedError,
     get_backend,
 )
-from sparse_dlm_attn_torch import block_sparse, choice  # noqa: E402
+from sparse_dlm_attn_torch import block_sparse, choice, flex  # noqa: E402
 
 
 @pytest.mark.clause("ERROR-1")
@@ -59,31 +59,16 @@ def problem(
     return [q, k, v, table, valid, mask, min(span, tokens), active, 0.125], Context(k, v, table, valid)
 
 
-def listed_attention(
-    q: Any, k: Any, v: Any, lists: Any, block: tuple[int, int], scale: float, *, partial: Any, lengths: Any,
-) -> tuple[Any, Any]:
-    """Do what FlexAttention does with the lists, in plain products."""
-    assert block == (128, 128)
-    (batch, heads, tokens, _), keys = q.shape, k.shape[2]
-    keep = torch.zeros(batch, heads, tokens, keys, dtype=torch.bool)
-    row, key = torch.arange(tokens), torch.arange(keys)
-    for given, inside in ((lists, None), (partial, lengths)):
-        for b, h, s in torch.cartesian_prod(*(torch.arange(n) for n in given.counts.shape)).tolist():
-            for page in given.pages[b, h, s, : given.counts[b, h, s]].tolist():
-                last = 128 if inside is None else int(inside[b, page])
-                columns = (key // 128 == page) & (key % 128 < last)
-                keep[b, h] |= (row // 128 == s)[:, None] & columns
-    return masked_attention(q, k, v, keep, scale)
-
-
 def whole_attention(q: Any, k: Any, v: Any, lists: Any, scale: float) -> tuple[Any, Any]:
-    """Do what flash-attn 4 does with lists of whole blocks; rows without any hold NaN."""
+    """Do what flash-attn 4 does with lists of whole blocks; rows without any, or with NaN, are empty."""
     keep = torch.zeros(*q.shape[:3], k.shape[2], dtype=torch.bool)
     rows, keys = torch.arange(q.shape[2]) // 128, torch.arange(k.shape[2]) // 128
     for b, h, s in torch.cartesian_prod(*(torch.arange(n) for n in lists.counts.shape)).tolist():
         for page in lists.pages[b, h, s, : lists.counts[b, h, s]].tolist():
             keep[b, h] |= (rows == s)[:, None] & (keys == page)
-    return masked_attention(q, k, v, keep, scale)
+    out, lse = masked_attention(q, k, v, keep, scale)
+    empty = ~lse.isfinite()
+    return out.masked_fill(empty[..., None], 0.0), lse.masked_fill(empty, -math.inf)
 
 
 def masked_attention(q: Any, k: Any, v: Any, keep: Any, scale: float) -> tuple[Any, Any]:
@@ -93,19 +78,26 @@ def masked_attention(q: Any, k: Any, v: Any, keep: Any, scale: float) -> tuple[A
     return (logits.softmax(-1) @ v).to(q.dtype), logits.logsumexp(-1)
 
 
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put plain products in flash-attn's place; FlexAttention itself runs, traced but not compiled."""
+    monkeypatch.setattr(block_sparse, "flash_attn_listed", whole_attention)
+    monkeypatch.setattr(flex, "compiler", "eager")
+
+
 @pytest.mark.parametrize(
-    ("tokens", "lengths", "heads", "listed"),
-    [(256, [[128] * 3], (2, 2), 2), (300, [[128, 9, 128, 0], [0, 128, 128, 77]], (4, 2), 1),
-     (290, [[128, 128, 50]], (4, 2), 4), (100, [[128, 128]], (2, 1), 1)],
+    ("tokens", "lengths", "heads", "listed", "span"),
+    [(256, [[128] * 3], (2, 2), 2, 128), (300, [[128, 9, 128, 0], [0, 128, 128, 77]], (4, 2), 1, 128),
+     (290, [[128, 128, 50]], (4, 2), 4, 128), (100, [[128, 128]], (2, 1), 1, 128),
+     (300, [[128, 90]], (4, 2), 4, 300), (290, [[128, 7, 128]], (2, 2), 2, 32),
+     (16, [[128, 90]], (2, 1), 2, 1), (300, [[128, 128]], (2, 2), 1, 48)],
 )
 @pytest.mark.clause("ATTEND-1", "ATTEND-2")
 def test_the_lists_are_the_selection(
-    tokens: int, lengths: list[list[int]], heads: tuple[int, int], listed: int,
+    tokens: int, lengths: list[list[int]], heads: tuple[int, int], listed: int, span: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    arguments, context = problem(tokens, lengths, heads, listed)
-    monkeypatch.setattr(block_sparse, "flex_listed", listed_attention)
-    monkeypatch.setattr(block_sparse, "flash_attn_listed", whole_attention)
+    arguments, context = problem(tokens, lengths, heads, listed, span)
+    stand_in(monkeypatch)
     out, lse = block_sparse.attend_pages(*arguments)
     q, mask, span, active = arguments[0], *arguments[5:8]
     wanted = get_backend("torch").attend_pages(q, context, Selection(mask, span), active, scale=0.125)
@@ -113,14 +105,49 @@ def test_the_lists_are_the_selection(
     torch.testing.assert_close(lse, wanted.lse, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.clause("ATTEND-3")
+def test_a_value_that_is_not_finite_reaches_no_row_of_its_tile_that_did_not_select_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arguments, context = problem(40, [[128, 128, 70]], (4, 2), 4, 1)
+    stand_in(monkeypatch)
+    for page, value in ((0, math.inf), (1, math.nan)):
+        arguments[2][arguments[3][0, page], 1, 5, 7 + page] = value
+    out, _ = block_sparse.attend_pages(*arguments)
+    q, mask, span, active = arguments[0], *arguments[5:8]
+    wanted = get_backend("torch").attend_pages(q, context, Selection(mask, span), active, scale=0.125)
+    assert torch.equal(out.isfinite(), wanted.out.isfinite())
+    assert not bool(out.isfinite().all())
+    assert bool(out[:, 2:].isfinite().any(dim=-1).any())
+
+
+@pytest.mark.clause("MERGE-4", "STATE-1")
+@pytest.mark.parametrize(("side", "value"), [(1, math.nan), (1, math.inf), (2, math.nan), (0, math.nan)])
+def test_what_flash_attn_would_hide_shows(
+    side: int, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments, context = problem(140, [[128, 128]], (2, 2), 1)
+    stand_in(monkeypatch)
+    arguments[5][:], arguments[7][:] = True, True
+    if side:
+        arguments[side][arguments[3][0, 1], 0, 9, 3] = value
+    else:
+        arguments[0][0, 0, 5, 3] = value
+    out, lse = block_sparse.attend_pages(*arguments)
+    q, mask, span, active = arguments[0], *arguments[5:8]
+    wanted = get_backend("torch").attend_pages(q, context, Selection(mask, span), active, scale=0.125)
+    assert torch.equal(out.isfinite(), wanted.out.isfinite())
+    assert torch.equal(lse.isnan(), wanted.lse.isnan())
+    assert not bool(out.isfinite().all())
+
+
 @pytest.mark.parametrize(
     ("change", "rule"),
-    [({"span": 64}, "span 64 is not 128"), ({"span": 300}, "span 300 of a block of 300 is not 128"),
-     ({"dtype": torch.float32}, "dtype float32"), ({"page": 64}, "page_size 64 is not 128")],
+    [({"dtype": torch.float32}, "dtype float32"), ({"page": 64}, "page_size 64 is not 128")],
 )
 @pytest.mark.clause("ERROR-2")
 def test_what_its_tile_does_not_fit_is_refused(change: dict[str, Any], rule: str) -> None:
-    arguments, _ = problem(300, [[128, 128]], (2, 2), 1, change.get("span", 128))
+    arguments, _ = problem(300, [[128, 128]], (2, 2), 1)
     for i in range(3):
         arguments[i] = arguments[i].to(change.get("dtype", torch.float16))
     for i in (1, 2):

@@ -152,3 +152,18 @@ def test_channels_of_a_block_may_lie_apart_unlike_those_of_pages() -> None:
         attention = PrefixAttention("dense", f"torch:attention={path}")
         got, wanted = (attention(*each, context)[0] for each in (apart, rows))
         torch.testing.assert_close(got, wanted, atol=1e-6, rtol=0)
+
+
+@pytest.mark.clause("MERGE-4", "STATE-2")
+def test_a_row_that_selected_nothing_is_empty_beside_one_that_reads_nan() -> None:
+    k = torch.zeros(1, 1, 2, 4)
+    v = torch.full((1, 1, 2, 4), math.nan)
+    table, lengths = torch.zeros(1, 1, dtype=torch.int32), torch.full((1, 1), 2, dtype=torch.int32)
+    mask = torch.tensor([True, False]).view(1, 1, 2, 1)
+    active = torch.ones(1, 2, dtype=torch.bool)
+    state = get_backend("torch").attend_pages(
+        torch.zeros(1, 1, 2, 4), Context(k, v, table, lengths), Selection(mask, 1), active
+    )
+    assert bool(state.out[0, 0, 0].isnan().all())
+    assert not bool(state.out[0, 0, 1].any())
+    assert state.lse[0, 0, 1] == -math.inf
