@@ -18,6 +18,8 @@ from sparse_dlm_attn import (
     InvalidTypeError,
     PageBounds,
     Problem,
+    RankedPass,
+    RankedResult,
     Selection,
     UnavailableError,
     UnsupportedError,
@@ -45,6 +47,7 @@ except ImportError as error:
 
 from sparse_dlm_attn_torch import block_sparse, choice, flex, ops
 from sparse_dlm_attn_torch.states import merged
+from sparse_dlm_attn_torch.threads import one_thread
 
 __all__ = ["TorchBackend"]
 
@@ -250,6 +253,28 @@ class TorchBackend(Backend):
         chosen = self._chosen(q, context, selection, active, scale)
         out, *state = ops.attend(q, k, v, *chosen, self._dense, *kept)
         return out, AttentionState(*state)
+
+    def attend_ranked(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        context: Context,
+        bounds: PageBounds,
+        ranked_pass: RankedPass,
+        cached: AttentionState | None,
+        *,
+        scale: float | None = None,
+    ) -> RankedResult:
+        """Run the operators one after the other; on a processor, those that fall into parts side by side.
+
+        What lies between them is short, and must not wake threads that would then keep the cores busy.
+        """
+        arguments = (q, k, v, context, bounds, ranked_pass, cached)
+        if self._device.type != "cpu" or torch.compiler.is_compiling():
+            return super().attend_ranked(*arguments, scale=scale)
+        with one_thread():
+            return super().attend_ranked(*arguments, scale=scale)
 
     @property
     def _dense(self) -> str:

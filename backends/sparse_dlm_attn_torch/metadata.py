@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from sparse_dlm_attn.arrays import compute_dtype
+from sparse_dlm_attn_torch.threads import run_parts, threads_for
 
 __all__ = ["page_bounds", "page_scores", "pooled_scores", "top_pages"]
 
@@ -115,10 +116,24 @@ def page_scores(
     """
     if active is None or q.device.type != "cpu":
         return _scores(q, lower, upper)
-    scores = torch.zeros((*q.shape[:3], lower.shape[2]), dtype=torch.float32)
-    for b in range(q.shape[0]):
-        rows = active[b].nonzero()[:, 0]
-        scores[b, :, rows] = _scores(q[b : b + 1, :, rows], lower[b : b + 1], upper[b : b + 1])[0]
+    batch, kv_heads, pages, _ = lower.shape
+    group = q.shape[1] // kv_heads
+    shape = (*q.shape[:3], pages)
+    with threads_for(batch * kv_heads, 4 * math.prod(shape) // max(batch * kv_heads, 1)) as workers:
+        scores = torch.zeros(shape, dtype=torch.float32)
+
+        def score(part: tuple[int, torch.Tensor, slice]) -> None:
+            b, rows, heads = part
+            of_group = slice(heads.start * group, heads.stop * group)
+            sides = (side[b : b + 1, heads] for side in (lower, upper))
+            scores[b, of_group, rows] = _scores(q[b : b + 1, of_group].index_select(2, rows), *sides)[0]
+
+        rows = [row.nonzero()[:, 0] for row in active]
+        step = -(-kv_heads // (workers + 1))
+        run_parts(score, [
+            (b, rows[b], slice(first, min(first + step, kv_heads)))
+            for b in range(batch) if rows[b].numel() for first in range(0, kv_heads, step)
+        ], workers)
     return scores
 
 
@@ -159,12 +174,17 @@ def top_pages(scores: torch.Tensor, count: torch.Tensor, eligible: torch.Tensor)
     if scores.device.type != "cpu":
         return _top(scores, count, eligible, None)
     pages = scores.shape[-1]
-    rows = eligible.any(-1).flatten().nonzero()[:, 0]  # rows that may take a page at all
-    chosen = torch.zeros(scores.shape, dtype=torch.bool)
-    if rows.numel():
-        of_rows = (scores.reshape(-1, pages)[rows], count.flatten()[rows], eligible.reshape(-1, pages)[rows])
-        most = min(max(int(of_rows[1].max()), 0), pages)
-        chosen.view(-1, pages)[rows] = _top(*of_rows, most)
+    with threads_for(scores.shape[:-1].numel(), pages * scores.element_size()) as workers:
+        chosen = torch.zeros(scores.shape, dtype=torch.bool)
+        flat = [part.reshape(-1, width) for part, width in ((scores, pages), (eligible, pages), (count, 1))]
+
+        def choose(rows: torch.Tensor) -> None:
+            values, allowed, wanted = (part.index_select(0, rows) for part in flat)
+            most = min(max(int(wanted.max()), 0), pages)
+            chosen.view(-1, pages)[rows] = _top(values, wanted[:, 0], allowed, most)
+
+        rows = eligible.any(-1).flatten().nonzero()[:, 0]  # rows that may take a page at all
+        run_parts(choose, rows.chunk(workers + 1) if rows.numel() else (), workers)
     return chosen
 
 
