@@ -166,21 +166,26 @@ def _attend(
         return _softmax(logits, values)
     allowed = reads.repeat_interleave(tokens.page_size, dim=1)[:, : logits.shape[1]]
     logits = logits.masked_fill(~allowed, -math.inf)
-    out, lse = _softmax(logits, values)
+    out, lse = _softmax(logits.clone(), values)
     if not bool(out.isfinite().all()):
         # A value that is not finite must reach only the rows that read it: 0 x NaN is NaN.
         unsafe = ~values.isfinite().all(dim=-1)
-        clean, _ = _softmax(logits, values.masked_fill(unsafe[:, None], 0.0))
+        clean, _ = _softmax(logits.clone(), values.masked_fill(unsafe[:, None], 0.0))
         touched = (allowed & unsafe).any(dim=-1)
         out = torch.where(touched[:, None], _row_by_row(logits, values, allowed), clean)
     return out, lse
 
 
 def _softmax(logits: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ``(out, lse)``; keys whose scores are all -inf weigh nothing, as an empty set (STATE-2)."""
-    lse = logits.logsumexp(dim=-1)
-    out = torch.mm(torch.softmax(logits, dim=-1), values)
-    return out.masked_fill_(lse.isneginf()[:, None], 0.0), lse
+    """Return ``(out, lse)``, and overwrite ``logits``: each pass over them counts where rows are many.
+
+    Keys whose scores are all -inf weigh nothing, as an empty set (STATE-2).
+    """
+    peak = logits.amax(dim=-1, keepdim=True).clamp_(min=torch.finfo(logits.dtype).min)  # never -inf - -inf
+    weights = logits.sub_(peak).exp_()  # one exp serves both results
+    total = weights.sum(dim=-1, keepdim=True)
+    out = torch.mm(weights, values).div_(total).masked_fill_(total == 0, 0.0)
+    return out, peak.add_(total.log_())[..., 0]
 
 
 def _row_by_row(logits: torch.Tensor, values: torch.Tensor, reads: torch.Tensor) -> torch.Tensor:
