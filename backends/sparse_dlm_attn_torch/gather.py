@@ -15,7 +15,7 @@ import torch
 from sparse_dlm_attn.arrays import compute_dtype
 from sparse_dlm_attn_torch.layout import PageRows
 from sparse_dlm_attn_torch.loads import Load, loads_of
-from sparse_dlm_attn_torch.threads import run_parts, threads_for
+from sparse_dlm_attn_torch.threads import WORTH_SHARING, run_parts, threads_for
 
 __all__ = ["attend_pages"]
 
@@ -74,7 +74,8 @@ def attend_pages(
             keys_values = store.tokens(load.heads.start * kv_heads // q_heads, load)
             results[place] = _attend(mine, keys_values, dtype, _reads(load, rows[load.sequence] // span))
 
-        run_parts(attend_load, range(len(loads)), workers)
+        read = sum(load.count for load in loads) * page_size * q.shape[3]
+        run_parts(attend_load, range(len(loads)), workers if read >= WORTH_SHARING else 0)
         for load, result in zip(loads, results, strict=True):
             assert result is not None
             b, shape = load.sequence, (load.heads.stop - load.heads.start, rows[load.sequence].shape[0])

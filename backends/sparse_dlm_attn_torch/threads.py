@@ -24,9 +24,11 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ["one_thread", "run_parts", "threads_for"]
+__all__ = ["one_thread", "run_parts", "short_operations", "threads_for"]
 
+WORTH_SHARING = 1 << 20  # elements of keys read: below, waking a worker takes longer than it saves
 MOST_BYTES = 64 << 20  # of a part: longer operations share their work well, and each part takes memory
+SHORT = 1 << 18  # elements: an operation that is over before threads are awake
 
 PartT = TypeVar("PartT")
 
@@ -43,7 +45,8 @@ def _setters() -> tuple[Callable[[int], object], Callable[[int], int]] | None:
     try:  # through PyTorch's own library, since a process may hold several OpenMP runtimes
         symbols = ctypes.PyDLL(str(library))
         of_openmp = symbols.omp_set_num_threads
-        of_mkl = symbols.MKL_Set_Num_Threads_Local if torch.backends.mkl.is_available() else None
+        has_mkl = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+        of_mkl = symbols.MKL_Set_Num_Threads_Local if has_mkl else None
     except (OSError, AttributeError):
         return None
     of_openmp.restype = None
@@ -76,7 +79,7 @@ def one_thread() -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def threads_for(parts: int, part_bytes: int) -> Iterator[int]:
+def threads_for(parts: int, part_bytes: int, elements: int = WORTH_SHARING) -> Iterator[int]:
     """Choose between parts side by side, as `one_thread`, and operations that use all threads, as they come.
 
     Parameters
@@ -85,6 +88,8 @@ def threads_for(parts: int, part_bytes: int) -> Iterator[int]:
         Parts of the work.
     part_bytes : int
         What the largest intermediate of a part may take.
+    elements : int
+        Elements that all parts read, if known: few are not worth a worker.
 
     Yields
     ------
@@ -96,7 +101,17 @@ def threads_for(parts: int, part_bytes: int) -> Iterator[int]:
         yield 0
         return
     with one_thread() as threads:
-        yield min(threads, parts) - 1
+        yield min(threads, parts) - 1 if elements >= WORTH_SHARING else 0
+
+
+@contextlib.contextmanager
+def short_operations(tensor: torch.Tensor) -> Iterator[None]:
+    """Keep to one thread for operations on a tensor of this size, if it is small and on a processor."""
+    if tensor.device.type != "cpu" or tensor.numel() > SHORT:
+        yield
+        return
+    with one_thread():
+        yield
 
 
 def run_parts(compute: Callable[[PartT], None], parts: Iterable[PartT], workers: int) -> None:
@@ -116,8 +131,9 @@ def run_parts(compute: Callable[[PartT], None], parts: Iterable[PartT], workers:
     BaseException
         The first that a part raised, after all others have ended. Parts not begun by then are left out.
     """
-    left = iter(parts)  # taking from it is one step under the interpreter's lock, or the lock's below
-    lock, failures = threading.Lock(), []
+    left = iter(parts)
+    lock = threading.Lock()
+    failures: list[BaseException] = []
 
     def take_parts() -> None:
         try:
