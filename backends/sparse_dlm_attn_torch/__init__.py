@@ -46,9 +46,9 @@ except ImportError as error:
         "backend 'torch'", [str(error)], "Install it: pip install 'sparse_dlm_attn[torch]'."
     ) from error
 
-from sparse_dlm_attn_torch import block_sparse, choice, flex, metadata, ops
+from sparse_dlm_attn_torch import block_sparse, choice, flex, gather, metadata, ops
 from sparse_dlm_attn_torch.states import merged
-from sparse_dlm_attn_torch.threads import one_thread
+from sparse_dlm_attn_torch.threads import threads_for
 
 __all__ = ["TorchBackend"]
 
@@ -277,7 +277,8 @@ class TorchBackend(Backend):
             return super().attend_ranked(*arguments, scale=scale)
         check_ranked_pass(*arguments, scale)
         self._check_place("q", q)
-        with one_thread():
+        part_bytes = gather.part_bytes(q, context.k_pages, context.page_table)
+        with threads_for(context.batch * context.kv_heads, part_bytes):
             active = torch.ones(q.shape[::2], dtype=torch.bool)
             if ranked_pass.reference is not None:
                 change = self.query_change(q, ranked_pass.reference)

@@ -17,7 +17,7 @@ from sparse_dlm_attn_torch.layout import PageRows
 from sparse_dlm_attn_torch.loads import Load, loads_of
 from sparse_dlm_attn_torch.threads import WORTH_SHARING, run_parts, threads_for
 
-__all__ = ["attend_pages"]
+__all__ = ["attend_pages", "part_bytes"]
 
 ALIGNED = 64  # bytes: where PyTorch's allocator puts a tensor on a processor
 
@@ -51,9 +51,8 @@ def attend_pages(
         ``out`` like ``q`` and float32 ``lse`` ``(batch, q_heads, tokens)``.
     """
     (batch, q_heads, tokens, _), (_, kv_heads, page_size, _) = q.shape, k_pages.shape
-    dtype, spans, pages = compute_dtype(q), mask.shape[2], page_table.shape[1]
-    scores = q_heads // kv_heads * tokens * pages * page_size * dtype.itemsize
-    with threads_for(batch * kv_heads, scores) as workers:
+    dtype, spans = compute_dtype(q), mask.shape[2]
+    with threads_for(batch * kv_heads, part_bytes(q, k_pages, page_table)) as workers:
         out = torch.zeros(q.shape, dtype=q.dtype)
         lse = torch.full(q.shape[:3], -math.inf, dtype=torch.float32)
         padded = torch.nn.functional.pad(active, (0, spans * span - tokens))
@@ -83,6 +82,19 @@ def attend_pages(
             out[where] = result[0].view(*shape, -1).to(q.dtype)
             lse[where] = result[1].view(shape).to(torch.float32)
     return out, lse
+
+
+def part_bytes(q: torch.Tensor, k_pages: torch.Tensor, page_table: torch.Tensor) -> int:
+    """Return what the scores of a KV head take, if all rows read all pages.
+
+    Parameters
+    ----------
+    q, k_pages, page_table : torch.Tensor
+        As for `attend_pages`.
+    """
+    rows, tokens = q.shape[1] // k_pages.shape[1] * q.shape[2], page_table.shape[1] * k_pages.shape[2]
+    size: int = compute_dtype(q).itemsize
+    return rows * tokens * size
 
 
 def _reads(load: Load, spans: torch.Tensor) -> torch.Tensor | None:
@@ -171,9 +183,10 @@ def _attend(
     if not bool(out.isfinite().all()):
         # A value that is not finite must reach only the rows that read it: 0 x NaN is NaN.
         unsafe = ~values.isfinite().all(dim=-1)
-        clean, _ = _softmax(logits.clone(), values.masked_fill(unsafe[:, None], 0.0))
-        touched = (allowed & unsafe).any(dim=-1)
-        out = torch.where(touched[:, None], _row_by_row(logits, values, allowed), clean)
+        out, _ = _softmax(logits.clone(), values.masked_fill(unsafe[:, None], 0.0))
+        for row in (allowed & unsafe).any(dim=-1).nonzero()[:, 0].tolist():
+            read = allowed[row]
+            out[row] = _softmax(logits[row, read][None], values[read])[0][0]
     return out, lse
 
 
@@ -187,8 +200,3 @@ def _softmax(logits: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, 
     total = weights.sum(dim=-1, keepdim=True)
     out = torch.mm(weights, values).div_(total).masked_fill_(total == 0, 0.0)
     return out, peak.add_(total.log_())[..., 0]
-
-
-def _row_by_row(logits: torch.Tensor, values: torch.Tensor, reads: torch.Tensor) -> torch.Tensor:
-    pairs = zip(logits, reads, strict=True)
-    return torch.cat([_softmax(row[None, read], values[read])[0] for row, read in pairs])

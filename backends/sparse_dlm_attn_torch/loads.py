@@ -76,6 +76,8 @@ def loads_of(
     page_size, q_heads, kv_heads : int
         Tokens a page, and numbers of heads.
     """
+    if 0 in mask.shape:
+        return []
     batch, lists, spans, pages = mask.shape
     chosen = mask & (page_lengths > 0)[:, None, None, :] & used[:, None, :, None]
     units = q_heads if spans == 1 and lists == q_heads else kv_heads

@@ -39,7 +39,7 @@ _lent = threading.local()  # ``threads``: what `one_thread` has taken from this 
 def _setters() -> tuple[Callable[[int], object], Callable[[int], int]] | None:
     """Return what sets the calling thread's number of threads in OpenMP and in MKL, None if nothing does.
 
-    MKL's returns the number before, with 0 for that of the process.
+    MKL's returns the number before; 0 is that of the process.
     """
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:  # through PyTorch's own library, since a process may hold several OpenMP runtimes
@@ -74,7 +74,7 @@ def one_thread() -> Iterator[int]:
         yield count
     finally:
         _lent.threads = 1
-        of_mkl(before)
+        of_mkl(0 if before == count else before)  # for a thread without its own, MKL says the process's
         of_openmp(count)
 
 

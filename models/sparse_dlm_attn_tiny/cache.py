@@ -29,9 +29,9 @@ GROWTH_TOKENS = 256  # spare room of a new buffer: a typical answer fits without
 
 
 class _Buffers:
-    """Room for the KV of every layer; `filled` tells up to which token somebody, `claimant`, claimed it.
+    """Room for the KV of every layer, heads first: pages of all sequences lie at one step from another.
 
-    Heads come first, so that the pages of all sequences lie at one step from another.
+    `filled` tells up to which token somebody, `claimant`, claimed it.
     """
 
     def __init__(self, config: TinyConfig, backend: Backend, batch: int, capacity: int) -> None:
@@ -179,8 +179,7 @@ class PrefixCache:
     def fork(self, *, page_size: int | None = None) -> PrefixCache:
         """Return a cache of the same tokens that can be appended to independently.
 
-        Nothing is copied now. The first fork to append writes into the shared spare room; a fork that
-        appends after another one did copies its tokens first.
+        Nothing is copied now. The first fork to append writes into the shared room; others copy first.
 
         Parameters
         ----------
@@ -213,12 +212,12 @@ class PrefixCache:
         page_size : int, optional
             As for `fork`.
         """
-        fork, buffers = self.fork(page_size=page_size), self._buffers
+        fork, buffers, length = self.fork(page_size=page_size), self._buffers, self.length
         try:
             yield fork
         finally:
             if buffers.claimant is fork._claim:
-                buffers.filled = self.length
+                buffers.filled = length
 
     def reserve(self, tokens: int) -> None:
         """Make room for ``tokens`` more tokens of each sequence and claim it for this cache."""
