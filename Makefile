@@ -32,10 +32,9 @@ demo: $(VENV)/.base
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-# Two threads, as the figures state; medians of turns, on a machine that does nothing else. Threads that sleep
-# between the short operations of a sparse pass take longer to wake than to compute.
+# Two threads, as the figures state; medians of turns, on a machine that does nothing else.
 bench: $(VENV)/.dev
-	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=active $(BIN)/python -m pytest benchmarks -q -s
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest benchmarks -q -s
 
 lint: $(VENV)/.dev types
 	$(BIN)/ruff check .

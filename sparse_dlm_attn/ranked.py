@@ -21,7 +21,9 @@ from sparse_dlm_attn.values import AttentionState, PageBounds, check_array, chec
 if TYPE_CHECKING:
     from sparse_dlm_attn.backend import Backend
 
-__all__ = ["RankedPass", "RankedResult", "affordable_pages", "check_ranked_pass", "united"]
+__all__ = [
+    "RankedPass", "RankedResult", "affordable_pages", "check_ranked_pass", "kept_queries", "united",
+]
 
 Union = Literal["kv_head", "query_head", "row"]
 Keep = Literal["nothing", "queries", "active_queries"]
@@ -165,6 +167,26 @@ def united(own: Array, kv_heads: int, union: Union) -> Selection:
     return Selection(mask, max(tokens, 1))
 
 
+def kept_queries(q: Array, active: Array, ranked: RankedPass) -> Array | None:
+    """Return the queries that a rule keeps for the next pass: a copy, since the caller may write into ``q``.
+
+    Parameters
+    ----------
+    q : array
+        ``(batch, q_heads, tokens, head_dim)``.
+    active : array
+        bool ``(batch, tokens)``.
+    ranked : RankedPass
+        The rule.
+    """
+    if ranked.keep == "nothing":
+        return None
+    xp = namespace(q)
+    if ranked.keep == "queries" or ranked.reference is None:
+        return xp.asarray(q, copy=True)
+    return xp.where(active[:, None, :, None], q, ranked.reference)
+
+
 def attend_ranked(
     ops: Backend, q: Array, k: Array, v: Array, context: Context, bounds: PageBounds, ranked: RankedPass,
     cached: AttentionState | None, scale: float | None,
@@ -186,9 +208,4 @@ def attend_ranked(
     )
     selection = united(own & rows, context.kv_heads, ranked.union)
     out, state = ops.attend(q, k, v, context, selection, active, cached, scale=scale)
-    kept = None
-    if ranked.keep == "queries" or (ranked.keep == "active_queries" and ranked.reference is None):
-        kept = xp.asarray(q, copy=True)
-    elif ranked.keep == "active_queries":
-        kept = xp.where(rows, q, ranked.reference)
-    return RankedResult(out, state, active, selection, kept)
+    return RankedResult(out, state, active, selection, kept_queries(q, active, ranked))

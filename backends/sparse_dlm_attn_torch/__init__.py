@@ -18,6 +18,8 @@ from sparse_dlm_attn import (
     InvalidTypeError,
     PageBounds,
     Problem,
+    RankedPass,
+    RankedResult,
     Selection,
     UnavailableError,
     UnsupportedError,
@@ -34,6 +36,7 @@ from sparse_dlm_attn.checks import (
     check_states,
     check_top_pages,
 )
+from sparse_dlm_attn.ranked import affordable_pages, check_ranked_pass, kept_queries
 from sparse_dlm_attn.values import softmax_scale
 
 try:
@@ -43,8 +46,9 @@ except ImportError as error:
         "backend 'torch'", [str(error)], "Install it: pip install 'sparse_dlm_attn[torch]'."
     ) from error
 
-from sparse_dlm_attn_torch import block_sparse, choice, flex, ops
+from sparse_dlm_attn_torch import block_sparse, choice, flex, gather, metadata, ops
 from sparse_dlm_attn_torch.states import merged
+from sparse_dlm_attn_torch.threads import threads_for
 
 __all__ = ["TorchBackend"]
 
@@ -252,6 +256,43 @@ class TorchBackend(Backend):
         chosen = self._chosen(q, context, selection, active, scale)
         out, *state = ops.attend(q, k, v, *chosen, self._dense, *kept)
         return out, AttentionState(*state)
+
+    def attend_ranked(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        context: Context,
+        bounds: PageBounds,
+        ranked_pass: RankedPass,
+        cached: AttentionState | None,
+        *,
+        scale: float | None = None,
+    ) -> RankedResult:
+        """Run the operators one after the other; on a processor, decide about active rows alone.
+
+        What lies between the operators is short there, and must not wake threads that would then keep the
+        cores busy.
+        """
+        arguments = (q, k, v, context, bounds, ranked_pass, cached)
+        if self._device.type != "cpu" or torch.compiler.is_compiling() or ranked_pass.union == "row":
+            return super().attend_ranked(*arguments, scale=scale)
+        check_ranked_pass(*arguments, scale)
+        self._check_place("q", q)
+        part_bytes = gather.part_bytes(q, context.k_pages, context.page_table)
+        with threads_for(context.batch * context.kv_heads, part_bytes):
+            active = torch.ones(q.shape[::2], dtype=torch.bool)
+            if ranked_pass.reference is not None:
+                change = self.query_change(q, ranked_pass.reference)
+                active = self.largest_changes(change, count=ranked_pass.count, mass=ranked_pass.mass)
+            mask = metadata.ranked_pages(
+                q, bounds.lower, bounds.upper, active, context.exists,
+                affordable_pages(context, ranked_pass.budget, ranked_pass.pages),
+                ranked_pass.union == "query_head",
+            )
+            selection = Selection(mask, max(q.shape[2], 1))
+            out, state = self.attend(q, k, v, context, selection, active, cached, scale=scale)
+            return RankedResult(out, state, active, selection, kept_queries(q, active, ranked_pass))
 
     @property
     def _dense(self) -> str:

@@ -1,22 +1,23 @@
 """Path "gather": copy the selected pages of a KV head, then two products; reads indices on the host.
 
 The rows of all query heads of a group share one copy of the union of their pages; a page that some
-of them did not select is masked for those rows. Extra memory is the selected pages of one head, and
-nothing where they lie side by side in reading order.
+of them did not select is masked for those rows. Extra memory is the selected pages of one head a thread,
+and nothing where they lie side by side in reading order.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from sparse_dlm_attn.arrays import compute_dtype
 from sparse_dlm_attn_torch.layout import PageRows
+from sparse_dlm_attn_torch.loads import Load, loads_of
+from sparse_dlm_attn_torch.threads import WORTH_SHARING, run_parts, threads_for
 
-__all__ = ["attend_pages"]
+__all__ = ["attend_pages", "part_bytes"]
 
 ALIGNED = 64  # bytes: where PyTorch's allocator puts a tensor on a processor
 
@@ -49,66 +50,59 @@ def attend_pages(
     tuple of torch.Tensor
         ``out`` like ``q`` and float32 ``lse`` ``(batch, q_heads, tokens)``.
     """
-    batch, q_heads, _, head_dim = q.shape
-    kv_heads, dtype = k_pages.shape[1], compute_dtype(q)
-    group = q_heads // kv_heads
-    out = torch.zeros(q.shape, dtype=q.dtype)
-    lse = torch.full(q.shape[:3], -math.inf, dtype=torch.float32)
-    mask = mask & (page_lengths > 0)[:, None, None, :]
-    store = _Store(k_pages, v_pages)
-    for b in range(batch):
-        rows = active[b].nonzero()[:, 0]
-        if rows.numel() == 0:
-            continue
-        every = rows.numel() == active.shape[1]  # then a slice does, which is much quicker than an index
-        for load in _loads(mask[b], rows // span, group, kv_heads):
-            heads, count = load.heads, load.heads.stop - load.heads.start
-            queries = q[b, heads] if every else q[b, heads].index_select(1, rows)
-            queries = queries.reshape(-1, head_dim).to(dtype) * scale
-            physical, lengths = page_table[b, load.pages], page_lengths[b, load.pages]
-            tokens = store.tokens(heads.start // group, physical, lengths)
-            part, part_lse = _attend(queries, tokens, dtype, load.reads)
-            where = (b, heads) if every else (b, heads, rows)
-            out[where] = part.view(count, -1, head_dim).to(q.dtype)
-            lse[where] = part_lse.view(count, -1).to(torch.float32)
+    (batch, q_heads, tokens, _), (_, kv_heads, page_size, _) = q.shape, k_pages.shape
+    dtype, spans = compute_dtype(q), mask.shape[2]
+    with threads_for(batch * kv_heads, part_bytes(q, k_pages, page_table)) as workers:
+        out = torch.zeros(q.shape, dtype=q.dtype)
+        lse = torch.full(q.shape[:3], -math.inf, dtype=torch.float32)
+        padded = torch.nn.functional.pad(active, (0, spans * span - tokens))
+        used = padded.view(batch, spans, span).any(dim=-1)
+        loads = loads_of(mask, used, page_table, page_lengths, page_size, q_heads, kv_heads)
+        store = _Store(k_pages, v_pages)
+        rows = [each.nonzero()[:, 0] for each in active]
+        # Where every row is active, a slice does, which is much quicker than an index.
+        queries = [
+            (q[b] if each.shape[0] == tokens else q[b].index_select(1, each)).to(dtype) * scale
+            for b, each in enumerate(rows)
+        ]
+        results: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * len(loads)
+
+        def attend_load(place: int) -> None:
+            load = loads[place]
+            mine = queries[load.sequence][load.heads].flatten(0, 1)
+            keys_values = store.tokens(load.heads.start * kv_heads // q_heads, load)
+            results[place] = _attend(mine, keys_values, dtype, _reads(load, rows[load.sequence] // span))
+
+        read = sum(load.count for load in loads) * page_size * q.shape[3]
+        run_parts(attend_load, range(len(loads)), workers if read >= WORTH_SHARING else 0)
+        for load, result in zip(loads, results, strict=True):
+            assert result is not None
+            b, shape = load.sequence, (load.heads.stop - load.heads.start, rows[load.sequence].shape[0])
+            where = (b, load.heads) if shape[1] == tokens else (b, load.heads, rows[b])
+            out[where] = result[0].view(*shape, -1).to(q.dtype)
+            lse[where] = result[1].view(shape).to(torch.float32)
     return out, lse
 
 
-@dataclass(frozen=True, eq=False)
-class _Load:
-    """Pages to load once, for the active rows of some query heads of one group.
+def part_bytes(q: torch.Tensor, k_pages: torch.Tensor, page_table: torch.Tensor) -> int:
+    """Return what the scores of a KV head take, if all rows read all pages.
 
-    ``reads`` says which of them each row reads, bool ``(heads * rows, pages)``; None if all read all.
+    Parameters
+    ----------
+    q, k_pages, page_table : torch.Tensor
+        As for `attend_pages`.
     """
+    rows, tokens = q.shape[1] // k_pages.shape[1] * q.shape[2], page_table.shape[1] * k_pages.shape[2]
+    size: int = compute_dtype(q).itemsize
+    return rows * tokens * size
 
-    heads: slice
-    pages: torch.Tensor
-    reads: torch.Tensor | None
 
-
-def _loads(mask: torch.Tensor, spans: torch.Tensor, group: int, kv_heads: int) -> Iterator[_Load]:
-    """Cut a selection ``(heads, spans, pages)`` of one sequence into loads, those without a page left out.
-
-    Rows that all read one list need no mask, so each list is loaded for itself, even if query heads of a
-    group have their own. Where spans differ, a group loads the union.
-    """
-    of_rows, heads = spans, mask.shape[0]  # one span: all rows are its own
-    if mask.shape[1] > 1:
-        used = torch.unique(spans)  # sorted
-        mask, of_rows = mask[:, used], torch.searchsorted(used, spans)
-    step = 1 if mask.shape[1] == 1 and heads == kv_heads * group else group
-    for first in range(0, kv_heads * group, step):
-        lists = first * heads // (kv_heads * group)
-        mine = mask[lists : lists + max(step * heads // (kv_heads * group), 1)]
-        pages = mine.flatten(0, 1).any(dim=0).nonzero()[:, 0]
-        if pages.numel() == 0:
-            continue
-        reads = None
-        if mine.shape[0] * mine.shape[1] > 1:
-            per_span = mine[:, :, pages]
-            if not bool(per_span.all()):
-                reads = per_span[:, of_rows].expand(step, -1, -1).flatten(0, 1)
-        yield _Load(slice(first, first + step), pages, reads)
+def _reads(load: Load, spans: torch.Tensor) -> torch.Tensor | None:
+    """Return which page each row of each head reads, ``(heads * rows, count)``; None if all read all."""
+    if load.reads is None:
+        return None
+    heads = load.heads.stop - load.heads.start
+    return load.reads.index_select(1, spans).expand(heads, -1, -1).flatten(0, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,26 +126,26 @@ class _Store:
         self.rows = (PageRows.view(k_pages), PageRows.view(v_pages))
         self.page_size = k_pages.shape[2]
 
-    def tokens(self, head: int, physical: torch.Tensor, lengths: torch.Tensor) -> _Tokens:
-        """Return the tokens of physical pages, in that order."""
-        partial = (lengths < self.page_size).nonzero()[:, 0]
-        count = lengths.numel() * self.page_size
-        last_only = partial.numel() == 0 or int(partial[0]) == lengths.numel() - 1
-        if partial.numel() and last_only:
-            count += int(lengths[-1]) - self.page_size
-        first, last = int(physical[0]), int(physical[-1])
-        run = last - first + 1 == physical.numel() and bool((physical.diff() == 1).all())
+    def tokens(self, head: int, load: Load) -> _Tokens:
+        """Return the tokens of what is loaded, in reading order."""
+        page_size, physical = self.page_size, load.physical
+        last_only = load.full_but_last(page_size)
         keys, values = (
-            self._run(side, head, first, last + 1) if run and last_only else self._copy(side, head, physical)
+            self._run(side, head, load.first, load.first + load.count)
+            if load.first is not None and last_only else self._copy(side, head, physical)
             for side in (0, 1)
         )
+        if load.partial == 0:
+            return _Tokens(keys, values, None, page_size)
         if last_only:
-            return _Tokens(keys[:count], values[:count], None, self.page_size)
-        valid = torch.arange(self.page_size) < lengths[:, None]
+            count = (load.count - 1) * page_size + load.last_length
+            return _Tokens(keys[:count], values[:count], None, page_size)
+        valid = torch.arange(page_size) < load.lengths[:, None]
+        partial = (load.lengths < page_size).nonzero()[:, 0]
         for side in (keys, values):  # copies of our own
-            paged = side.view(-1, self.page_size, side.shape[1])
+            paged = side.view(-1, page_size, side.shape[1])
             paged[partial] = paged[partial].masked_fill(~valid[partial, :, None], 0.0)
-        return _Tokens(keys, values, valid.flatten(), self.page_size)
+        return _Tokens(keys, values, valid.flatten(), page_size)
 
     def _run(self, side: int, head: int, first: int, end: int) -> torch.Tensor:
         """Return physical pages ``first..end-1``, a view if they lie side by side.
@@ -168,8 +162,9 @@ class _Store:
         rows = self.rows[side]
         if rows is None:
             return self.pages[side][physical.long(), head].flatten(0, 1)
-        index = physical * rows.page_stride + head * rows.head_stride
-        return rows.rows.index_select(0, index).view(-1, self.pages[side].shape[3])
+        index = physical if rows.page_stride == 1 else physical * rows.page_stride
+        offset = head * rows.head_stride  # of the matrix, so that the sides share an index
+        return rows.rows[offset:].index_select(0, index).view(-1, self.pages[side].shape[3])
 
 
 def _attend(
@@ -177,34 +172,31 @@ def _attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ``(out, lse)`` of scaled ``queries``; ``reads`` says which pages each row reads."""
     values = tokens.values.to(dtype)
-    logits = queries @ tokens.keys.to(dtype).T
+    logits = torch.mm(queries, tokens.keys.to(dtype).t())
     if tokens.valid is not None:
         logits = logits.masked_fill(~tokens.valid, -math.inf)
     if reads is None:
         return _softmax(logits, values)
     allowed = reads.repeat_interleave(tokens.page_size, dim=1)[:, : logits.shape[1]]
     logits = logits.masked_fill(~allowed, -math.inf)
-    out, lse = _softmax(logits, values)
+    out, lse = _softmax(logits.clone(), values)
     if not bool(out.isfinite().all()):
         # A value that is not finite must reach only the rows that read it: 0 x NaN is NaN.
         unsafe = ~values.isfinite().all(dim=-1)
-        clean, _ = _softmax(logits, values.masked_fill(unsafe[:, None], 0.0))
-        touched = (allowed & unsafe).any(dim=-1)
-        out = torch.where(touched[:, None], _row_by_row(logits, values, allowed), clean)
+        out, _ = _softmax(logits.clone(), values.masked_fill(unsafe[:, None], 0.0))
+        for row in (allowed & unsafe).any(dim=-1).nonzero()[:, 0].tolist():
+            read = allowed[row]
+            out[row] = _softmax(logits[row, read][None], values[read])[0][0]
     return out, lse
 
 
 def _softmax(logits: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ``(out, lse)``; keys whose scores are all -inf weigh nothing, as an empty set (STATE-2)."""
-    peak = logits.amax(dim=-1, keepdim=True)
-    weights = (logits - torch.where(peak.isneginf(), 0.0, peak)).exp_()  # one exp serves both results
+    """Return ``(out, lse)``, and overwrite ``logits``: each pass over them counts where rows are many.
+
+    Keys whose scores are all -inf weigh nothing, as an empty set (STATE-2).
+    """
+    peak = logits.amax(dim=-1, keepdim=True).clamp_(min=torch.finfo(logits.dtype).min)  # never -inf - -inf
+    weights = logits.sub_(peak).exp_()  # one exp serves both results
     total = weights.sum(dim=-1, keepdim=True)
-    out = torch.where(total == 0, 0.0, (weights @ values) / total)
-    return out, (peak + total.log())[..., 0]
-
-
-def _row_by_row(logits: torch.Tensor, values: torch.Tensor, reads: torch.Tensor) -> torch.Tensor:
-    nothing = values.new_zeros(values.shape[1])
-    pairs = zip(logits, reads, strict=True)
-    outs = [_softmax(row[read], values[read])[0] if read.any() else nothing for row, read in pairs]
-    return torch.stack(outs)
+    out = torch.mm(weights, values).div_(total).masked_fill_(total == 0, 0.0)
+    return out, peak.add_(total.log_())[..., 0]

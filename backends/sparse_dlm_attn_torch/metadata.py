@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import torch
 
 from sparse_dlm_attn.arrays import compute_dtype
+from sparse_dlm_attn_torch.threads import run_parts, threads_for
 
-__all__ = ["page_bounds", "page_scores", "pooled_scores", "top_pages"]
+__all__ = ["page_bounds", "page_scores", "pooled_scores", "ranked_pages", "top_pages"]
 
 CHUNK_BYTES = 32 << 20  # of gathered keys at a time: extra memory does not grow with the context
 
@@ -115,10 +116,25 @@ def page_scores(
     """
     if active is None or q.device.type != "cpu":
         return _scores(q, lower, upper)
-    scores = torch.zeros((*q.shape[:3], lower.shape[2]), dtype=torch.float32)
-    for b in range(q.shape[0]):
-        rows = active[b].nonzero()[:, 0]
-        scores[b, :, rows] = _scores(q[b : b + 1, :, rows], lower[b : b + 1], upper[b : b + 1])[0]
+    batch, kv_heads, pages, _ = lower.shape
+    group = q.shape[1] // kv_heads
+    shape = (*q.shape[:3], pages)
+    part_bytes = 4 * math.prod(shape) // max(batch * kv_heads, 1)
+    with threads_for(batch * kv_heads, part_bytes, 2 * lower.numel()) as workers:
+        scores = torch.zeros(shape, dtype=torch.float32)
+
+        def score(part: tuple[int, torch.Tensor, slice]) -> None:
+            b, rows, heads = part
+            of_group = slice(heads.start * group, heads.stop * group)
+            sides = (side[b : b + 1, heads] for side in (lower, upper))
+            scores[b, of_group, rows] = _scores(q[b : b + 1, of_group].index_select(2, rows), *sides)[0]
+
+        rows = [row.nonzero()[:, 0] for row in active]
+        step = -(-kv_heads // (workers + 1))
+        run_parts(score, [
+            (b, rows[b], slice(first, min(first + step, kv_heads)))
+            for b in range(batch) if rows[b].numel() for first in range(0, kv_heads, step)
+        ], workers)
     return scores
 
 
@@ -159,13 +175,70 @@ def top_pages(scores: torch.Tensor, count: torch.Tensor, eligible: torch.Tensor)
     if scores.device.type != "cpu":
         return _top(scores, count, eligible, None)
     pages = scores.shape[-1]
-    rows = eligible.any(-1).flatten().nonzero()[:, 0]  # rows that may take a page at all
-    chosen = torch.zeros(scores.shape, dtype=torch.bool)
-    if rows.numel():
-        of_rows = (scores.reshape(-1, pages)[rows], count.flatten()[rows], eligible.reshape(-1, pages)[rows])
-        most = min(max(int(of_rows[1].max()), 0), pages)
-        chosen.view(-1, pages)[rows] = _top(*of_rows, most)
+    part_bytes, costs = pages * scores.element_size(), 8 * scores.numel()  # an element ranked is dearer
+    with threads_for(scores.shape[:-1].numel(), part_bytes, costs) as workers:
+        chosen = torch.zeros(scores.shape, dtype=torch.bool)
+        flat = [part.reshape(-1, width) for part, width in ((scores, pages), (eligible, pages), (count, 1))]
+
+        def choose(rows: torch.Tensor) -> None:
+            values, allowed, wanted = (part.index_select(0, rows) for part in flat)
+            most = min(max(int(wanted.max()), 0), pages)
+            chosen.view(-1, pages)[rows] = _top(values, wanted[:, 0], allowed, most)
+
+        rows = eligible.any(-1).flatten().nonzero()[:, 0]  # rows that may take a page at all
+        run_parts(choose, rows.chunk(workers + 1) if rows.numel() else (), workers)
     return chosen
+
+
+def ranked_pages(
+    q: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor, active: torch.Tensor, exists: torch.Tensor,
+    count: torch.Tensor, per_query_head: bool,
+) -> torch.Tensor:
+    """Return the union of the best pages of active rows, on the host: `page_scores`, `top_pages` and a union.
+
+    Nothing is made for inactive rows, and a KV head is done with before the next one begins.
+
+    Parameters
+    ----------
+    q, lower, upper : torch.Tensor
+        As for `page_scores`.
+    active, exists : torch.Tensor
+        bool ``(batch, tokens)`` and ``(batch, pages)``.
+    count : torch.Tensor
+        int32 ``(batch,)``: pages that a row takes.
+    per_query_head : bool
+        Whether heads are united, too, or each query head has its own union.
+
+    Returns
+    -------
+    torch.Tensor
+        bool ``(batch, q_heads or kv_heads, 1, pages)``.
+    """
+    (batch, q_heads, tokens, _), (_, kv_heads, pages, _) = q.shape, lower.shape
+    group = q_heads // kv_heads
+    lists = group if per_query_head else 1  # a KV head
+    with threads_for(batch * kv_heads, 4 * group * tokens * pages, 2 * lower.numel()) as workers:
+        mask = torch.zeros((batch, kv_heads * lists, 1, pages), dtype=torch.bool)
+
+        def choose(part: tuple[int, torch.Tensor, int, int]) -> None:
+            b, rows, first, end = part
+            queries = q[b : b + 1, first * group : end * group].index_select(2, rows)
+            scores = _scores(queries, lower[b : b + 1, first:end], upper[b : b + 1, first:end])
+            scores = scores.view(-1, pages)
+            own = _top(
+                scores, count[b].long().expand(scores.shape[0]), exists[b].expand(scores.shape),
+                min(int(count[b]), pages),
+            )
+            united = own.view((end - first) * lists, -1, pages).any(dim=1)
+            mask[b, first * lists : end * lists, 0] = united
+
+        step = -(-kv_heads // (workers + 1))
+        rows = [row.nonzero()[:, 0] for row in active]
+        run_parts(choose, [
+            (b, rows[b], first, min(first + step, kv_heads))
+            for b in range(batch) if rows[b].numel() and pages for first in range(0, kv_heads, step)
+        ], workers)
+    return mask
 
 
 def _top(

@@ -12,6 +12,7 @@ import torch
 from sparse_dlm_attn.arrays import compute_dtype
 from sparse_dlm_attn_torch import block_sparse, dense, flex, gather, masked, metadata
 from sparse_dlm_attn_torch.states import merged
+from sparse_dlm_attn_torch.threads import short_operations
 
 __all__ = [
     "attend",
@@ -122,13 +123,17 @@ def attend(
         The output, and ``out`` and ``lse`` of the context part.
     """
     pages = PATHS[path](q, k_pages, v_pages, page_table, page_lengths, mask, span, active, scale)
-    if cached_out is not None and cached_lse is not None:
-        rows = active[:, None, :]
-        pages = torch.where(rows[..., None], pages[0], cached_out), torch.where(rows, pages[1], cached_lse)
-    block = DENSE[dense](q, k, v, scale)
-    dtype = compute_dtype(q)
-    outs, lses = ([state[side].to(dtype) for state in (pages, block)] for side in (0, 1))
-    return merged(outs, lses)[0].to(q.dtype).contiguous(), pages[0].contiguous(), pages[1].contiguous()
+    with short_operations(q):
+        if cached_out is not None and cached_lse is not None:
+            rows = active[:, None, :]
+            pages = (
+                torch.where(rows[..., None], pages[0], cached_out), torch.where(rows, pages[1], cached_lse)
+            )
+        block = DENSE[dense](q, k, v, scale)
+        dtype = compute_dtype(q)
+        outs, lses = ([state[side].to(dtype) for state in (pages, block)] for side in (0, 1))
+        out = merged(outs, lses)[0].to(q.dtype).contiguous()
+        return out, pages[0].contiguous(), pages[1].contiguous()
 
 
 @torch.library.custom_op(

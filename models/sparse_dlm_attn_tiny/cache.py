@@ -8,8 +8,9 @@ buffers until one of them appends after another has (copy on append).
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -28,9 +29,9 @@ GROWTH_TOKENS = 256  # spare room of a new buffer: a typical answer fits without
 
 
 class _Buffers:
-    """Room for the KV of every layer; `filled` tells up to which token somebody has claimed it.
+    """Room for the KV of every layer, heads first: pages of all sequences lie at one step from another.
 
-    Heads come first, so that the pages of all sequences lie at one step from another.
+    `filled` tells up to which token somebody, `claimant`, claimed it.
     """
 
     def __init__(self, config: TinyConfig, backend: Backend, batch: int, capacity: int) -> None:
@@ -39,6 +40,7 @@ class _Buffers:
         self.values = [self._zeros(backend, shape) for _ in range(config.layers)]
         self.capacity = capacity
         self.filled = 0
+        self.claimant: object = None
 
     @staticmethod
     def _zeros(backend: Backend, shape: tuple[int, ...]) -> Array:
@@ -109,6 +111,7 @@ class PrefixCache:
         self.tokens: tuple[tuple[int, ...], ...] = ((),)
         self.bounds_key_bytes = (0,) * config.layers
         self._buffers = _Buffers(config, backend, 1, self._rounded(max(capacity, 1)))
+        self._claim = object()  # stands for this cache where it claims room
         self._bounds: list[PageBounds | None] = [None] * config.layers
         self._contexts: tuple[Context, ...] | None = None
         self._rebuild_bounds(0)
@@ -176,8 +179,7 @@ class PrefixCache:
     def fork(self, *, page_size: int | None = None) -> PrefixCache:
         """Return a cache of the same tokens that can be appended to independently.
 
-        Nothing is copied now. The first fork to append writes into the shared spare room; a fork that
-        appends after another one did copies its tokens first.
+        Nothing is copied now. The first fork to append writes into the shared room; others copy first.
 
         Parameters
         ----------
@@ -187,6 +189,7 @@ class PrefixCache:
         fork = PrefixCache.__new__(PrefixCache)
         fork.__dict__.update(self.__dict__)
         fork._bounds = list(self._bounds)
+        fork._claim = object()
         if page_size is not None and page_size != self.page_size:
             check_count("page_size", page_size, 1)
             fork.page_size = page_size
@@ -198,13 +201,31 @@ class PrefixCache:
             fork._rebuild_bounds(0)
         return fork
 
+    @contextlib.contextmanager
+    def forked(self, *, page_size: int | None = None) -> Iterator[PrefixCache]:
+        """Lend a `fork` for the time of a decoding; the next one need not copy then.
+
+        What the fork appends may be overwritten as soon as the context ends.
+
+        Parameters
+        ----------
+        page_size : int, optional
+            As for `fork`.
+        """
+        fork, buffers, length = self.fork(page_size=page_size), self._buffers, self.length
+        try:
+            yield fork
+        finally:
+            if buffers.claimant is fork._claim:
+                buffers.filled = length
+
     def reserve(self, tokens: int) -> None:
         """Make room for ``tokens`` more tokens of each sequence and claim it for this cache."""
         check_count("tokens", tokens, 0)
         if self._buffers.filled != self.length:
             self._copy(self.length + tokens + GROWTH_TOKENS)  # another fork wrote behind our tokens
         self._make_room(tokens)
-        self._buffers.filled = self.length + tokens
+        self._buffers.filled, self._buffers.claimant = self.length + tokens, self._claim
 
     def write(self, layer: int, start: int, keys: Array, values: Array) -> None:
         """Store KV of unfinished tokens in room that `reserve` claimed; `advance` makes them count.

@@ -8,6 +8,7 @@ computes the block's own KV afresh and reads the prefix through `PrefixAttention
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -110,11 +111,13 @@ def decode_blocks(
             tokens, block_length=block_length, page_size=page_size or DEFAULT_PAGE_SIZE
         )
         prefill_seconds = time.perf_counter() - started
+        lent: contextlib.AbstractContextManager[PrefixCache] = contextlib.nullcontext(cache)
     else:
         _check_prefix(model, prefix, (tokens,), block_length)
-        cache, prefill_seconds = prefix.fork(page_size=page_size), 0.0
-    run = _BlockRun(model, attention, cache, schedule, (max_blocks,), on_pass)
-    (decoded,) = run.decode((tokens,))
+        lent, prefill_seconds = prefix.forked(page_size=page_size), 0.0
+    with lent as cache:
+        run = _BlockRun(model, attention, cache, schedule, (max_blocks,), on_pass)
+        (decoded,) = run.decode((tokens,))
     return replace(decoded, prefill_seconds=prefill_seconds)
 
 
@@ -172,7 +175,8 @@ def decode_together(
             "Decode its prompts one by one, with decode_blocks.",
         )
     _check_prefix(model, prefix, tokens, block_length)
-    return _BlockRun(model, attention, prefix.fork(), schedule, tuple(max_blocks), None).decode(tokens)
+    with prefix.forked() as cache:
+        return _BlockRun(model, attention, cache, schedule, tuple(max_blocks), None).decode(tokens)
 
 
 def decodes_together(policy: PrefixAttentionPolicy[Any]) -> bool:

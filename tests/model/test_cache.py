@@ -144,6 +144,27 @@ def test_a_fork_copies_nothing_until_it_has_to(small_config: TinyConfig) -> None
     assert not np.shares_memory(second.context(1).k_pages, prefix.context(1).k_pages)
 
 
+def test_a_lent_fork_gives_its_room_back_unless_others_took_it(small_config: TinyConfig) -> None:
+    prefix = filled(small_config, [48])
+
+    def shared(fork: PrefixCache) -> bool:
+        fork.append(*block_of(small_config, 16, 5), [[0] * 16])
+        return np.shares_memory(fork.context(1).k_pages, prefix.context(1).k_pages)
+
+    for _ in range(2):
+        with prefix.forked() as fork:
+            assert shared(fork)
+            assert not shared(prefix.fork())  # while it is lent, its room is taken
+    with pytest.raises(ZeroDivisionError), prefix.forked() as fork:
+        assert shared(fork)
+        raise ZeroDivisionError
+    kept = prefix.fork()
+    with prefix.forked() as fork:
+        assert shared(kept)
+        assert not shared(fork)
+    assert not shared(prefix.fork())  # what belongs to a fork that was not lent is never given away
+
+
 @pytest.mark.parametrize("page_size", [16, 64])
 def test_forks_and_their_prefix_do_not_disturb_one_another(
     small_config: TinyConfig, page_size: int
