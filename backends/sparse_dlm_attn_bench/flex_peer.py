@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.nn.attention import flex_attention
 
+from sparse_dlm_attn_torch import flex
 from sparse_dlm_attn_torch.layout import Lists
 
 __all__ = ["flex_listed", "flex_masked", "listed_mask"]
@@ -17,11 +16,19 @@ __all__ = ["flex_listed", "flex_masked", "listed_mask"]
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-@functools.cache
-def _compiled() -> Callable[..., Any]:
-    module = importlib.import_module("torch.nn.attention.flex_attention")
-    # One graph or an error: uncompiled it ignores lists, and would be timed at something else.
-    return torch.compile(module.flex_attention, dynamic=False, fullgraph=True)
+def _attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, scale: float, options: Any
+) -> Pair:
+    many = q.shape[1] != k.shape[1]
+    if flex.RETURNS_AUX:
+        out, aux = flex_attention.flex_attention(
+            q, k, v, block_mask=mask, scale=scale, enable_gqa=many, kernel_options=options,
+            return_aux=flex_attention.AuxRequest(lse=True),
+        )
+        return out, aux.lse  # type: ignore[return-value]  # it was asked for
+    return flex_attention.flex_attention(
+        q, k, v, block_mask=mask, scale=scale, enable_gqa=many, kernel_options=options, return_lse=True
+    )
 
 
 def _every_key(b: Any, h: Any, query: Any, key: Any) -> Any:
@@ -79,18 +86,14 @@ def listed_mask(
     lists, block, partial, mask_mod
         As for `flex_listed`.
     """
-    module = importlib.import_module("torch.nn.attention.flex_attention")
     full = lists.pages.to(torch.int32), lists.counts.to(torch.int32)
     other = (
         (torch.zeros_like(full[0]), torch.zeros_like(full[1])) if partial is None
         else (partial.pages.to(torch.int32), partial.counts.to(torch.int32))
     )
-    more: dict[str, Any] = {}
-    if "compute_q_blocks" in inspect.signature(module.BlockMask.from_kv_blocks).parameters:
-        more["compute_q_blocks"] = False
-    return module.BlockMask.from_kv_blocks(
+    return flex_attention.BlockMask.from_kv_blocks(
         other[1], other[0], full[1], full[0], BLOCK_SIZE=block, mask_mod=mask_mod, seq_lengths=lengths,
-        **more,
+        **flex.INDEX_OPTIONS,
     )
 
 
@@ -109,14 +112,11 @@ def flex_masked(
     scale, kernel, options
         As there.
     """
-    module = importlib.import_module("torch.nn.attention.flex_attention")
     chosen = dict(options or {})
     if kernel != "TRITON":
         chosen["BACKEND"] = kernel
-    request = getattr(module, "AuxRequest", None)
-    wish = {"return_lse": True} if request is None else {"return_aux": request(lse=True)}
-    out, aux = _compiled()(
-        q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1],
-        kernel_options=chosen or None, **wish,
+    # Compiled or an error: uncompiled it ignores lists, and something else would be timed.
+    form = (q.shape, k.shape, q.dtype, mask.BLOCK_SIZE, mask.mask_mod, scale, *sorted(chosen.items()))
+    return flex.kernel(_attention, form)(  # type: ignore[no-any-return]
+        q, k, v, mask, scale, chosen or None
     )
-    return out, getattr(aux, "lse", aux)
