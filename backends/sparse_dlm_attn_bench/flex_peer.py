@@ -16,21 +16,6 @@ __all__ = ["flex_listed", "flex_masked", "listed_mask"]
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-def _attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, scale: float, options: Any
-) -> Pair:
-    many = q.shape[1] != k.shape[1]
-    if flex.RETURNS_AUX:
-        out, aux = flex_attention.flex_attention(
-            q, k, v, block_mask=mask, scale=scale, enable_gqa=many, kernel_options=options,
-            return_aux=flex_attention.AuxRequest(lse=True),
-        )
-        return out, aux.lse  # type: ignore[return-value]  # it was asked for
-    return flex_attention.flex_attention(
-        q, k, v, block_mask=mask, scale=scale, enable_gqa=many, kernel_options=options, return_lse=True
-    )
-
-
 def _every_key(b: Any, h: Any, query: Any, key: Any) -> Any:
     # A mask_mod that is trivial would let the FLASH back end ignore the lists and compute densely.
     return key >= 0
@@ -117,6 +102,6 @@ def flex_masked(
         chosen["BACKEND"] = kernel
     # Compiled or an error: uncompiled it ignores lists, and something else would be timed.
     form = (q.shape, k.shape, q.dtype, mask.BLOCK_SIZE, mask.mask_mod, scale, *sorted(chosen.items()))
-    return flex.kernel(_attention, form)(  # type: ignore[no-any-return]
+    return flex.kernel(flex.with_lse, form)(  # type: ignore[no-any-return]
         q, k, v, mask, scale, chosen or None
     )

@@ -206,15 +206,7 @@ def _partial_attention(
         counts, lists, torch.zeros_like(counts), torch.zeros_like(lists), BLOCK_SIZE=(TILE, TILE),
         mask_mod=mask_mod, seq_lengths=(q.shape[2], k.shape[2]), **flex.INDEX_OPTIONS,
     )
-    if flex.RETURNS_AUX:
-        out, aux = flex_attention.flex_attention(
-            q, k, v, block_mask=mask, scale=scale, enable_gqa=True,
-            return_aux=flex_attention.AuxRequest(lse=True),
-        )
-        return out, aux.lse  # type: ignore[return-value]  # it was asked for
-    return flex_attention.flex_attention(
-        q, k, v, block_mask=mask, scale=scale, enable_gqa=True, return_lse=True
-    )
+    return flex.with_lse(q, k, v, mask, scale, None)
 
 
 @torch.no_grad()  # whether gradients are recorded is part of what is compiled

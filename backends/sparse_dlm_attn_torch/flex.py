@@ -27,7 +27,7 @@ from sparse_dlm_attn_torch.layout import Lists, PageRows, lists_of, wanted_pages
 from sparse_dlm_attn_torch.masked import attend_lists
 from sparse_dlm_attn_torch.states import keep_active, merged, united
 
-__all__ = ["attend_pages", "kernel", "why_not", "why_not_pages"]
+__all__ = ["attend_pages", "kernel", "why_not", "why_not_pages", "with_lse"]
 
 PARTIAL_PAGES = 16
 """Most partial pages in a list: a page is partial at the end of a prompt, of a generation and of a suffix.
@@ -235,6 +235,32 @@ def _listed_attention(
         none, torch.zeros_like(lists), counts, lists, BLOCK_SIZE=block, mask_mod=mask_mod,
         seq_lengths=(q.shape[2], k.shape[2]), **INDEX_OPTIONS,
     )
+    return with_lse(q, k, v, mask, scale, options)
+
+
+def with_lse(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, scale: float, options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Call FlexAttention and ask for the LSE as this PyTorch wants to be asked, in what `kernel` compiles.
+
+    Parameters
+    ----------
+    q : torch.Tensor
+        ``(batch, q_heads, rows, head_dim)``.
+    k, v : torch.Tensor
+        ``(batch, kv_heads, keys, head_dim)``.
+    mask : BlockMask
+        Which blocks are read.
+    scale : float
+        Factor on q.k.
+    options : dict or None
+        Of the kernel.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        ``out`` like ``q`` and ``lse`` ``(batch, q_heads, rows)``, natural log.
+    """
     if RETURNS_AUX:
         out, aux = flex_attention.flex_attention(
             q, k, v, block_mask=mask, scale=scale, enable_gqa=True, kernel_options=options,
