@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 from sparse_dlm_attn_conformance import accuracy
 from sparse_dlm_attn_conformance.cases import Arrays, Case, Host
 from sparse_dlm_attn_conformance.checks import expect, expect_same_bits, expect_state, expect_state_close
 from sparse_dlm_attn_conformance.laws import law
 from sparse_dlm_attn_conformance.oracle import context_keys
-from sparse_dlm_attn_conformance.strategies import cases
+from sparse_dlm_attn_conformance.strategies import cases, change_tables, merge_tables, score_tables
 from sparse_dlm_attn_conformance.subjects import Subject, host
+from sparse_dlm_attn_conformance.tables import ChangeTable, HostState, MergeTable, ScoreTable
 from sparse_dlm_attn_conformance.test_attention import attend
 
 EXACT = ("dyadic", "ties", "zeros", "one_hot")
@@ -71,6 +73,67 @@ def test_nan_in_a_query_gives_a_nan_change_in_its_row(subject: Subject, case: Ca
         on = subject.load(arrays.but(**{name: np.where(where, np.nan, getattr(arrays, name))}))
         got = host(subject.backend.query_change(on.q, on.q_other))
         expect_same_bits(got, expected, f"query_change with NaN in {name}", "CHANGE-1")
+
+
+@pytest.mark.clause("BOUNDS-1")
+@law(case=cases(regimes=EXACT, min_pages=1), share=0.3)
+def test_infinite_keys_give_infinite_bounds(subject: Subject, case: Case) -> None:
+    arrays = case.arrays(subject.dtype)
+    where = some(case, arrays.k_pages.shape, 0.2) & arrays.stored()[..., None]
+    signs = np.where((np.arange(case.head_dim) + case.seed) % 2 == 0, np.inf, -np.inf)
+    rotten = arrays.but(k_pages=np.where(where, signs, arrays.k_pages))
+    bounds, wanted = subject.backend.page_bounds(subject.load(rotten).context), rotten.bounds()
+    for side in ("lower", "upper"):
+        got = host(getattr(bounds, side)).astype(np.float64)
+        expect_same_bits(got, getattr(wanted, side), f"{side} bound of infinite keys", "BOUNDS-1")
+
+
+@pytest.mark.clause("CHANGE-2", "CHANGE-3", "TOP-1")
+@law(
+    changes=change_tables(), scores=score_tables(special=False), exponent=st.sampled_from((-100, 60)),
+    one_dtype=True,
+)  # fmt: skip
+def test_a_choice_has_no_unit(
+    subject: Subject, changes: ChangeTable, scores: ScoreTable, exponent: int
+) -> None:
+    """Changes and scores times a power of two: the same rows and pages, for nothing is added to them."""
+    ops, factor = subject.backend, np.float32(2.0**exponent)
+    for rule in ({"count": changes.count}, {"mass": changes.mass}):
+        plain, scaled = (
+            host(ops.largest_changes(subject.floats(values, "float32"), **rule))
+            for values in (changes.change(), changes.change() * factor)
+        )
+        clause = "CHANGE-2" if "count" in rule else "CHANGE-3"
+        expect_same_bits(scaled, plain, f"largest_changes of changes times 2^{exponent}", clause)
+    count, eligible = scores.count(), subject.ints(scores.mask())
+    count = count if isinstance(count, int) else subject.ints(count)
+    plain, scaled = (
+        host(ops.top_pages(subject.floats(values, "float32"), count, eligible=eligible))
+        for values in (scores.scores(), scores.scores() * factor)
+    )
+    expect_same_bits(scaled, plain, f"top_pages of scores times 2^{exponent}", "TOP-1")
+
+
+@pytest.mark.clause("REUSE-1", "MERGE-4")
+@law(table=merge_tables(states=(2,)), share=0.3)
+def test_reuse_hides_no_nan(subject: Subject, table: MergeTable) -> None:
+    rng = np.random.default_rng(table.seed)
+
+    def rotten(state: HostState) -> HostState:
+        special = rng.choice([np.nan, np.inf], state.lse.shape)
+        return HostState(
+            np.where(rng.random(state.out.shape) < 0.2, np.nan, state.out),
+            np.where(rng.random(state.lse.shape) < 0.3, special, state.lse),
+        )
+
+    states = [rotten(state) for state in table.states(subject.dtype)]
+    active = rng.integers(0, 2, (table.batch, table.tokens)).astype(bool)
+    kept = subject.backend.reuse(subject.ints(active), *(subject.state(state) for state in states))
+    for side in ("out", "lse"):
+        fresh, cached = (getattr(state, side) for state in states)
+        rows = active[:, None, :, None] if side == "out" else active[:, None, :]
+        got = host(getattr(kept, side)).astype(np.float64)
+        expect_same_bits(got, np.where(rows, fresh, cached), f"{side} of reuse beside NaN and inf", "REUSE-1")
 
 
 @pytest.mark.clause("STATE-1", "STATE-2", "ATTEND-1")

@@ -54,6 +54,12 @@ def nan_ranks_last(self: Any, scores: Any, count: Any, *, eligible: Any) -> Any:
 
 
 @top_mutant("TOP-1")
+def tiny_scores_tie(self: Any, scores: Any, count: Any, *, eligible: Any) -> Any:
+    tiny = np.abs(scores) < np.float32(1e-12)
+    return R.top_pages(np.where(tiny, np.float32(0), scores), count, eligible=eligible)
+
+
+@top_mutant("TOP-1")
 def count_of_the_first_row_for_all(self: Any, scores: Any, count: Any, *, eligible: Any) -> Any:
     first = int(np.asarray(count).flat[0])
     return R.top_pages(scores, first, eligible=eligible)
@@ -126,6 +132,12 @@ def nan_changes_rank_last(self: Any, change: Any, *, count: Any = None, mass: An
     if count is None:
         return R.largest_changes(change, mass=mass)
     return R.largest_changes(np.where(np.isnan(change), np.float32(-1), change), count=count)
+
+
+@largest_mutant("CHANGE-2", "CHANGE-3")
+def changes_below_an_epsilon_tie(self: Any, change: Any, *, count: Any = None, mass: Any = None) -> Any:
+    large = np.where(change < np.float32(1e-12), np.float32(0), change)
+    return R.largest_changes(large, count=count, mass=mass)
 
 
 def by_mass(

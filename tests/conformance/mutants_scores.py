@@ -43,6 +43,12 @@ def bounds_skip_nan(self: Any, c: Any) -> Any:
 
 
 @broken("BOUNDS-1", operator="page_bounds")
+def bounds_are_finite(self: Any, c: Any) -> Any:
+    right = R.page_bounds(c)
+    return type(right)(*(np.where(np.isinf(side), 0, side) for side in (right.lower, right.upper)))
+
+
+@broken("BOUNDS-1", operator="page_bounds")
 def bounds_miss_the_last_token(self: Any, c: Any) -> Any:
     return R.page_bounds(with_lengths(c, np.where(c.page_lengths > 1, c.page_lengths - 1, c.page_lengths)))
 

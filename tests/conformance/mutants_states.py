@@ -234,6 +234,12 @@ def reuse_by_the_rows_of_sequence_0(self: Any, a: Any, fresh: Any, cached: Any) 
     return R.reuse(np.repeat(a[:1], len(a), axis=0), fresh, cached)
 
 
+@broken("REUSE-1", operator="reuse")
+def reuse_takes_nan_for_empty(self: Any, a: Any, fresh: Any, cached: Any) -> Any:
+    right = R.reuse(a, fresh, cached)
+    return AttentionState(right.out, np.where(np.isnan(right.lse), -np.inf, right.lse).astype(np.float32))
+
+
 @broken("PURE-2", operator="reuse")
 def reuse_returns_views(self: Any, a: Any, fresh: Any, cached: Any) -> Any:
     return fresh if a.all() else R.reuse(a, fresh, cached)
