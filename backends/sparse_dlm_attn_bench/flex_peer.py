@@ -16,15 +16,10 @@ __all__ = ["flex_listed", "flex_masked", "listed_mask"]
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-def _every_key(b: Any, h: Any, query: Any, key: Any) -> Any:
-    # A mask_mod that is trivial would let the FLASH back end ignore the lists and compute densely.
-    return key >= 0
-
-
 def flex_listed(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: Lists, block: tuple[int, int], scale: float,
     *, kernel: str = "TRITON", partial: Lists | None = None, options: dict[str, Any] | None = None,
-    mask_mod: Callable[..., Any] = _every_key,
+    mask_mod: Callable[..., Any] = flex.every_slot,
 ) -> Pair:
     """Run compiled FlexAttention over listed blocks.
 
@@ -60,7 +55,7 @@ def flex_listed(
 
 def listed_mask(
     lengths: tuple[int, int], lists: Lists, block: tuple[int, int], *, partial: Lists | None = None,
-    mask_mod: Callable[..., Any] = _every_key,
+    mask_mod: Callable[..., Any] = flex.every_slot,
 ) -> Any:
     """Return FlexAttention's `BlockMask` of listed blocks.
 

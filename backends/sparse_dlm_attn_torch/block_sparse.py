@@ -121,7 +121,7 @@ def _harmless(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -
     group = q.shape[1] // k.shape[1]
     of_q, of_k, of_v = (_largest(side) for side in (q, k, v))
     of_k, of_v = (side.repeat_interleave(group, 1)[:, :, None] for side in (of_k, of_v))
-    bound = LARGEST / (q.shape[3] * max(abs(scale), 1.0))
+    bound = LARGEST / (q.shape[3] * max(scale, 1.0))
     return (of_q[..., None] * of_k < bound) & of_v.isfinite()
 
 

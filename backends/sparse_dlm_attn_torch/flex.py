@@ -27,7 +27,7 @@ from sparse_dlm_attn_torch.layout import Lists, PageRows, lists_of, wanted_pages
 from sparse_dlm_attn_torch.masked import attend_lists
 from sparse_dlm_attn_torch.states import keep_active, merged, united
 
-__all__ = ["attend_pages", "kernel", "why_not", "why_not_pages", "with_lse"]
+__all__ = ["attend_pages", "every_slot", "kernel", "why_not", "why_not_pages", "with_lse"]
 
 PARTIAL_PAGES = 16
 """Most partial pages in a list: a page is partial at the end of a prompt, of a generation and of a suffix.
@@ -196,10 +196,18 @@ def _tokens(rows: PageRows, head_dim: int) -> torch.Tensor:
     return rows.rows.view(1, 1, -1, head_dim)
 
 
-def _every_slot(
+def every_slot(
     b: torch.Tensor, h: torch.Tensor, query: torch.Tensor, key: torch.Tensor
 ) -> torch.Tensor:
-    """Mask of whole pages; defined once, because a new function would be compiled anew."""
+    """Mask of whole pages; defined once, because a new function would be compiled anew.
+
+    Not trivial either: FlexAttention's FLASH back end would then ignore lists and compute densely.
+
+    Parameters
+    ----------
+    b, h, query, key : torch.Tensor
+        As for every `mask_mod`.
+    """
     return key >= 0
 
 
@@ -311,7 +319,7 @@ def _flex(
     options = {"BLOCK_M": min(tile, 64, most), "BLOCK_N": min(64, page_size & -page_size, most)}
     form = (*q.shape, blocks.shape[-1], page_size, q.dtype, q.device, scale)
     return kernel(_listed_attention, form, compiler)(  # type: ignore[no-any-return]
-        q, k, v, lists, full, _every_slot, size, scale, options
+        q, k, v, lists, full, every_slot, size, scale, options
     )
 
 

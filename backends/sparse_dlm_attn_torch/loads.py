@@ -81,6 +81,7 @@ def loads_of(
     batch, lists, spans, pages = mask.shape
     chosen = mask & (page_lengths > 0)[:, None, None, :] & used[:, None, :, None]
     units = q_heads if spans == 1 and lists == q_heads else kv_heads
+    each = max(lists // units, 1)  # lists that a unit unites
     of_list = chosen[:, :, 0] if spans == 1 else chosen.any(dim=2)
     if lists > units:
         united = of_list.view(batch, units, -1, pages).any(dim=2)
@@ -94,9 +95,9 @@ def loads_of(
     physical, lengths = page_table[sequences, logical], page_lengths[sequences, logical]
     facts = _facts(physical, lengths, [0, *ends], page_size)
     alike = None
-    if max(lists // units, 1) * spans > 1:
+    if each * spans > 1:
         same = (chosen.sum(dim=-1) == _of_lists(counts, lists)[..., None]) | ~used[:, None]
-        alike = same.view(batch, -1, max(lists // units, 1) * spans).all(dim=-1).expand(-1, units)
+        alike = same.view(batch, -1, each * spans).all(dim=-1).expand(-1, units)
     loads = []
     for unit, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
         if start == end:
@@ -104,7 +105,6 @@ def loads_of(
         b, head = divmod(unit, units)
         part, reads, width = slice(start, end), None, q_heads // units
         if alike is not None and not bool(alike[b, head]):
-            each = max(lists // units, 1)
             of_unit = chosen[b, head * lists // units :][:each]
             reads = of_unit.index_select(2, logical[part])
         first, last, breaks, partial, last_length = facts[unit]

@@ -129,13 +129,18 @@ def page_scores(
             sides = (side[b : b + 1, heads] for side in (lower, upper))
             scores[b, of_group, rows] = _scores(q[b : b + 1, of_group].index_select(2, rows), *sides)[0]
 
-        rows = [row.nonzero()[:, 0] for row in active]
-        step = -(-kv_heads // (workers + 1))
-        run_parts(score, [
-            (b, rows[b], slice(first, min(first + step, kv_heads)))
-            for b in range(batch) if rows[b].numel() for first in range(0, kv_heads, step)
-        ], workers)
+        run_parts(score, _head_parts(active, kv_heads, workers), workers)
     return scores
+
+
+def _head_parts(
+    active: torch.Tensor, kv_heads: int, workers: int
+) -> list[tuple[int, torch.Tensor, slice]]:
+    """Divide sequences with active rows among threads: sequence, its active rows, some KV heads."""
+    step = -(-kv_heads // (workers + 1))
+    heads = [slice(first, min(first + step, kv_heads)) for first in range(0, kv_heads, step)]
+    rows = [row.nonzero()[:, 0] for row in active]
+    return [(b, mine, some) for b, mine in enumerate(rows) if mine.numel() for some in heads]
 
 
 def _scores(q: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor) -> torch.Tensor:
@@ -220,24 +225,18 @@ def ranked_pages(
     with threads_for(batch * kv_heads, 4 * group * tokens * pages, 2 * lower.numel()) as workers:
         mask = torch.zeros((batch, kv_heads * lists, 1, pages), dtype=torch.bool)
 
-        def choose(part: tuple[int, torch.Tensor, int, int]) -> None:
-            b, rows, first, end = part
-            queries = q[b : b + 1, first * group : end * group].index_select(2, rows)
-            scores = _scores(queries, lower[b : b + 1, first:end], upper[b : b + 1, first:end])
-            scores = scores.view(-1, pages)
+        def choose(part: tuple[int, torch.Tensor, slice]) -> None:
+            b, rows, heads = part
+            queries = q[b : b + 1, heads.start * group : heads.stop * group].index_select(2, rows)
+            scores = _scores(queries, lower[b : b + 1, heads], upper[b : b + 1, heads]).view(-1, pages)
             own = _top(
                 scores, count[b].long().expand(scores.shape[0]), exists[b].expand(scores.shape),
                 min(int(count[b]), pages),
             )
-            united = own.view((end - first) * lists, -1, pages).any(dim=1)
-            mask[b, first * lists : end * lists, 0] = united
+            united = own.view((heads.stop - heads.start) * lists, -1, pages).any(dim=1)
+            mask[b, heads.start * lists : heads.stop * lists, 0] = united
 
-        step = -(-kv_heads // (workers + 1))
-        rows = [row.nonzero()[:, 0] for row in active]
-        run_parts(choose, [
-            (b, rows[b], first, min(first + step, kv_heads))
-            for b in range(batch) if rows[b].numel() and pages for first in range(0, kv_heads, step)
-        ], workers)
+        run_parts(choose, _head_parts(active, kv_heads, workers) if pages else (), workers)
     return mask
 
 
