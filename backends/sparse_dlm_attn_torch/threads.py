@@ -7,7 +7,8 @@ calling thread and in workers, with one thread of OpenMP and MKL each. A part is
 computes it, so results have the same bits for any number of threads.
 
 How many threads a thread's operations may take is a setting of that thread alone in OpenMP and in MKL. It is
-made through their C interface, since `torch.set_num_threads` changes it for the whole process.
+made through their C interface, since `torch.set_num_threads` changes it for the whole process. OpenMP's own
+threads, which spin for some milliseconds after an operation of before, are dismissed while workers compute.
 """
 
 from __future__ import annotations
@@ -36,14 +37,19 @@ _lent = threading.local()  # ``threads``: what `one_thread` has taken from this 
 
 
 @functools.cache
+def _library() -> ctypes.PyDLL:
+    """Return PyTorch's own library, since a process may hold several OpenMP runtimes."""
+    return ctypes.PyDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+
+
+@functools.cache
 def _setters() -> tuple[Callable[[int], object], Callable[[int], int]] | None:
     """Return what sets the calling thread's number of threads in OpenMP and in MKL, None if nothing does.
 
     MKL's returns the number before; 0 is that of the process.
     """
-    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    try:  # through PyTorch's own library, since a process may hold several OpenMP runtimes
-        symbols = ctypes.PyDLL(str(library))
+    try:
+        symbols = _library()
         of_openmp = symbols.omp_set_num_threads
         has_mkl = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
         of_mkl = symbols.MKL_Set_Num_Threads_Local if has_mkl else None
@@ -51,6 +57,28 @@ def _setters() -> tuple[Callable[[int], object], Callable[[int], int]] | None:
         return None
     of_openmp.restype = None
     return of_openmp, (lambda count: 0) if of_mkl is None else of_mkl
+
+
+@functools.cache
+def _pause() -> Callable[[], object] | None:
+    """Return OpenMP's call that ends the threads of the calling thread, None before OpenMP 5.0."""
+    try:
+        symbols = _library()
+        pause, host = symbols.omp_pause_resource, symbols.omp_get_initial_device
+    except (OSError, AttributeError):
+        return None
+    soft = 1  # what OpenMP knows of the program stays
+    return functools.partial(pause, soft, host())
+
+
+def _dismiss() -> None:
+    """End the threads that OpenMP keeps for the calling thread; it starts others when it needs them.
+
+    Where that cannot be done they stop spinning by themselves, somewhat later.
+    """
+    pause = _pause()
+    if pause is not None and not _forked:  # a forked process has none, and would wait for them
+        pause()
 
 
 @contextlib.contextmanager
@@ -152,7 +180,10 @@ def run_parts(compute: Callable[[PartT], None], parts: Iterable[PartT], workers:
         with torch.inference_mode() if inference else torch.no_grad():
             take_parts()
 
-    helpers = _pool.submit(in_worker, workers) if workers > 0 else []
+    helpers = []
+    if workers > 0:
+        _dismiss()
+        helpers = _pool.submit(in_worker, workers)
     take_parts()
     for helper in helpers:
         if not helper.cancel():  # one that has not begun has nothing left to do
@@ -196,12 +227,13 @@ def _start_worker() -> None:
 
 
 _pool = _Pool()
+_forked = False
 
 
 def _forget_workers() -> None:
     """Begin anew after a fork, which copies neither threads nor who holds a lock."""
-    global _pool
-    _pool = _Pool()
+    global _pool, _forked
+    _pool, _forked = _Pool(), True
 
 
 if hasattr(os, "register_at_fork"):

@@ -148,6 +148,29 @@ def test_an_exception_ends_all_parts_before_it_is_raised() -> None:
     assert sorted(done) == list(range(10))
 
 
+@pytest.mark.skipif(
+    threads._pause() is None or not os.path.isdir("/proc/self/task"), reason="OpenMP before 5.0, or no Linux"
+)
+def test_threads_of_openmp_do_not_spin_beside_workers() -> None:
+    with one_thread() as count:
+        run_parts(lambda _: time.sleep(0.01), range(9), count - 1)  # the workers are there
+    torch.randn(1 << 20).exp_()  # OpenMP's threads are
+    before = len(os.listdir("/proc/self/task"))
+    seen = []
+
+    def compute(part: int) -> None:
+        deadline = time.monotonic() + 30
+        while len(os.listdir("/proc/self/task")) > before - 2 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        seen.append(len(os.listdir("/proc/self/task")))
+
+    with one_thread() as count:
+        run_parts(compute, [0], count - 1)
+    assert seen == [before - 2]
+    total = torch.ones(1 << 22).sum()  # others start
+    assert float(total) == 1 << 22
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 def test_a_forked_process_starts_workers_of_its_own() -> None:
@@ -162,13 +185,15 @@ def test_a_forked_process_starts_workers_of_its_own() -> None:
             run_parts(see, range(9), count - 1)
         return seen
 
-    assert len(names()) > 1
+    torch.randn(1 << 20).exp_()  # OpenMP has threads, which the child has not
     child = os.fork()
     if child == 0:
-        signal.alarm(30)  # ends it if it hangs
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # a handler in Python would not run if it hangs
+        signal.alarm(30)
         os._exit(0 if len(names()) > 1 else 1)
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 0
+    assert len(names()) > 1
 
 
 def test_an_operator_works_while_the_interpreter_ends() -> None:
