@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from sparse_dlm_attn.arrays import Array as Array
 from sparse_dlm_attn.backend import Backend as Backend
-from sparse_dlm_attn.backend import Capabilities as Capabilities
-from sparse_dlm_attn.backend import Problem as Problem
+from sparse_dlm_attn.capabilities import Capabilities as Capabilities
+from sparse_dlm_attn.capabilities import Problem as Problem
 from sparse_dlm_attn.context import Context as Context
 from sparse_dlm_attn.decoder import Decoder as Decoder
 from sparse_dlm_attn.decoder import DecoderPass as DecoderPass

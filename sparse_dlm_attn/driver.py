@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from sparse_dlm_attn.arrays import Array, device_of, dtype_name, is_host, namespace, shape_of, to_numpy
-from sparse_dlm_attn.backend import Backend, Problem
+from sparse_dlm_attn.backend import Backend
+from sparse_dlm_attn.capabilities import Problem
 from sparse_dlm_attn.checks import check_block, check_rows, check_rows_are_tokens, check_whole_sequence
 from sparse_dlm_attn.context import Context
 from sparse_dlm_attn.errors import InvalidArgumentError, InvalidTypeError, StaleMemoryError, UnsupportedError

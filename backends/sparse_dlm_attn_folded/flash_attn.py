@@ -78,7 +78,7 @@ class FlashAttentionBackend(FoldedBackend):
         half = not build_flags(self.module).get("FLASHATTENTION_DISABLE_FP16", False)
         return Capabilities(
             dtypes=("bfloat16", "float16") if half else ("bfloat16",), devices=("cuda",), deterministic=True,
-            notes=f"{self.module}, pages {self.pages}; reads selections on the host.",
+            plans_on_host=True, notes=f"{self.module}, pages {self.pages}.",
         )
 
     def why_not(self, problem: Problem) -> list[str]:
@@ -123,6 +123,9 @@ def packed_call(
     keys, values = (
         side.index_select(0, requests.pages.long()).flatten(0, 1)[kept][:, None] for side in (pool.k, pool.v)
     )
+    # A tile of keys reaches into the next request, whose values count 0 times: 0 x NaN would be NaN.
+    unsafe = (~values.isfinite()).any(dim=-1)[:, 0].cpu()
+    values = values.masked_fill(~values.isfinite(), 0.0) if bool(unsafe.any()) else values
     known = inspect.signature(function).parameters
     options: dict[str, Any] = {"softmax_scale": scale, "causal": False}
     options |= {switch: True for switch in LSE_SWITCHES if switch in known}
@@ -139,7 +142,10 @@ def packed_call(
             "backend 'flash-attn'", [f"this version returns log-sum-exps of shape {tuple(lse.shape)}"],
             "Upgrade it: pip install -U flash-attn (2.6 or newer).",
         )
-    return _unhidden(q, pool, requests, scale, out[:, 0], lse[0])
+    # Requests that do read such values are computed anew.
+    read = torch.nn.functional.pad(unsafe.long().cumsum(0), (1, 0))[starts.long()].diff() > 0
+    again = lse[0].isinf() | read.repeat_interleave(requests.row_starts.diff().long()).to(q.device)
+    return _unhidden(q, pool, requests, scale, out[:, 0], lse[0], again)
 
 
 def paged_call(
@@ -161,17 +167,19 @@ def paged_call(
         return_softmax_lse=True, **options,
     )
     out, lse = _with_lse(result)
-    return _unhidden(q, pool, requests, scale, out[:, :, 0][inside], lse[:, 0][inside])
+    out, lse = out[:, :, 0][inside], lse[:, 0][inside]
+    return _unhidden(q, pool, requests, scale, out, lse, lse.isinf())
 
 
 def _unhidden(
-    q: torch.Tensor, pool: Pool, requests: Requests, scale: float, out: torch.Tensor, lse: torch.Tensor
+    q: torch.Tensor, pool: Pool, requests: Requests, scale: float, out: torch.Tensor, lse: torch.Tensor,
+    hidden: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute rows anew whose LSE is infinite: these kernels take a sum that is NaN for one of no keys.
+    """Compute anew the rows that are ``hidden``, bool ``(rows,)``: among them those of an infinite LSE.
 
-    No request is without a key, so such a row has read NaN or infinity, which has to show (MERGE-4).
+    These kernels take a sum that is NaN for one of no keys. No request is without a key, so such a row has
+    read NaN or infinity, which has to show (MERGE-4).
     """
-    hidden = lse.isinf()
     if not bool(hidden.any()):
         return out, lse
     out, lse, lengths = out.clone(), lse.clone(), requests.lengths(pool.k.shape[1]).tolist()

@@ -67,7 +67,7 @@ class FlashInferBackend(FoldedBackend):
         """Half precision and the head sizes that its kernels are made for; plans on the host."""
         return Capabilities(
             dtypes=("bfloat16", "float16"), devices=("cuda",), head_dims=(64, 128, 256), deterministic=True,
-            notes=f"{self.kernel} kernels, compiled on first use; plans and reads selections on the host.",
+            plans_on_host=True, notes=f"{self.kernel} kernels, compiled on first use.",
         )
 
     def run(

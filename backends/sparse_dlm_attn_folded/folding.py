@@ -73,11 +73,14 @@ class Requests:
         return (self.page_starts.diff() - 1) * page_size + self.last_lengths
 
     def block_table(self) -> torch.Tensor:
-        """Return the pages of each request, int32 ``(requests, most pages)``, padded with page 0."""
-        counts = self.page_starts.diff().long()
-        listed = (torch.arange(int(counts.max())) < counts[:, None]).to(self.pages.device)
-        table = torch.zeros(listed.shape, dtype=torch.int32, device=self.pages.device)
-        return table.masked_scatter(listed, self.pages)
+        """Return the pages of each request, int32 ``(requests, most pages)``, padded with its last page.
+
+        A kernel may multiply what lies behind a request's last token by 0, and 0 x NaN is NaN: it has to be
+        something that the request reads anyway.
+        """
+        counts = self.page_starts.diff().long()[:, None]
+        place = torch.minimum(torch.arange(int(counts.max())), counts - 1)
+        return self.pages[(place + self.page_starts[:-1].long()[:, None]).to(self.pages.device)]
 
 
 def folded(context: Context, backend: str) -> Pool:

@@ -11,6 +11,7 @@ of that size.
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import torch
 from torch.nn.attention import flex_attention
@@ -89,46 +90,75 @@ def attend_pages(
     chosen = wanted_pages(mask, span, active, page_lengths > 0, k_pages.shape[1]).transpose(1, 2)
     chosen = chosen.repeat_interleave(q.shape[1] // chosen.shape[1], dim=1)
     some, every = of_tiles(chosen, span, active)
-    k, v = (_in_order(side, page_table, page_lengths) for side in (k_pages, v_pages))
-    tokens, rows = q.shape[2], some.shape[2] * TILE
-    q = torch.nn.functional.pad(q, (0, 0, 0, rows - tokens)).contiguous()
-    every &= (page_lengths == TILE)[:, None, None, :] & _harmless(q, k, v, scale)
+    (k, of_k), (v, of_v) = (_dense(side, page_table, page_lengths) for side in (k_pages, v_pages))
+    missing = some.shape[2] * TILE - q.shape[2]
+    rows = torch.nn.functional.pad(q, (0, 0, 0, missing)) if missing else q.contiguous()
+    every &= (page_lengths == TILE)[:, None, None, :] & _harmless(rows, of_k, of_v, scale)
     rest = some & ~every
-    read, mixed = v, mask.shape[2] > 1 and span % TILE != 0
+    read, dead, mixed = v, None, mask.shape[2] > 1 and span % TILE != 0
     if mixed:  # rows of one tile may have selected other pages: a weight of 0 does not stop a NaN
-        read = torch.where(v.isfinite(), v, 0.0)
-    parts = [
-        (flash_attn_listed(q, k, v, lists_of(every, TILE), scale), every),
-        (_masked_pages(q, k, read, rest, chosen, span, page_lengths, scale), rest),
-    ]
+        read, dead = torch.where(v.isfinite(), v, 0.0), _not_finite(v, chosen, span, group)
+    whole = flash_attn_listed(rows, k, v, lists_of(every, TILE), scale)
+    masked = _masked_pages(rows, k, read, rest, chosen, span, page_lengths, scale)
+    form = (*q.shape, q.dtype, q.device, every.shape[-1], mixed)
+    joined: Pair = _compiled(_joined, form, *whole, every, *masked, rest, dead, active)
+    return joined
+
+
+def _compiled(function: Any, form: tuple[Any, ...], *arguments: Any) -> Any:
+    """Call a function, compiled for one form, whose work is reading and writing whole sequences."""
+    with torch.no_grad():  # whether gradients are recorded is part of what is compiled
+        return flex.kernel(function, form, flex.compiler)(*arguments)
+
+
+def _joined(
+    out: torch.Tensor, lse: torch.Tensor, listed: torch.Tensor, masked_out: torch.Tensor,
+    masked_lse: torch.Tensor, masked: torch.Tensor, dead: torch.Tensor | None, active: torch.Tensor,
+) -> Pair:
+    """Merge the states of whole and of masked pages, of active rows alone.
+
+    Parameters
+    ----------
+    out, masked_out : torch.Tensor
+        ``(batch, q_heads, rows, head_dim)``: whole tiles of rows.
+    lse, masked_lse : torch.Tensor
+        ``(batch, q_heads, rows)``.
+    listed, masked : torch.Tensor
+        bool ``(batch, q_heads, tiles, pages)``: what they read.
+    dead : torch.Tensor or None
+        bool ``(batch, q_heads, at least tokens, head_dim)``: what becomes NaN.
+    active : torch.Tensor
+        bool ``(batch, tokens)``.
+    """
+    tokens = active.shape[1]
     outs, lses = [], []
-    for (out, lse), listed in parts:
-        empty = (~listed.any(dim=-1)).repeat_interleave(TILE, dim=2)
-        outs.append(out.to(torch.float32))
-        lses.append(lse.to(torch.float32).masked_fill(empty, -torch.inf))
-    out, lse = (side[:, :, :tokens] for side in merged(outs, lses))
-    if mixed:
-        out = out.masked_fill(_not_finite(v, chosen, span, group)[:, :, :tokens], torch.nan)
-    return keep_active(out.to(q.dtype), lse, active)
+    for of_part, lse_of_part, read in ((out, lse, listed), (masked_out, masked_lse, masked)):
+        empty = (~read.any(dim=-1)).repeat_interleave(TILE, dim=2)[:, :, :tokens]
+        outs.append(of_part[:, :, :tokens].to(torch.float32))
+        lses.append(lse_of_part[:, :, :tokens].to(torch.float32).masked_fill(empty, -torch.inf))
+    joint, joint_lse = merged(outs, lses)
+    if dead is not None:
+        joint = joint.masked_fill(dead[:, :, :tokens], torch.nan)
+    return keep_active(joint.to(out.dtype), joint_lse, active)
 
 
-def _harmless(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+def _harmless(q: torch.Tensor, of_k: torch.Tensor, of_v: torch.Tensor, scale: float) -> torch.Tensor:
     """Return for which tiles and pages no score and no value can be infinite or NaN.
 
     flash-attn takes a sum of weights that is NaN for one of no keys and returns such rows as empty. A bound
     is enough, bool ``(batch, q_heads, tiles, pages)``: FlexAttention computes the others.
     """
-    group = q.shape[1] // k.shape[1]
-    of_q, of_k, of_v = (_largest(side) for side in (q, k, v))
+    group = q.shape[1] // of_k.shape[1]
+    of_q = _compiled(_largest, (*q.shape, q.dtype, q.device), q)
     of_k, of_v = (side.repeat_interleave(group, 1)[:, :, None] for side in (of_k, of_v))
     bound = LARGEST / (q.shape[3] * max(scale, 1.0))
-    return (of_q[..., None] * of_k < bound) & of_v.isfinite()
+    harmless: torch.Tensor = (of_q[..., None] * of_k < bound) & of_v.isfinite()
+    return harmless
 
 
 def _largest(side: torch.Tensor) -> torch.Tensor:
     """Return the largest amount in each tile of 128 tokens, float32 ``(batch, heads, tiles)``."""
-    tiles = _tiles(side)
-    return torch.maximum(tiles.amax(dim=(3, 4)), -tiles.amin(dim=(3, 4))).to(torch.float32)
+    return _tiles(side).abs().amax(dim=(3, 4)).to(torch.float32)
 
 
 def _tiles(side: torch.Tensor) -> torch.Tensor:
@@ -180,8 +210,15 @@ def of_tiles(chosen: torch.Tensor, span: int, active: torch.Tensor) -> Pair:
     return got > 0, (got > 0) & (got == wanted)
 
 
+def _dense(pages: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor) -> Pair:
+    """Return pages copied in reading order, ``(batch, kv_heads, tokens, head_dim)``, and their `_largest`."""
+    form = (*pages.shape, *pages.stride(), *table.shape, pages.dtype, pages.device)
+    dense = _compiled(_in_order, form, pages, table, lengths)
+    return dense, _compiled(_largest, (*dense.shape, dense.dtype, dense.device), dense)
+
+
 def _in_order(pages: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Copy pages in reading order, ``(batch, kv_heads, tokens, head_dim)``; 0 where no token is."""
+    """Copy pages; 0 where no token is."""
     exists = torch.arange(pages.shape[2], device=table.device) < lengths[..., None]
     dense = pages[torch.where(lengths > 0, table, 0).long()].masked_fill(~exists[:, :, None, :, None], 0.0)
     return dense.permute(0, 2, 1, 3, 4).flatten(2, 3).contiguous()
@@ -209,7 +246,6 @@ def _partial_attention(
     return flex.with_lse(q, k, v, mask, scale, None)
 
 
-@torch.no_grad()  # whether gradients are recorded is part of what is compiled
 def _masked_pages(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, inside: torch.Tensor, chosen: torch.Tensor, span: int,
     lengths: torch.Tensor, scale: float,
@@ -236,9 +272,8 @@ def _masked_pages(
     listed = lists_of(inside, TILE)  # heads take the place of spans there
     form = (*q.shape, *k.shape, *chosen.shape, span, q.dtype, q.device, scale)
     pages, counts = listed.pages.to(torch.int32), listed.counts.to(torch.int32)
-    return flex.kernel(_partial_attention, form, flex.compiler)(  # type: ignore[no-any-return]
-        q, k.detach(), v.detach(), pages, counts, inside, chosen, span, lengths, scale
-    )
+    arguments = (q, k, v, pages, counts, inside, chosen, span, lengths, scale)
+    return _compiled(_partial_attention, form, *arguments)  # type: ignore[no-any-return]
 
 
 def flash_attn_listed(

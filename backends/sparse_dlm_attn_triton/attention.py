@@ -30,12 +30,12 @@ __all__ = ["finish_kernel", "splits_kernel"]
 LN2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def splits_kernel(
     q, k_pages, v_pages, page_table, page_lengths, mask, active, k, v, part_out, part_lse, scratch,
     stride_qb, stride_qh, stride_qt, stride_kp, stride_kh, stride_kt, stride_vp, stride_vh, stride_vt,
     stride_mb, stride_mh, stride_mr, stride_ms, stride_bkb, stride_bkh, stride_bkt, stride_bvb, stride_bvh,
-    stride_bvt, scale_log2, kv_heads, pages, spans, span, capacity, keys,
+    stride_bvt, scale_log2, kv_heads, pairs, tiles, pages, spans, span, capacity, keys,
     TOKENS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
     SLOTS: tl.constexpr, MASK_ROWS: tl.constexpr, OWN: tl.constexpr, PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -45,22 +45,26 @@ def splits_kernel(
 ):  # fmt: skip
     """One program a split, a tile of rows and a KV head: softmax attention over its share of the pages.
 
-    The program after the last split attends to the block itself, if there is one. ``PIECES`` splits share a
-    list of pages, each with its part of every page. ``LATER`` says that this is not the first kernel of a
-    pass: what the pass was given is complete, although the kernel before may not be.
+    The last programs, one a tile and KV head, attend to the block itself, if there is one: those of pages take
+    longer, and should all start at once. ``PIECES`` splits share a list of pages, each with its part of every
+    page. ``LATER`` says that this is not the first kernel of a pass: what the pass was given is complete,
+    although the kernel before may not be.
     """
-    split, tile, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    program, of_pages = tl.program_id(0), pairs * tiles * SPLITS
+    of_block, split = program >= of_pages, program % max(SPLITS, 1)
+    number = tl.where(of_block, program - of_pages, program // max(SPLITS, 1))
+    tile, pair = number % tiles, number // tiles
     sequence, head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
     slots = pair * (GROUP * TOKENS * SLOTS)
     q += sequence * stride_qb + head * GROUP * stride_qh
     if PDL and not LATER:
         gdc_wait()
         gdc_launch_dependents()
-    if split == SPLITS:
+    if of_block:
         block_part(
             q, k + sequence * stride_bkb + head * stride_bkh, v + sequence * stride_bvb + head * stride_bvh,
             part_out, part_lse, slots, stride_qh, stride_qt, stride_bkt, stride_bvt, scale_log2, keys, tile,
-            tl.num_programs(1), GROUP, TOKENS, SLOTS, HEAD_DIM, BLOCK_M, BLOCK_K, BLOCK_D, PRECISION,
+            tiles, GROUP, TOKENS, SLOTS, HEAD_DIM, BLOCK_M, BLOCK_K, BLOCK_D, PRECISION,
             PDL and LATER,
         )  # fmt: skip
         if PDL and LATER:
@@ -100,9 +104,9 @@ def splits_kernel(
     SHARES: tl.constexpr = SPLITS // PIECES
     # The first shares are a page longer. Programs of one multiprocessor are half a grid apart: let a long
     # share meet a short one there.
-    turned = tl.where(2 * pair < tl.num_programs(2), split, SPLITS - 1 - split)
+    turned = tl.where(2 * pair < pairs, split, SPLITS - 1 - split)
     share, piece = turned // PIECES, turned % PIECES
-    entries = scratch + ((pair * tl.num_programs(1) + tile) * SPLITS + split).to(tl.int64) * 2 * capacity
+    entries = scratch + (number * SPLITS + split).to(tl.int64) * 2 * capacity
     logicals = entries + capacity
     taken, first = list_pages(
         wanted, page, page_physical, page_length, 0, share, entries, logicals, SHARES, OWN

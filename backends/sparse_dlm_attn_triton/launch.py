@@ -185,12 +185,12 @@ def _splits(
     capacity = triton.cdiv(pages, max(splits // pieces, 1))
     scratch = torch.empty(grid.pairs * tiles * splits * 2 * capacity, dtype=torch.int64, device=q.device)
     mask = lined(part.mask)
-    splits_kernel[(slots, tiles, grid.pairs)](
+    splits_kernel[(slots * tiles * grid.pairs,)](
         q, part.k_pages, part.v_pages, part.page_table.contiguous(), part.page_lengths.contiguous(),
         bytes_of(mask), bytes_of(part.active.contiguous()), k, v, parts.out, parts.lse, scratch,
         *q.stride()[:3], *part.k_pages.stride()[:3], *part.v_pages.stride()[:3],
         *_mask_strides(mask, grid), *k.stride()[:3], *v.stride()[:3], scale * LOG2_E,
-        grid.pairs // batch, pages, spans, min(part.span, tokens), capacity,
+        grid.pairs // batch, grid.pairs, tiles, pages, spans, min(part.span, tokens), capacity,
         k.shape[2] if block is not None else 0,
         TOKENS=tokens, GROUP=grid.group, ROWS=grid.rows, SPLITS=splits, SLOTS=slots,
         MASK_ROWS=grid.mask_rows, OWN=grid.mask_rows > 1 or spans > 1, PAGE_SIZE=page_size,

@@ -1,7 +1,8 @@
 """Plain PyTorch with the documented contracts of flash-attn's and FlashInfer's functions, for a CPU.
 
 They are as strict as the contracts, and as careless: what lies behind a page's last token is multiplied
-by 0, so that NaN there would show. Those of flash-attn return rows of a sum that is NaN as rows of no keys.
+by 0, so that NaN there would show, and so is what lies behind the last key of a request, up to a tile of keys.
+Those of flash-attn return rows of a sum that is NaN as rows of no keys.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from sparse_dlm_attn import Capabilities, Problem
 from sparse_dlm_attn_folded import FlashAttentionBackend, FlashInferBackend
 from sparse_dlm_attn_folded.flash_attn import packed_call, paged_call
 from sparse_dlm_attn_folded.flashinfer import paged_call as planned_call
+
+
+TILE = 128  # keys that a kernel multiplies at a time
 
 
 def softmax(q: Any, k: Any, v: Any, count: int, scale: float) -> tuple[Any, Any]:
@@ -50,7 +54,8 @@ def flash_attn_varlen_func(
         rows = slice(*cu_seqlens_q[number : number + 2].tolist())
         keys = slice(*cu_seqlens_k[number : number + 2].tolist())
         count = keys.stop - keys.start
-        parts.append(hiding(q[rows, 0], k[keys, 0], v[keys, 0], count, softmax_scale))
+        tiles = slice(keys.start, keys.start - (-count // TILE) * TILE)
+        parts.append(hiding(q[rows, 0], k[tiles, 0], v[tiles, 0], count, softmax_scale))
     out, lse = (torch.cat(side) for side in zip(*parts, strict=True))
     return (out[:, None], lse[None], None) if return_attn_probs else out[:, None]
 
@@ -64,9 +69,8 @@ def flash_attn_with_kvcache(
     assert not causal
     assert block_table.dtype == cache_seqlens.dtype == torch.int32
     out, lse = torch.empty_like(q), torch.empty(q.shape[0], 1, q.shape[1])
-    size = k_cache.shape[1]
     for number, length in enumerate(cache_seqlens.tolist()):
-        pages = block_table[number, : -(-length // size)].long()
+        pages = block_table[number].long()
         keys, values = (cache[pages, :, 0].flatten(0, 1) for cache in (k_cache, v_cache))
         out[number, :, 0], lse[number, 0] = hiding(q[number, :, 0], keys, values, length, softmax_scale)
     assert return_softmax_lse
@@ -99,7 +103,7 @@ class PrefillWrapper:
         out, lse = torch.empty_like(q), torch.empty(q.shape[:2])
         for number in range(len(last)):
             rows = slice(*starts[number : number + 2].tolist())
-            pages = indices[slice(*first[number : number + 2].tolist())].long()
+            pages = indices[slice(*first[number : number + 2].tolist())].long()  # what is behind is filled with 0
             keys, values = (side[pages, 0].flatten(0, 1) for side in cache)
             count = (len(pages) - 1) * self.size + int(last[number])
             out[rows, 0], lse[rows, 0] = softmax(q[rows, 0], keys, values, count, self.scale)
