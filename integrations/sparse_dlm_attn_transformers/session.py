@@ -27,6 +27,7 @@ from sparse_dlm_attn.policy import check_count
 from sparse_dlm_attn.runs import largest_page_size
 from sparse_dlm_attn_transformers.attachment import Attachment, attachment_for
 from sparse_dlm_attn_transformers.caches import cached_layer
+from sparse_dlm_attn_transformers.interface import sessions
 from sparse_dlm_attn_transformers.masks import visible_context
 
 __all__ = ["PassReport", "SparseAttention"]
@@ -151,6 +152,12 @@ class SparseAttention:
         self._attachment: Attachment = attachment_for(model)
         self._numbers = {id(module): at for at, module in enumerate(self._attachment.layers)}
         self.decoder = Decoder(policy, backend, layers=len(self._numbers))
+        computes = self.decoder.attention.backend
+        if not isinstance(computes.asarray([0.0], dtype="float32"), torch.Tensor):
+            raise InvalidTypeError(
+                "backend", "must compute on tensors of PyTorch, as models of transformers do",
+                repr(computes.name), "Pass 'torch', or 'triton' on a GPU.",
+            )
         self._state = _BlockState()
         self._attachment.attach(self)
 
@@ -162,6 +169,23 @@ class SparseAttention:
 
     def __exit__(self, *_: object) -> None:
         self.detach()
+
+    @staticmethod
+    def of(model: torch.nn.Module) -> SparseAttention | None:
+        """Return what is attached to a model, None if nothing is.
+
+        Parameters
+        ----------
+        model : torch.nn.Module
+            The model, or a part of it.
+
+        Returns
+        -------
+        SparseAttention or None
+            For instance to call its `detach` where the variable that held it is gone.
+        """
+        found = (sessions[module]() for module in model.modules() if module in sessions)
+        return next(found, None)
 
     @property
     def running(self) -> bool:
@@ -181,10 +205,11 @@ class SparseAttention:
 
     def detach(self) -> None:
         """Give the model back as it was, and let go of everything; doing it again changes nothing."""
-        self._report()
-        self.decoder.reset()
-        self._state = _BlockState()
-        self._attachment.detach()
+        try:
+            self.finish_block()  # whose `on_pass` is the user's, and may raise
+        finally:
+            self.decoder.reset()
+            self._attachment.detach()
 
     def start_block(self, *, total_passes: int | None = None) -> None:
         """Begin a block: the next forward pass is its first.
@@ -236,9 +261,11 @@ class SparseAttention:
 
     def finish_block(self) -> None:
         """End the block and let go of states, pages and metadata; nothing happens between blocks."""
-        self._report()
-        self.decoder.finish_block()
-        self._state = _BlockState()
+        try:
+            self._report()
+        finally:
+            self.decoder.finish_block()
+            self._state = _BlockState()
 
     @contextmanager
     def block(self, *, total_passes: int | None = None) -> Iterator[None]:
@@ -305,11 +332,11 @@ class SparseAttention:
 
     def enter_pass(self, arguments: dict[str, Any]) -> None:
         """Begin a forward pass of the layers; called by the attachment."""
-        self._attachment.check_still_ours()
-        if self._attachment.starts_blocks and not self.running:
-            self.start_block()
-        if not self.running:
+        if not self.running and not self._attachment.starts_blocks:
             return
+        self._attachment.check_still_ours()
+        if not self.running:
+            self.start_block()
         is_save = self._attachment.is_save(arguments)
         if self._state.announced is None:
             self.next_pass(is_save=is_save)
@@ -346,6 +373,11 @@ class SparseAttention:
         """Return the pages of a layer: viewed in the block's first pass, the same ones after it."""
         layer = self._state.layers.get(number)
         if layer is None:
+            if keys.shape[0] != q.shape[0]:
+                raise InvalidArgumentError(
+                    "cache", f"must hold as many sequences as the block, {q.shape[0]}", int(keys.shape[0]),
+                    "Prefill it with the same batch, or call its batch_repeat_interleave().",
+                )
             valid = self._visible(mask, q, int(keys.shape[2]))
             size = largest_page_size(valid, self.page_size)
             context = Context.from_dense(keys, values, size, valid=valid, version=self.decoder.blocks)
