@@ -70,10 +70,12 @@ class PassReport:
 
 @dataclass(eq=False)
 class _Layer:
-    """What a layer reads while a block lasts: the cache's own tensors, and the pages that view them."""
+    """What a layer reads while a block lasts: the cache's own tensors, the pages that view them, the mask."""
 
     keys: torch.Tensor
     context: Context
+    mask: Any
+    valid: np.ndarray[Any, Any]
 
 
 @dataclass(eq=False)
@@ -82,7 +84,8 @@ class _BlockState:
 
     ``announced`` is a pass that `SparseAttention.next_pass` has begun and whose forward pass is still to
     come, ``running`` the one whose layers run now, ``reportable`` one that is over and has not been reported.
-    ``mask`` is what the running pass was called with, ``masks`` what has been read of masks.
+    ``mask`` is what the running pass was called with, ``masks`` what has been read of it and of others in
+    this pass.
     """
 
     announced: DecoderPass | None = None
@@ -343,6 +346,7 @@ class SparseAttention:
         state = self._state
         state.running, state.announced = state.announced, None
         state.mask = self._attachment.mask(arguments)
+        state.masks = {key: read for key, read in state.masks.items() if read[0] is state.mask}
 
     def leave_pass(self) -> None:
         """End a forward pass of the layers; called by the attachment."""
@@ -381,13 +385,30 @@ class SparseAttention:
             valid = self._visible(mask, q, int(keys.shape[2]))
             size = largest_page_size(valid, self.page_size)
             context = Context.from_dense(keys, values, size, valid=valid, version=self.decoder.blocks)
-            layer = self._state.layers[number] = _Layer(keys, context)
+            layer = self._state.layers[number] = _Layer(keys, context, mask, valid)
         elif layer.keys.shape != keys.shape or (keys.numel() and layer.keys.data_ptr() != keys.data_ptr()):
             raise StaleMemoryError(
                 f"the cache of layer {number} changed in the middle of a block: {tuple(layer.keys.shape)} "
                 f"became {tuple(keys.shape)} or moved. Call finish_block() before anything is appended."
             )
+        elif mask is not layer.mask:
+            self._check_same_mask(layer, mask, q)
         return layer.context
+
+    def _check_same_mask(self, layer: _Layer, mask: Any, q: torch.Tensor) -> None:
+        """Raise if another mask than the first pass's hides other tokens, where that can be seen at no wait.
+
+        A mask on a device is read only where the first pass had none.
+        """
+        on_device = isinstance(mask, torch.Tensor) and mask.device.type != "cpu"
+        if on_device and layer.mask is not None:
+            return
+        if not np.array_equal(self._visible(mask, q, int(layer.keys.shape[2])), layer.valid):
+            raise InvalidArgumentError(
+                "attention_mask", "must hide the same tokens of the cache in every pass of a block",
+                "other tokens than in its first pass",
+                "Pass one mask to all of them, or call finish_block() first.",
+            )
 
     def _sequence(self, k: torch.Tensor, v: torch.Tensor) -> Context:
         """Return the pages of a whole sequence, whose keys are those of this pass."""
@@ -402,7 +423,7 @@ class SparseAttention:
         return Context.from_dense(k, v, size, valid=valid, version=self.decoder.blocks)
 
     def _visible(self, mask: Any, q: torch.Tensor, context_tokens: int) -> np.ndarray[Any, Any]:
-        """Read a mask, once a block for all the layers that share it."""
+        """Read a mask, once for all the layers that share it."""
         key = (id(mask), context_tokens)
         if key not in self._state.masks:
             valid = visible_context(mask, int(q.shape[0]), context_tokens, int(q.shape[2]))

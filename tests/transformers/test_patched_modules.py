@@ -410,3 +410,22 @@ def test_backends_and_caches_that_do_not_fit_the_model_are_refused(model: Any) -
         cache = prefilled(model)
         with sparse.block(), pytest.raises(InvalidArgumentError, match=r"as many sequences.* 2; got 1"):
             model(tokens(2, BLOCK), **cache)
+
+
+def test_a_mask_that_changes_within_a_block_is_refused(model: Any) -> None:
+    full = torch.ones(1, PREFIX + BLOCK, dtype=torch.long)
+    padded = full.clone()
+    padded[:, :7] = 0
+    block = tokens(1, BLOCK)
+    with torch.no_grad(), SparseAttention(model, "dense", page_size=4) as sparse:
+        cache = prefilled(model)
+        for first, second in ((None, padded), (full, padded), (padded, None)):
+            with sparse.block():
+                model(block, attention_mask=first, **cache)
+                with pytest.raises(InvalidArgumentError, match=r"same tokens of the cache.*finish_block"):
+                    model(block, attention_mask=second, **cache)
+        with sparse.block():  # the same in other words
+            expected = model(block, attention_mask=padded, **cache).logits
+            assert torch.equal(model(block, attention_mask=padded.bool(), **cache).logits, expected)
+            every_row = padded.bool()[:, None, None].expand(1, 1, BLOCK, -1)
+            assert torch.equal(model(block, attention_mask=every_row, **cache).logits, expected)
