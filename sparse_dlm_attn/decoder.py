@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from sparse_dlm_attn.arrays import Array, namespace
+from sparse_dlm_attn.arrays import Array, namespace, shape_of
 from sparse_dlm_attn.backend import Backend
 from sparse_dlm_attn.context import Context
 from sparse_dlm_attn.driver import LayerMemory, PrefixAttention
 from sparse_dlm_attn.errors import CallOrderError, InvalidArgumentError, InvalidTypeError
 from sparse_dlm_attn.policy import PrefixAttentionPolicy, check_count
 from sparse_dlm_attn.traffic import Traffic
-from sparse_dlm_attn.values import PassInfo
+from sparse_dlm_attn.values import PassInfo, check_same_place
 
 __all__ = ["Decoder", "DecoderPass"]
 
@@ -211,7 +211,12 @@ class Decoder:
                 "Call finish_block() first.",
             )
         if contexts is not None:
-            contexts = tuple(contexts)
+            try:
+                contexts = tuple(contexts)
+            except TypeError:
+                raise InvalidTypeError(
+                    "contexts", "must be a list of Contexts, one for each layer", type(contexts).__name__
+                ) from None
             for context in contexts:
                 if not isinstance(context, Context):
                     raise InvalidTypeError("contexts", "must hold Contexts", type(context).__name__)
@@ -272,6 +277,12 @@ class Decoder:
         newly = None
         if decoded is not None:
             before = decoded if self._decoded is None else self._decoded
+            if shape_of(decoded) != shape_of(before):
+                raise InvalidArgumentError(
+                    "decoded", f"must have shape {shape_of(before)}, as in the pass before",
+                    f"shape {shape_of(decoded)}", "Call finish_block() before a block of other rows.",
+                )
+            check_same_place("decoded", decoded, "decoded in the pass before", before)
             newly = decoded & ~before
         step = DecoderPass(self, replace(info, newly_decoded=newly))
         # A copy: the caller's loop may write into its own array.

@@ -350,7 +350,7 @@ def _check_memory(
     restart = isinstance(info.index, int) and certain(info.index == 0)
     if restart and policy.memory_scope == "block":
         return  # it is dropped, so it cannot be stale
-    advice = "Pass memory=None to start the block again."
+    advice = "Pass memory=None to start the block again, or call finish_block() of a Decoder first."
     if memory.policy is not policy and memory.policy != policy:
         raise StaleMemoryError(f"memory was made by {memory.policy!r}, not by {policy!r}. {advice}")
     if memory.layer != info.layer:

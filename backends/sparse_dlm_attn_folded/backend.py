@@ -175,11 +175,24 @@ class FoldedBackend(Backend):
     def _state(self, q: torch.Tensor, pool: Pool, requests: Requests, scale: float) -> AttentionState:
         """Run the kernel on the rows of the requests; all other rows are empty."""
         flat = q.reshape(-1, q.shape[3])
-        part, part_lse = self.run(flat[requests.rows].contiguous(), pool, requests, scale)
+        given = flat[requests.rows].contiguous()
+        part, part_lse = self._checked(self.run(given, pool, requests, scale), tuple(given.shape))
         out = torch.zeros_like(flat).index_copy(0, requests.rows, part.to(q.dtype))
         lse = torch.full((flat.shape[0],), -math.inf, dtype=torch.float32, device=q.device)
         lse = lse.index_copy(0, requests.rows, part_lse.to(torch.float32))
         return AttentionState(out.view(q.shape), lse.view(q.shape[:3]))
+
+    def _checked(self, result: Any, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what `run` returned if it is what it owes: whoever writes a kernel may not have seen it."""
+        parts = result if isinstance(result, tuple | list) else [result]
+        got = [tuple(part.shape) if isinstance(part, torch.Tensor) else type(part).__name__ for part in parts]
+        if got != [shape, shape[:1]]:
+            raise InvalidTypeError(
+                f"run() of backend {self.name!r}",
+                f"must return tensors out {shape} and lse {shape[:1]}, a row each for those of q",
+                ", ".join(map(str, got)), "Return (out, lse), lse with natural logarithm.",
+            )
+        return parts[0], parts[1]
 
     def _check_place(self, name: str, tensor: torch.Tensor) -> None:
         check_library(name, tensor, torch.Tensor, self.name)

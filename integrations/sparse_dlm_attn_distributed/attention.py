@@ -108,7 +108,10 @@ class DistributedAttention(PrefixAttention):
                     "context", "must be a ShardedContext", type(context).__name__,
                     "Make one with ShardedContext(..., held=...).",
                 )
-            starts = memory is None or info is None or (isinstance(info.index, int) and info.index == 0)
+            self._announce(info, scale)
+            starts = memory is None or not isinstance(info, PassInfo) or (
+                isinstance(info.index, int) and info.index == 0
+            )
             read = is_host(context.page_table) if self.check_contents is None else self.check_contents
             if read and starts:
                 self._check_ownership(context)
@@ -127,12 +130,25 @@ class DistributedAttention(PrefixAttention):
         """Wait for this rank's GPU; see :meth:`DistributedBackend.synchronize`."""
         self.backend.synchronize()
 
+    def _announce(self, info: PassInfo | None, scale: float | None) -> None:
+        """Say which pass this is: ranks at different ones notice it where exchanges are compared."""
+        ranks = self.backend.ranks
+        if not ranks.pages.check:
+            return
+        place = "no PassInfo" if not isinstance(info, PassInfo) else (
+            f"pass {_listed(info.index)}, is_save {_listed(info.is_save)}, layer {info.layer}"
+        )
+        for exchange in (ranks.pages, ranks.heads):
+            if exchange is not None:
+                exchange.place = f"{place}, scale {scale}"
+
     def _check_ownership(self, context: ShardedContext) -> None:
         """Raise, on every rank, unless all know one context and each of its pages lies on one rank."""
-        known = zlib.crc32(to_numpy(context.page_lengths).tobytes())
+        known = zlib.crc32(f"{context.page_size} {context.version}".encode())
+        known = zlib.crc32(to_numpy(context.page_lengths).tobytes(), known)
         if context.page_segments is not None:
             known = zlib.crc32(to_numpy(context.page_segments).tobytes(), known)
-        known = zlib.crc32(str(context.version).encode(), known) & 0x7FFFFFFF
+        known &= 0x7FFFFFFF
         device = context.k_pages.device
         told = torch.cat([
             torch.tensor([known], dtype=torch.int32, device=device),
@@ -143,7 +159,7 @@ class DistributedAttention(PrefixAttention):
         )
         if bool((everyone[:, 0] != everyone[0, 0]).any()):
             raise InvalidArgumentError(
-                "context", "must have the same lengths, segments and version on every rank",
+                "context", "must have the same page size, lengths, segments and version on every rank",
                 "others on some rank", "Spread pages, not sequences; tell every rank of pages that grow.",
             )
         holders = everyone[:, 1:].sum(0).view(context.exists.shape)
@@ -155,3 +171,8 @@ class DistributedAttention(PrefixAttention):
                 f"{int(holders[sequence, page])} ranks for page {page} of sequence {sequence}",
                 "Derive it from one rule, as in held = owner_of_page == rank.",
             )
+
+
+def _listed(value: Any) -> str:
+    """Write a number, or an array of one a sequence."""
+    return str(to_numpy(value).tolist()) if hasattr(value, "shape") else str(value)

@@ -106,6 +106,11 @@ class DistributedBackend(Backend):
         self.backend = get_backend(backend)
         if isinstance(self.backend, DistributedBackend):
             raise InvalidTypeError("backend", "must compute on one device", "another DistributedBackend")
+        if not isinstance(self.backend.asarray([0.0], dtype="float32"), torch.Tensor):
+            raise InvalidTypeError(
+                "backend", "must compute on tensors of PyTorch", repr(self.backend.name),
+                "Pass 'torch', or 'triton' on GPUs.",
+            )
         self.candidates = None if candidates is None else check_int("candidates", candidates, 1)
         self.ranks = join(
             mesh, self.backend, context_dim=context_dim, heads_dim=heads_dim, timeout=timeout, check=check,

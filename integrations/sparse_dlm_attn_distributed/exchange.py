@@ -81,6 +81,8 @@ class Exchange:
         self._aborted = False
         self.sent: Counter[str] = Counter()
         """Bytes that this rank gave to exchanges, by operator."""
+        self.place = ""
+        """Which pass exchanges belong to, where they are compared."""
         self.mailboxes: Mailboxes | None = None
         self.why_collective: list[str] = []
         """Why exchanges do not go through symmetric memory; empty if they do, or if nobody asked."""
@@ -211,6 +213,7 @@ class Exchange:
         if not self.check:
             return
         does = f"{what} of {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+        does += f" in {self.place}" if self.place else ""
         mine = torch.tensor([zlib.crc32(does.encode())], dtype=torch.int64, device=tensor.device)
         if self.mailboxes is not None:
             all_of = self.mailboxes.gather(mine).flatten()

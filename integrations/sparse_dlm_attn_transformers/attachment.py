@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from sparse_dlm_attn import CallOrderError, InvalidArgumentError
-from sparse_dlm_attn_transformers.caches import cached_layer
+from sparse_dlm_attn_transformers.caches import cache_argument, cached_layer, check_viewable
 from sparse_dlm_attn_transformers.contracts import CONTRACTS, ModuleContract, contract_of
 from sparse_dlm_attn_transformers.interface import NAME, register, sessions
 
@@ -42,14 +42,11 @@ class Attachment:
     ) -> None:
         self.model, self.stack, self.layers = model, stack, layers
         self._undo: list[Callable[[], None]] = []
-        if model.training:
-            raise InvalidArgumentError(
-                "model", "must be in eval mode: sparse attention has no dropout and no gradient",
-                "one in training mode", "Call model.eval().",
-            )
+        self._check_mode()
         if any(module in sessions for module in layers):
             raise CallOrderError(
-                "SparseAttention(model)", "must be the only one attached", "another one", "Call its detach()."
+                "SparseAttention(model)", "must be the only one attached", "another one",
+                "Call its detach(); SparseAttention.of(model) returns it.",
             )
 
     @property
@@ -96,7 +93,16 @@ class Attachment:
         return False
 
     def check_still_ours(self) -> None:
-        """Raise if the model no longer calls us."""
+        """Raise `InvalidArgumentError` if the model was changed meanwhile in a way that we cannot follow."""
+        self._check_mode()
+
+    def _check_mode(self) -> None:
+        # Layers too: train() of a part, as of adapters, leaves the flag of the whole as it was.
+        if self.model.training or any(module.training for module in self.layers):
+            raise InvalidArgumentError(
+                "model", "must be in eval mode: sparse attention has no dropout and no gradient",
+                "one in training mode", "Call model.eval().",
+            )
 
     def _install(self, session: SparseAttention) -> None:
         """Place the hooks."""
@@ -110,18 +116,22 @@ class Attachment:
         def after(*_: Any) -> None:
             session.leave_pass()
 
-        self._undo.append(self.stack.register_forward_pre_hook(before, with_kwargs=True).remove)
-        self._undo.append(self.stack.register_forward_hook(after).remove)
+        self._hook(self.stack.register_forward_pre_hook, before, with_kwargs=True)
+        self._hook(self.stack.register_forward_hook, after)
 
     def _release_modules(self) -> None:
         for module in self.model.modules():
             sessions.pop(module, None)
 
+    def _hook(self, register: Callable[..., Any], function: Callable[..., Any], **options: Any) -> None:
+        """Register a hook until we let go of the model."""
+        self._undo.append(register(_OfOneModel(function), **options).remove)
+
     def _replace(self, owner: torch.nn.Module, name: str, function: Callable[..., Any]) -> None:
         """Put a function in the place of a method, on this one object."""
         before = owner.__dict__.get(name)
         # Not setattr: modules would look a function up among their parameters first.
-        owner.__dict__[name] = function
+        owner.__dict__[name] = functools.wraps(function)(_OfOneModel(function))
 
         def undo() -> None:
             if before is None:
@@ -132,6 +142,33 @@ class Attachment:
         self._undo.append(undo)
 
 
+class _OfOneModel:
+    """A function that belongs to one model and must not go along into a copy of it.
+
+    Functions are not copied but shared, so a copy's attention would run on the weights of the model that it
+    was made from, in silence.
+
+    Parameters
+    ----------
+    function : callable
+        What is called.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse to be copied or pickled."""
+        raise CallOrderError(
+            "copying or pickling a model", "must wait until nothing is attached to it",
+            "one that SparseAttention is attached to",
+            "Leave the `with` or call detach() first; state_dict() and save_pretrained() work as ever.",
+        )
+
+
 class DiffusionGemmaAttachment(Attachment):
     """DiffusionGemma: its attention interface, its read-only prefix, its own loop."""
 
@@ -140,15 +177,18 @@ class DiffusionGemmaAttachment(Attachment):
     def __init__(self, model: torch.nn.Module, root: Any) -> None:
         super().__init__(model, root.decoder, [layer.self_attn for layer in root.decoder.layers])
         self.root = root
+        # The outermost module that transformers made: ``model`` may be one that only holds it.
+        self.owner: Any = next(held for held in model.modules() if hasattr(held, "set_attn_implementation"))
         self._cached: dict[int, tuple[torch.Tensor, torch.Tensor] | None] = {}
-        self._configs: list[Any] = [model.config, root.config, root.config.text_config]
+        self._configs: list[Any] = [self.owner.config, root.config, root.config.text_config]
 
     def cached(self, module: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return what the encoder wrote for this layer; known from the call just before."""
         return self._cached.pop(id(module), None)
 
     def check_still_ours(self) -> None:
-        """Raise `InvalidArgumentError` if another attention implementation was set meanwhile."""
+        """Raise `InvalidArgumentError` if another attention implementation was set meanwhile, too."""
+        super().check_still_ours()
         found = {config._attn_implementation for config in self._configs} - {NAME}
         if found:
             raise InvalidArgumentError(
@@ -159,7 +199,7 @@ class DiffusionGemmaAttachment(Attachment):
 
     def _install(self, session: SparseAttention) -> None:
         register()
-        model: Any = self.model
+        model = self.owner
         before = {"": model.config._attn_implementation}
         before["text_config"] = self.root.config.text_config._attn_implementation
         model.set_attn_implementation({"": NAME, "text_config": NAME})  # not the vision tower
@@ -167,8 +207,14 @@ class DiffusionGemmaAttachment(Attachment):
         super()._install(session)
         for module in self.layers:
             self._replace(module, "append_to_cache", functools.partial(self._keep_apart, module))
-        hook = self.root.encoder.register_forward_pre_hook(lambda *_: session.finish_block())
-        self._undo.append(hook.remove)
+
+        def between_blocks(_: torch.nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            session.finish_block()
+            # Here, because what the decoder runs is compiled by transformers for caches that allow it,
+            # and a compiler reports no error of ours as it is.
+            check_viewable(cache_argument(kwargs))
+
+        self._hook(self.root.encoder.register_forward_pre_hook, between_blocks, with_kwargs=True)
         if hasattr(model, "generate"):
             self._replace(model, "generate", _finishing(model.generate, session))
 

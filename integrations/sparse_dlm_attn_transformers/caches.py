@@ -8,10 +8,12 @@ import torch
 
 from sparse_dlm_attn import InvalidArgumentError
 
-__all__ = ["cache_argument", "cached_layer"]
+__all__ = ["cache_argument", "cached_layer", "check_viewable"]
 
 READABLE = ("DynamicLayer", "DynamicSlidingWindowLayer")
 NAMES = ("cache", "past_key_values", "past_key_value")  # as versions of transformers call it
+RULE = "must be a DynamicCache, whose layers are plain tensors that can be viewed as pages"
+REMEDY = "Pass DynamicCache(config=model.config), or cache_implementation='dynamic' to generate()."
 
 
 def cache_argument(arguments: dict[str, Any]) -> Any:
@@ -20,6 +22,13 @@ def cache_argument(arguments: dict[str, Any]) -> Any:
         if arguments.get(name) is not None:
             return arguments[name]
     return None
+
+
+def check_viewable(cache: Any) -> None:
+    """Raise `InvalidArgumentError` if a cache of transformers cannot be read as pages in place; None can."""
+    if cache is not None:
+        for layer in _layers(cache):
+            _check_layer(layer)
 
 
 def cached_layer(cache: Any, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -44,20 +53,27 @@ def cached_layer(cache: Any, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor
     """
     if cache is None:
         return None
-    rule = "must be a DynamicCache, whose layers are plain tensors that can be viewed as pages"
-    remedy = "Leave cache_implementation out, or pass DynamicCache(config=model.config)."
-    layers = getattr(cache, "layers", None)
-    if layers is None or getattr(cache, "offloading", False):
-        raise InvalidArgumentError("cache", rule, _described(cache), remedy)
+    layers = _layers(cache)
     if layer_idx >= len(layers):
         return None
     layer = layers[layer_idx]
-    if type(layer).__name__ not in READABLE:
-        raise InvalidArgumentError("cache", rule, _described(layer), remedy)
+    _check_layer(layer)
     keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
     if keys is None or values is None or keys.numel() == 0:
         return None
     return keys, values
+
+
+def _layers(cache: Any) -> Any:
+    layers = getattr(cache, "layers", None)
+    if layers is None or getattr(cache, "offloading", False):
+        raise InvalidArgumentError("cache", RULE, _described(cache), REMEDY)
+    return layers
+
+
+def _check_layer(layer: Any) -> None:
+    if type(layer).__name__ not in READABLE:
+        raise InvalidArgumentError("cache", RULE, _described(layer), REMEDY)
 
 
 def _described(cache: Any) -> str:

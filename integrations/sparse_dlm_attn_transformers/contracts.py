@@ -8,6 +8,7 @@ refusal otherwise.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -83,18 +84,22 @@ class ModuleContract:
     def patched(self, session: SparseAttention, module: torch.nn.Module, original: Forward) -> Forward:
         """Return what stands in for the module's method while ``session`` is attached."""
         within = _llada_attention if self.method == "attention" else _projected_attention
+        signature = inspect.signature(getattr(type(module), self.method))
 
         def method(*args: Any, **kwargs: Any) -> Any:
             if not session.running:
                 return original(*args, **kwargs)
+            # By name, lest a cache that is given by position be overlooked.
+            given = {**signature.bind_partial(module, *args).arguments, **kwargs}
+            given.pop(next(iter(signature.parameters)))  # self
             for name in self.refused:
-                if kwargs.get(name) is not None and kwargs[name] is not False:
+                if given.get(name) is not None and given[name] is not False:
                     raise InvalidArgumentError(
                         name, f"must be None within a block of {type(module).__name__}",
-                        type(kwargs[name]).__name__,
+                        type(given[name]).__name__,
                         "Run the model without its own caching scheme; a policy takes its place.",
                     )
-            return within(self, session, module, *args, **kwargs)
+            return within(self, session, module, **given)
 
         return method
 
@@ -146,7 +151,6 @@ def _projected_attention(
     module: Any,
     hidden_states: torch.Tensor,
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-    *_: Any,
     **kwargs: Any,
 ) -> Any:
     """Project, rotate, attend, project back: what the Llama family has in common."""
@@ -182,8 +186,7 @@ def _llada_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    *_: Any,
-    **__: Any,
+    **_: Any,
 ) -> Any:
     """Stand in for LLaDA's ``attention(q, k, v, ...)``, whose arguments are projected already."""
     batch, tokens, channels = q.shape

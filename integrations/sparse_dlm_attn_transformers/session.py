@@ -27,6 +27,7 @@ from sparse_dlm_attn.policy import check_count
 from sparse_dlm_attn.runs import largest_page_size
 from sparse_dlm_attn_transformers.attachment import Attachment, attachment_for
 from sparse_dlm_attn_transformers.caches import cached_layer
+from sparse_dlm_attn_transformers.interface import sessions
 from sparse_dlm_attn_transformers.masks import visible_context
 
 __all__ = ["PassReport", "SparseAttention"]
@@ -69,10 +70,12 @@ class PassReport:
 
 @dataclass(eq=False)
 class _Layer:
-    """What a layer reads while a block lasts: the cache's own tensors, and the pages that view them."""
+    """What a layer reads while a block lasts: the cache's own tensors, the pages that view them, the mask."""
 
     keys: torch.Tensor
     context: Context
+    mask: Any
+    valid: np.ndarray[Any, Any]
 
 
 @dataclass(eq=False)
@@ -81,7 +84,8 @@ class _BlockState:
 
     ``announced`` is a pass that `SparseAttention.next_pass` has begun and whose forward pass is still to
     come, ``running`` the one whose layers run now, ``reportable`` one that is over and has not been reported.
-    ``mask`` is what the running pass was called with, ``masks`` what has been read of masks.
+    ``mask`` is what the running pass was called with, ``masks`` what has been read of it and of others in
+    this pass.
     """
 
     announced: DecoderPass | None = None
@@ -151,6 +155,12 @@ class SparseAttention:
         self._attachment: Attachment = attachment_for(model)
         self._numbers = {id(module): at for at, module in enumerate(self._attachment.layers)}
         self.decoder = Decoder(policy, backend, layers=len(self._numbers))
+        computes = self.decoder.attention.backend
+        if not isinstance(computes.asarray([0.0], dtype="float32"), torch.Tensor):
+            raise InvalidTypeError(
+                "backend", "must compute on tensors of PyTorch, as models of transformers do",
+                repr(computes.name), "Pass 'torch', or 'triton' on a GPU.",
+            )
         self._state = _BlockState()
         self._attachment.attach(self)
 
@@ -162,6 +172,23 @@ class SparseAttention:
 
     def __exit__(self, *_: object) -> None:
         self.detach()
+
+    @staticmethod
+    def of(model: torch.nn.Module) -> SparseAttention | None:
+        """Return what is attached to a model, None if nothing is.
+
+        Parameters
+        ----------
+        model : torch.nn.Module
+            The model, or a part of it.
+
+        Returns
+        -------
+        SparseAttention or None
+            For instance to call its `detach` where the variable that held it is gone.
+        """
+        found = (sessions[module]() for module in model.modules() if module in sessions)
+        return next(found, None)
 
     @property
     def running(self) -> bool:
@@ -181,10 +208,11 @@ class SparseAttention:
 
     def detach(self) -> None:
         """Give the model back as it was, and let go of everything; doing it again changes nothing."""
-        self._report()
-        self.decoder.reset()
-        self._state = _BlockState()
-        self._attachment.detach()
+        try:
+            self.finish_block()  # whose `on_pass` is the user's, and may raise
+        finally:
+            self.decoder.reset()
+            self._attachment.detach()
 
     def start_block(self, *, total_passes: int | None = None) -> None:
         """Begin a block: the next forward pass is its first.
@@ -236,9 +264,11 @@ class SparseAttention:
 
     def finish_block(self) -> None:
         """End the block and let go of states, pages and metadata; nothing happens between blocks."""
-        self._report()
-        self.decoder.finish_block()
-        self._state = _BlockState()
+        try:
+            self._report()
+        finally:
+            self.decoder.finish_block()
+            self._state = _BlockState()
 
     @contextmanager
     def block(self, *, total_passes: int | None = None) -> Iterator[None]:
@@ -305,17 +335,18 @@ class SparseAttention:
 
     def enter_pass(self, arguments: dict[str, Any]) -> None:
         """Begin a forward pass of the layers; called by the attachment."""
-        self._attachment.check_still_ours()
-        if self._attachment.starts_blocks and not self.running:
-            self.start_block()
-        if not self.running:
+        if not self.running and not self._attachment.starts_blocks:
             return
+        self._attachment.check_still_ours()
+        if not self.running:
+            self.start_block()
         is_save = self._attachment.is_save(arguments)
         if self._state.announced is None:
             self.next_pass(is_save=is_save)
         state = self._state
         state.running, state.announced = state.announced, None
         state.mask = self._attachment.mask(arguments)
+        state.masks = {key: read for key, read in state.masks.items() if read[0] is state.mask}
 
     def leave_pass(self) -> None:
         """End a forward pass of the layers; called by the attachment."""
@@ -346,16 +377,38 @@ class SparseAttention:
         """Return the pages of a layer: viewed in the block's first pass, the same ones after it."""
         layer = self._state.layers.get(number)
         if layer is None:
+            if keys.shape[0] != q.shape[0]:
+                raise InvalidArgumentError(
+                    "cache", f"must hold as many sequences as the block, {q.shape[0]}", int(keys.shape[0]),
+                    "Prefill it with the same batch, or call its batch_repeat_interleave().",
+                )
             valid = self._visible(mask, q, int(keys.shape[2]))
             size = largest_page_size(valid, self.page_size)
             context = Context.from_dense(keys, values, size, valid=valid, version=self.decoder.blocks)
-            layer = self._state.layers[number] = _Layer(keys, context)
+            layer = self._state.layers[number] = _Layer(keys, context, mask, valid)
         elif layer.keys.shape != keys.shape or (keys.numel() and layer.keys.data_ptr() != keys.data_ptr()):
             raise StaleMemoryError(
                 f"the cache of layer {number} changed in the middle of a block: {tuple(layer.keys.shape)} "
                 f"became {tuple(keys.shape)} or moved. Call finish_block() before anything is appended."
             )
+        elif mask is not layer.mask:
+            self._check_same_mask(layer, mask, q)
         return layer.context
+
+    def _check_same_mask(self, layer: _Layer, mask: Any, q: torch.Tensor) -> None:
+        """Raise if another mask than the first pass's hides other tokens, where that can be seen at no wait.
+
+        A mask on a device is read only where the first pass had none.
+        """
+        on_device = isinstance(mask, torch.Tensor) and mask.device.type != "cpu"
+        if on_device and layer.mask is not None:
+            return
+        if not np.array_equal(self._visible(mask, q, int(layer.keys.shape[2])), layer.valid):
+            raise InvalidArgumentError(
+                "attention_mask", "must hide the same tokens of the cache in every pass of a block",
+                "other tokens than in its first pass",
+                "Pass one mask to all of them, or call finish_block() first.",
+            )
 
     def _sequence(self, k: torch.Tensor, v: torch.Tensor) -> Context:
         """Return the pages of a whole sequence, whose keys are those of this pass."""
@@ -370,7 +423,7 @@ class SparseAttention:
         return Context.from_dense(k, v, size, valid=valid, version=self.decoder.blocks)
 
     def _visible(self, mask: Any, q: torch.Tensor, context_tokens: int) -> np.ndarray[Any, Any]:
-        """Read a mask, once a block for all the layers that share it."""
+        """Read a mask, once for all the layers that share it."""
         key = (id(mask), context_tokens)
         if key not in self._state.masks:
             valid = visible_context(mask, int(q.shape[0]), context_tokens, int(q.shape[2]))

@@ -106,7 +106,7 @@ class FlashBlock(PrefixAttentionPolicy[FlashBlockMemory]):
                 "info.newly_decoded",
                 "must be given after the first pass of a block, since flashblock refreshes by it", "None",
                 "Pass PassInfo(index, newly_decoded=...), bool (batch, tokens): the tokens unmasked "
-                "after the previous pass.",
+                "after the previous pass; or next_pass(decoded) where a Decoder counts passes.",
             )
         # A sequence that restarts refreshes whatever this says, and a refresh clears its dirty rows.
         return inputs.memory.dirty | inputs.xp.asarray(newly, device=inputs.q.device)

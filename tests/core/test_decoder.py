@@ -18,6 +18,7 @@ from sparse_dlm_attn import (
     InvalidTypeError,
     PassInfo,
     PrefixAttention,
+    StaleMemoryError,
     get_backend,
 )
 from sparse_dlm_attn.arrays import to_numpy
@@ -186,3 +187,34 @@ def test_wrong_arguments_are_refused_and_change_nothing() -> None:
     with pytest.raises(InvalidTypeError, match="decoded must be an array"):
         decoder.next_pass(decoded=[True])
     assert decoder.next_pass().info.index == 0
+
+
+@pytest.mark.clause("ERROR-1")
+def test_contexts_that_are_no_list_are_refused() -> None:
+    decoder = Decoder("dense", layers=1)
+    with pytest.raises(InvalidTypeError, match=r"contexts must be a list of Contexts.*got Context"):
+        decoder.start_block(ragged_context(0))  # type: ignore[arg-type]
+    assert not decoder.running
+    decoder.start_block(context for context in [ragged_context(0)])  # type: ignore[arg-type]
+
+
+@pytest.mark.clause("ERROR-1")
+def test_decoded_rows_of_another_shape_or_library_are_refused_and_change_nothing() -> None:
+    torch = pytest.importorskip("torch")
+    decoder, (q, k, v) = Decoder("dense", layers=1), block(0)
+    decoder.start_block([ragged_context(0)])
+    decoded = np.zeros((q.shape[0], q.shape[2]), dtype=bool)
+    decoder.next_pass(decoded)(0, q, k, v)
+    with pytest.raises(InvalidArgumentError, match=r"decoded must have shape .*pass before.*finish_block"):
+        decoder.next_pass(decoded[:, :-1])
+    with pytest.raises(InvalidArgumentError, match=r"decoded must be a ndarray on device cpu.*got a Tensor"):
+        decoder.next_pass(torch.from_numpy(decoded))
+    assert decoder.next_pass(decoded).info.index == 1
+
+
+def test_a_block_of_other_rows_is_refused_in_the_terms_of_a_decoder() -> None:
+    decoder, (q, k, v) = Decoder("dense", layers=1), block(0)
+    decoder.start_block([ragged_context(0)])
+    decoder.next_pass()(0, q, k, v)
+    with pytest.raises(StaleMemoryError, match=r"finish_block\(\) of a Decoder"):
+        decoder.next_pass()(0, q[:, :, :-1], k[:, :, :-1], v[:, :, :-1])

@@ -182,6 +182,9 @@ def test_a_failure_of_one_rank_is_a_typed_error_on_all_in_time(ranks: Any, devic
         "one_sleeps_unchecked": ("RankError", "RankError", f"ranks 1 did not come within {seconds} s"),
         "one_has_more_rows": ("RankError", "RankError", "same policy, block, passes and shapes"),
         "lengths_differ": ("InvalidArgumentError",) * 2 + ("tell every rank of pages that grow",),
+        "one_saves": ("RankError", "RankError", "is_save False, layer 0"),
+        "page_sizes_differ": ("InvalidArgumentError",) * 2 + ("must have the same page size",),
+        "arrays of another library": ("InvalidTypeError",) * 2 + ("compute on tensors of PyTorch",),
         "a_page_twice": ("InvalidArgumentError",) * 2 + ("exactly one rank; got 2 ranks",),
         "policies differ": ("InvalidArgumentError",) * 2 + ("policy must be the same on every rank",),
         "candidates differ": ("InvalidArgumentError",) * 2 + ("Give every rank the same backend",),
@@ -198,13 +201,15 @@ def test_a_failure_of_one_rank_is_a_typed_error_on_all_in_time(ranks: Any, devic
         assert (one[name][0], other[name][0]) == (here, there), (name, one[name], other[name])
         assert text in one[name][1], one[name]
         assert max(one[name][2], other[name][2]) < seconds + 1.0 + 5.0, name
-    failed = ("one_raises", "one_raises_outside", "one_sleeps", "one_sleeps_unchecked", "one_has_more_rows")
+    failed = ("one_raises", "one_raises_outside", "one_sleeps", "one_sleeps_unchecked", "one_has_more_rows",
+              "one_saves")
     for name in failed:
         for seen in (one, other):  # and nothing hangs afterwards
             kind, _, seconds = seen[f"{name}, then a pass"]
             assert kind == "RankError"
             assert seconds < 1.0
-    for name in ("lengths_differ", "a_page_twice"):  # all refused it alike, so nobody is out of step
+    # All refused it alike, so nobody is out of step.
+    for name in ("lengths_differ", "page_sizes_differ", "a_page_twice"):
         assert one[f"{name}, then a pass"][0] == other[f"{name}, then a pass"][0] == "no error"
 
 

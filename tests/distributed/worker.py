@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "policies"))
 
 from shards import BLOCKS, block_of, infos, policies, policy_of, rule_of
 
-from sparse_dlm_attn import Selection, SparseAttentionError
+from sparse_dlm_attn import PassInfo, Selection, SparseAttentionError
 from sparse_dlm_attn_distributed import DistributedAttention, DistributedBackend, ShardedContext
 from sparse_dlm_attn_torch import TorchBackend
 
@@ -231,8 +231,19 @@ def failures(on: Rank) -> Any:
         attention.backend.ranks.pages.check = False
         attention.backend.attend(q, block.k, block.v, context, everything, rows, None)
 
-    alone = (one_raises, one_raises_outside, one_sleeps, one_sleeps_unchecked, one_has_more_rows)
-    for act in (*alone, lengths_differ, a_page_twice):
+    def page_sizes_differ(attention: Any, block: Any, context: Any) -> None:
+        half = replace(context, page_lengths=context.page_lengths.clamp(max=2))
+        if on.rank == 1:  # the same lengths, in pages of half the size
+            pools = {name: getattr(half, name)[:, :, :2] for name in ("k_pages", "v_pages")}
+            half = replace(half, **pools)
+        attention(block.q[0], block.k, block.v, half)
+
+    def one_saves(attention: Any, block: Any, context: Any) -> None:
+        """The same shapes in all exchanges, of different passes."""
+        attention(block.q[0], block.k, block.v, context, None, PassInfo(0, is_save=on.rank == 1))
+
+    alone = (one_raises, one_raises_outside, one_sleeps, one_sleeps_unchecked, one_has_more_rows, one_saves)
+    for act in (*alone, lengths_differ, page_sizes_differ, a_page_twice):
         passes(act)
     quest = f"quest:budget={8 if on.rank else 16}"
     attempt("policies differ", lambda: on.attention(quest, on.mesh(), timeout=on.limit))
@@ -245,6 +256,8 @@ def failures(on: Rank) -> Any:
         attempt("not on this device", lambda: on.attention("dense", on.mesh(), exchange="symmetric"))
         taken = on.distributed(on.mesh(), timeout=on.limit)
         results["taken"] = taken.exchange, taken.why_collective, repr(taken)
+    numpy_backend = "sparse_dlm_attn_reference:ReferenceBackend"
+    attempt("arrays of another library", lambda: DistributedBackend(numpy_backend, on.mesh()))
     ways = ("heads", "context") if on.rank else ("context", "heads")
     both = init_device_mesh(on.device, (on.world, 1), mesh_dim_names=("context", "heads"))
     attempt("meshes differ", lambda: on.distributed(

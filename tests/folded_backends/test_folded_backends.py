@@ -14,6 +14,8 @@ torch = pytest.importorskip("torch", reason="the backends need PyTorch")
 from sparse_dlm_attn import (  # noqa: E402
     Context,
     InvalidArgumentError,
+    InvalidTypeError,
+    PrefixAttention,
     Selection,
     UnavailableError,
     UnsupportedError,
@@ -48,6 +50,24 @@ def test_a_log_sum_exp_left_in_base_2_is_noticed() -> None:
     assert check_backend(
         Unconverted(), clauses=("ATTEND-1",), dtypes=("float32",), first_only=True, shrink=False
     )
+
+
+@pytest.mark.parametrize("owed", ["nothing", "no lse", "fewer channels", "an axis too many"])
+def test_a_kernel_that_returns_something_else_is_told_what_it_owes(owed: str) -> None:
+    import stand_ins
+
+    class Wrong(stand_ins.Planned):
+        def run(self, *arguments: Any) -> Any:
+            out, lse = super().run(*arguments)
+            return {
+                "nothing": None, "no lse": out, "fewer channels": (out[:, :3], lse),
+                "an axis too many": (out, lse[:, None]),
+            }[owed]
+
+    q, k, v = (torch.randn(1, heads, 4, 16) for heads in (4, 2, 2))
+    cache = torch.randn(2, 1, 2, 32, 16)
+    with pytest.raises(InvalidTypeError, match=r"run\(\) of backend .* must return tensors.*natural log"):
+        PrefixAttention("dense", Wrong())(q, k, v, Context.from_dense(cache[0], cache[1], 16))
 
 
 def test_a_build_says_what_it_was_made_without(monkeypatch: pytest.MonkeyPatch) -> None:

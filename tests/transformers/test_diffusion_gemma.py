@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import weakref
 from typing import Any
 
@@ -249,6 +251,65 @@ def test_a_model_in_training_mode_is_refused() -> None:
     with pytest.raises(InvalidArgumentError, match=r"eval mode.*Call model\.eval"):
         SparseAttention(model, "dense")
     assert model.config._attn_implementation == "eager"
+
+
+def test_training_mode_that_begins_while_attached_is_refused_too(model: Any) -> None:
+    with SparseAttention(model, "dense") as sparse:
+        try:
+            model.train()
+            with pytest.raises(InvalidArgumentError, match=r"eval mode.*Call model\.eval"):
+                forward(model, MASKS["one sequence"])
+        finally:
+            model.eval()
+        assert not sparse.running
+        forward(model, MASKS["one sequence"])
+
+
+def test_caches_are_refused_before_transformers_compiles_for_them(model: Any) -> None:
+    """A compiler would report its own error, about ours."""
+    refusal = pytest.raises(InvalidArgumentError, match="cache_implementation='dynamic'")
+    with SparseAttention(model, "dense"), refusal:
+        model.generate(input_ids=tokens(1, PROMPT), max_new_tokens=CANVAS, cache_implementation="static")
+
+
+def test_copies_of_an_attached_model_are_refused(model: Any) -> None:
+    """Its hooks would go along, and run on the weights of the model that was copied."""
+    refusal = r"must wait until nothing is attached.*detach\(\) first"
+    with SparseAttention(model, "dense") as sparse:
+        for act in (copy.deepcopy, pickle.dumps):
+            for what in (model, sparse):
+                with pytest.raises(CallOrderError, match=refusal):
+                    act(what)
+        assert len(model.state_dict()) > 0
+    assert torch.equal(forward(copy.deepcopy(model), MASKS["one sequence"]),
+                       forward(model, MASKS["one sequence"]))
+
+
+def test_a_callback_that_raises_does_not_keep_the_model(model: Any) -> None:
+    def broken(report: PassReport) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), SparseAttention(model, "dense", on_pass=broken) as sparse:
+        forward(model, MASKS["one sequence"])
+    assert not sparse.running and model.config._attn_implementation == "eager"
+    with SparseAttention(model, "dense", on_pass=broken) as sparse:
+        forward(model, MASKS["one sequence"])
+        with pytest.raises(ZeroDivisionError):
+            sparse.finish_block()
+        assert not sparse.running and sparse.memory_bytes == 0
+
+
+def test_a_module_that_holds_the_model_can_be_attached_to(model: Any) -> None:
+    class Holder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+    reports: list[PassReport] = []
+    with SparseAttention(Holder().eval(), "dense", on_pass=reports.append) as sparse:
+        model.generate(input_ids=tokens(1, PROMPT), max_new_tokens=CANVAS, max_denoising_steps=2)
+        assert len(reports) == 2 and not sparse.running
+    assert model.config._attn_implementation == "eager" and "generate" not in vars(model)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -350,3 +350,82 @@ def test_policies_that_leave_rows_out_are_told_that_the_model_computes_all(model
                 sparse.next_pass(torch.ones(1, BLOCK, dtype=torch.bool))
             logits = model(tokens(1, PREFIX + BLOCK)[:, PREFIX:], **cache).logits
             assert_within_budget(logits, eager, exact)
+
+
+def test_a_copy_of_an_attached_model_is_refused(model: Any) -> None:
+    with SparseAttention(model, "dense"), pytest.raises(CallOrderError, match="nothing is attached to it"):
+        copy.deepcopy(model)
+    copy.deepcopy(model)
+
+
+def test_training_mode_within_a_block_is_refused(model: Any) -> None:
+    with torch.no_grad(), SparseAttention(model, "dense") as sparse:
+        cache = prefilled(model)
+        try:
+            model.model.layers[1].train()  # a part, as training of adapters does
+            model(tokens(1, BLOCK))  # outside of a block it is the model's own affair
+            with sparse.block(), pytest.raises(InvalidArgumentError, match=r"eval mode.*model\.eval"):
+                model(tokens(1, BLOCK), **cache)
+        finally:
+            model.eval()
+
+
+def test_arguments_given_by_position_are_not_overlooked() -> None:
+    class ByPosition(stand_ins.Layer):
+        def forward(self, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+            names = ("attention_mask", "position_ids", "past_key_value", "position_embeddings")
+            out = self.self_attn(x, *(kwargs.pop(name) for name in names), **kwargs)
+            return x + (out[0] if isinstance(out, tuple) else out)
+
+    for kind in (stand_ins.SDARAttention, stand_ins.DreamAttention):
+        stack, cache = random_stack(stand_ins.Stack, kind), stand_ins_cache()
+        for layer in stack.layers:
+            layer.__class__ = ByPosition
+        with torch.no_grad(), SparseAttention(stack, "dense") as sparse:
+            stack(rows(BLOCK, 0), past_key_values=cache, store_kv=True)
+            if kind is stand_ins.DreamAttention:
+                with sparse.block(), pytest.raises(InvalidArgumentError, match="past_key_value must be None"):
+                    stack(rows(BLOCK, 1), past_key_values=cache)
+                continue
+            own = stack(rows(BLOCK, 1), past_key_values=cache)
+            with sparse.block():
+                torch.testing.assert_close(stack(rows(BLOCK, 1), past_key_values=cache), own)
+
+
+def test_what_is_attached_can_be_found_by_its_model(model: Any) -> None:
+    assert SparseAttention.of(model) is None
+    SparseAttention(model, "dense")  # nobody keeps it
+    with pytest.raises(CallOrderError, match=r"only one attached.*SparseAttention\.of\(model\)"):
+        SparseAttention(model, "dense")
+    found = SparseAttention.of(model)
+    assert found is not None
+    found.detach()
+    assert SparseAttention.of(model) is None
+
+
+def test_backends_and_caches_that_do_not_fit_the_model_are_refused(model: Any) -> None:
+    with pytest.raises(InvalidTypeError, match=r"tensors of PyTorch.*'reference'"):
+        SparseAttention(model, "dense", "reference")
+    with torch.no_grad(), SparseAttention(model, "dense") as sparse:
+        cache = prefilled(model)
+        with sparse.block(), pytest.raises(InvalidArgumentError, match=r"as many sequences.* 2; got 1"):
+            model(tokens(2, BLOCK), **cache)
+
+
+def test_a_mask_that_changes_within_a_block_is_refused(model: Any) -> None:
+    full = torch.ones(1, PREFIX + BLOCK, dtype=torch.long)
+    padded = full.clone()
+    padded[:, :7] = 0
+    block = tokens(1, BLOCK)
+    with torch.no_grad(), SparseAttention(model, "dense", page_size=4) as sparse:
+        cache = prefilled(model)
+        for first, second in ((None, padded), (full, padded), (padded, None)):
+            with sparse.block():
+                model(block, attention_mask=first, **cache)
+                with pytest.raises(InvalidArgumentError, match=r"same tokens of the cache.*finish_block"):
+                    model(block, attention_mask=second, **cache)
+        with sparse.block():  # the same in other words
+            expected = model(block, attention_mask=padded, **cache).logits
+            assert torch.equal(model(block, attention_mask=padded.bool(), **cache).logits, expected)
+            every_row = padded.bool()[:, None, None].expand(1, 1, BLOCK, -1)
+            assert torch.equal(model(block, attention_mask=every_row, **cache).logits, expected)
