@@ -85,7 +85,9 @@ def test_a_layer_compiles_as_one_graph_whatever_the_context_s_length(
     assert counts[1] == counts[2] <= 6  # each once more, with any length
 
 
-@pytest.mark.parametrize("policy", ["dkv-cache:reload=3", "sparse-dllm", "losa:budget=32", "sparsed:warmup=2"])
+@pytest.mark.parametrize(
+    "policy", ["dkv-cache:reload=3", "sparse-dllm", "losa:budget=32", "sparsed:warmup=2"]
+)
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a")  # array-api-compat caches a look-up
 def test_with_symbolic_numbers_no_length_and_no_version_compiles_anew(
     policy: str, toy_layer: Callable[..., Any]
