@@ -213,9 +213,10 @@ def pooled_scores(
         sums = xp.zeros((batch, q_heads, spans, part.pages), dtype=compute_dtype(q), device=q.device)
         for first, logits in _logits(q, part, factor, span):
             rows = slice(first, first + int(logits.shape[2]))
-            # No weight exceeds 1; a row whose LSE came out a rounding too small must not either.
+            # No mass exceeds 1, whatever the LSE: of one that is too small not even exp must overflow.
             exponent = logits - shift[:, :, rows, ...]
             mass = xp.sum(xp.exp(xp.where(exponent > 0, 0.0, exponent)), axis=-1)
+            mass = xp.where(mass > 1, 1.0, mass)
             sums = _add_rows(sums, mass, first, span)
         columns.append(sums)
     counts = [min(span, tokens - start) for start in range(0, tokens, span)]

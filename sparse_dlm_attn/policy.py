@@ -153,11 +153,13 @@ def certain(condition: bool) -> bool:
 
 def either(left: bool | Array, right: bool | Array) -> bool | Array:
     """Return ``left or right`` for bools and bool arrays alike."""
-    if left is True or right is True:
-        return True
-    if isinstance(left, bool):
-        return right
-    return left if isinstance(right, bool) else left | right
+    if isinstance(left, bool):  # a branch, not ``is True``: see `certain`
+        if left:
+            return True
+        return certain(right) if isinstance(right, bool) else right
+    if isinstance(right, bool):
+        return True if right else left
+    return left | right
 
 
 class PrefixAttentionPolicy(ABC, Generic[MemoryT]):

@@ -256,6 +256,10 @@ def _build(kind: str, group: str, base: type, name: Any, options: dict[str, Any]
     return built
 
 
+def _plural(kind: str) -> str:
+    return {"policy": "policies"}.get(kind, f"{kind}s")
+
+
 def _find(kind: str, group: str, name: str) -> Any:
     plugin = _plugins(kind, group).get(name)
     if plugin is not None:
@@ -265,8 +269,17 @@ def _find(kind: str, group: str, name: str) -> Any:
                 f"Ask for one of {plugin.target} by 'module:attr', or uninstall the other.",
             )
         return plugin.load()
-    if ":" in name:
-        return _import_target(f"{kind} {name!r}", name, "your Python path")
+    head, colon, _ = name.partition(":")
+    if colon:
+        try:
+            return _import_target(f"{kind} {name!r}", name, "your Python path")
+        except UnavailableError as error:
+            if head not in _plugins(kind, group):
+                raise
+            raise InvalidArgumentError(
+                kind, "must be written name:key=value,key=value", repr(name),
+                f"{head!r} is registered; its parameters: `sparse-dlm-attn {_plural(kind)}`.",
+            ) from error
     raise UnknownNameError(
         kind, name, _plugins(kind, group), f"A {kind} of your own is named 'module:attr'."
     )

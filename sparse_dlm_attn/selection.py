@@ -67,7 +67,8 @@ class Selection:
         batch, q_heads, tokens, _ = q_shape
         check_same_place("selection.mask", self.mask, "context", context.page_lengths)
         spans = -(-tokens // self.span)
-        if self.heads not in (1, context.kv_heads, q_heads):
+        # Not ``in``, which a compiler that keeps sizes symbolic takes for a comparison of symbols.
+        if not any(self.heads == heads for heads in (1, context.kv_heads, q_heads)):
             raise InvalidArgumentError(
                 "selection.mask", f"must have 1, kv_heads={context.kv_heads} or q_heads={q_heads} heads",
                 f"{self.heads} heads",

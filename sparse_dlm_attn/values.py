@@ -96,7 +96,8 @@ def check_int(name: str, value: object, minimum: int | None = None) -> int:
         raise InvalidTypeError(name, "must be an int", repr(value))
     if minimum is not None and value < minimum:
         raise InvalidArgumentError(name, f"must be at least {minimum}", value)
-    return operator.index(value)
+    # `operator.index` would turn a number that a compiler keeps symbolic into a constant.
+    return value if isinstance(value, int) else operator.index(value)
 
 
 def check_same_place(name: str, value: Array, like_name: str, like: Array) -> None:

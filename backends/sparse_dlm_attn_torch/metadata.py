@@ -302,7 +302,8 @@ def pooled_scores(
         logs = _page_logs(q[:, :, first:last].to(dtype) * scale, k_pages, page_table, page_lengths)
         total = logs.logsumexp(-1) if lse is None else lse[:, :, first:last].to(dtype)
         # Rows whose every score is -inf weigh nothing; they must not become -inf - -inf.
-        mass = (logs - torch.where(total.isneginf(), 0.0, total)[..., None]).exp()
+        # And no mass exceeds 1, whatever the LSE; NaN stays.
+        mass = (logs - torch.where(total.isneginf(), 0.0, total)[..., None]).exp_().clamp_(max=1.0)
         here = slice(first // span, (last - 1) // span + 1)
         sums[:, :, here] += torch.stack([part.sum(2) for part in torch.split(mass, span, dim=2)], dim=2)
     sizes = (tokens - torch.arange(spans, device=q.device) * span).clamp(max=span)

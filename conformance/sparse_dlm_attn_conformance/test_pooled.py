@@ -7,7 +7,7 @@ import pytest
 
 from sparse_dlm_attn_conformance import accuracy
 from sparse_dlm_attn_conformance.cases import Arrays, Case, Host
-from sparse_dlm_attn_conformance.checks import expect_close
+from sparse_dlm_attn_conformance.checks import expect, expect_close
 from sparse_dlm_attn_conformance.laws import law
 from sparse_dlm_attn_conformance.oracle import context_keys, page_mass
 from sparse_dlm_attn_conformance.strategies import cases
@@ -52,3 +52,18 @@ def test_an_lse_over_more_keys_gives_shares_of_it(subject: Subject, case: Case) 
     # Half of a mass is exact; the LSE rounds once more.
     limit = 1e-6 + accuracy.EPS["float32"] * np.abs(np.where(np.isfinite(lse), lse, 0.0)).max(initial=0.0)
     expect_close(twice, whole / 2, 4 * limit, "pooled_scores of an LSE over twice the mass", "POOLED-3")
+
+
+@pytest.mark.clause("POOLED-3")
+@law(case=cases(), share=0.5)
+def test_an_lse_that_is_too_small_gives_no_score_above_1(subject: Subject, case: Case) -> None:
+    arrays = case.arrays(subject.dtype)
+    lse = accuracy.attention(arrays, context_keys(arrays, everything(arrays))).state.lse
+    for missing in (3.0, 500.0):
+        scores = pooled(subject, arrays, lse - missing)
+        # A mean of ones may round; NaN of infinite keys is not meant.
+        largest = scores.max(initial=0.0)
+        expect(
+            not (scores > 1 + 2 * accuracy.EPS["float32"]).any(), "POOLED-3",
+            f"pooled_scores of an LSE that is {missing} too small must not exceed 1; got {largest}",
+        )

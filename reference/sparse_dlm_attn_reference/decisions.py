@@ -85,7 +85,9 @@ def pooled_scores(
                 piece = slice(first, min(first + ROWS_AT_ONCE, rows.stop))
                 of_rows = None if lse is None else lse[b, h, piece].astype(np.float64)
                 mass = _masses(factor * (q[b, h, piece].astype(np.float64) @ k.T), of_rows)
-                total += np.add.reduceat(mass, first_tokens, axis=1).sum(axis=0)
+                of_pages = np.add.reduceat(mass, first_tokens, axis=1)
+                # No mass exceeds 1, even if the LSE is too small; NaN stays.
+                total += np.where(of_pages > 1, 1.0, of_pages).sum(axis=0)
             scores[b, h, start // span, listed] = total / (rows.stop - rows.start)
     return scores.astype(np.float32)
 
@@ -96,7 +98,7 @@ def _masses(logits: FloatArray, lse: FloatArray | None) -> FloatArray:
         peak = logits.max(axis=1, keepdims=True) if lse is None else lse[:, None]
         nothing = np.isneginf(peak)  # every score -inf: no mass, as in an empty context
         exponent = logits - np.where(nothing, 0.0, peak)
-        # No weight exceeds 1; a row whose LSE came out a rounding too small must not either.
+        # An LSE may be far too small, for which exp would overflow.
         mass = np.exp(np.where(exponent > 0, 0.0, exponent))
         return mass if lse is not None else mass / np.where(nothing, 1.0, mass.sum(axis=1, keepdims=True))
 

@@ -10,6 +10,7 @@ from sparse_dlm_attn.context import SUFFIX, Context
 from sparse_dlm_attn.policy import (
     PassInputs,
     PrefixAttentionPolicy,
+    certain,
     check_choice,
     check_count,
     check_flag,
@@ -151,7 +152,7 @@ class BoundRanking(PrefixAttentionPolicy[MemoryT]):
 
     def in_dense_layer(self, inputs: PassInputs[MemoryT]) -> bool:
         """Return whether this layer always reads everything, for all rows."""
-        return inputs.info.layer < self.dense_layers
+        return certain(inputs.info.layer < self.dense_layers)
 
     def reads_everything(self, inputs: PassInputs[MemoryT]) -> bool | Array:
         """Return whether a sequence reads all pages: in dense layers and, if so set, in pass 0."""

@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from mutation import Method, R, broken, with_lengths
+from mutation import Method, R, broken, quiet, with_lengths
 
-from sparse_dlm_attn import PageBounds
+from sparse_dlm_attn import PageBounds, Selection
 from sparse_dlm_attn.values import softmax_scale
 
 
@@ -221,6 +221,22 @@ def pooled_nan_without_context(self: Any, q: Any, c: Any, *, span: int, scale: A
 def pooled_uniform_mass_for_absent_pages(self: Any, q: Any, c: Any, *, span: int, scale: Any = None) -> Any:
     mass = R.pooled_scores(q, c, span=span, scale=scale)
     return np.where((c.page_lengths > 0)[:, None, None], mass, np.float32(1e-3))
+
+
+@broken("POOLED-3", operator="pooled_scores")
+@quiet
+def pooled_weighs_keys_above_1(
+    self: Any, q: Any, c: Any, *, span: int, scale: Any = None, lse: Any = None
+) -> Any:
+    if lse is None:
+        return R.pooled_scores(q, c, span=span, scale=scale)
+    tokens = q.shape[2]
+    active = np.ones((len(q), tokens), bool)
+    own = R.attend_pages(q, c, Selection.all_pages(c, tokens), active, scale=scale).lse.astype(np.float64)
+    more = np.exp(np.where(np.isneginf(own), 0.0, own - lse))[..., None]
+    rows = R.pooled_scores(q, c, span=1, scale=scale) * more
+    means = [rows[:, :, start : start + span].mean(axis=2) for start in range(0, tokens, span)]
+    return np.stack(means, axis=2).astype(np.float32)
 
 
 @scores_mutant("SCORES-1", "GQA-1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -118,3 +119,10 @@ def test_instances_pass_through_and_take_no_options() -> None:
     with pytest.raises(InvalidTypeError, match="must be a name when options are given"):
         get_policy(policy, budget=3)
     assert "dense" in policies()
+
+
+@pytest.mark.parametrize(("get", "name"), [(get_policy, "sparsed:ratio"), (get_backend, "torch:"),
+                                           (get_backend, "reference:speed")])
+def test_a_parameter_without_a_value_is_no_module(get: Callable[[str], object], name: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"name:key=value.*is registered"):
+        get(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -82,3 +83,32 @@ def test_a_layer_compiles_as_one_graph_whatever_the_context_s_length(
         counts.append(counter.frame_count)
     assert counts[0] <= 3  # without memory, with memory, and with any number of passes
     assert counts[1] == counts[2] <= 6  # each once more, with any length
+
+
+@pytest.mark.parametrize(
+    "policy", ["dkv-cache:reload=3", "sparse-dllm", "losa:budget=32", "sparsed:warmup=2"]
+)
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a")  # array-api-compat caches a look-up
+def test_with_symbolic_numbers_no_length_and_no_version_compiles_anew(
+    policy: str, toy_layer: Callable[..., Any]
+) -> None:
+    """A number that the compiler keeps symbolic decides as a plain one does, and is not made a constant."""
+    torch._dynamo.reset()
+    layer = toy_layer(policy, TorchBackend())
+    counter, counts = CompileCounter(), []
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
+    for pages in (20, 24, 36):
+        context = Context.from_dense(*torch.randn(2, 2, 2, pages * 8, 16), 8, version=pages)
+        segments = (torch.arange(pages) > 9).to(torch.int8).expand(2, -1)
+        context = replace(context, page_segments=segments)
+        memories: list[Any] = [None, None]
+        decoded = newly = torch.zeros(2, 8, dtype=torch.bool)
+        for index in range(5):
+            x, info = torch.randn(2, 8, 64), PassInfo(index, index == 4, decoded, newly, total_passes=4)
+            out, memories[0] = compiled(x, context, memories[0], info)
+            wanted, memories[1] = layer(x, context, memories[1], info)
+            torch.testing.assert_close(out, wanted)
+            newly = (torch.rand(2, 8) < 0.3) & ~decoded
+            decoded = decoded | newly
+        counts.append(counter.frame_count)
+    assert counts[0] == counts[1] == counts[2] <= 5
