@@ -10,7 +10,6 @@ from sparse_dlm_attn.arrays import Array
 from sparse_dlm_attn.capabilities import Capabilities, Problem
 from sparse_dlm_attn.checks import check_attend_block, check_attend_pages, check_cached
 from sparse_dlm_attn.context import Context
-from sparse_dlm_attn.errors import InvalidArgumentError, InvalidTypeError
 from sparse_dlm_attn.ranked import RankedPass, RankedResult
 from sparse_dlm_attn.selection import Selection
 from sparse_dlm_attn.values import AttentionState, PageBounds

@@ -45,10 +45,10 @@ def splits_kernel(
 ):  # fmt: skip
     """One program a split, a tile of rows and a KV head: softmax attention over its share of the pages.
 
-    The last programs, one a tile and KV head, attend to the block itself, if there is one: those of pages take
-    longer, and should all start at once. ``PIECES`` splits share a list of pages, each with its part of every
-    page. ``LATER`` says that this is not the first kernel of a pass: what the pass was given is complete,
-    although the kernel before may not be.
+    The last programs, one a tile and KV head, attend to the block itself, if there is one: those of pages
+    take longer, and should all start at once. ``PIECES`` splits share a list of pages, each with its part of
+    every page. ``LATER`` says that this is not the first kernel of a pass: what the pass was given is
+    complete, although the kernel before may not be.
     """
     program, of_pages = tl.program_id(0), pairs * tiles * SPLITS
     of_block, split = program >= of_pages, program % max(SPLITS, 1)

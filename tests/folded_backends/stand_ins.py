@@ -1,8 +1,8 @@
 """Plain PyTorch with the documented contracts of flash-attn's and FlashInfer's functions, for a CPU.
 
 They are as strict as the contracts, and as careless: what lies behind a page's last token is multiplied
-by 0, so that NaN there would show, and so is what lies behind the last key of a request, up to a tile of keys.
-Those of flash-attn return rows of a sum that is NaN as rows of no keys.
+by 0, so that NaN there would show, and so is what lies behind the last key of a request, up to a tile of
+keys. Those of flash-attn return rows of a sum that is NaN as rows of no keys.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from sparse_dlm_attn import Capabilities, Problem
 from sparse_dlm_attn_folded import FlashAttentionBackend, FlashInferBackend
 from sparse_dlm_attn_folded.flash_attn import packed_call, paged_call
 from sparse_dlm_attn_folded.flashinfer import paged_call as planned_call
-
 
 TILE = 128  # keys that a kernel multiplies at a time
 
@@ -103,7 +102,7 @@ class PrefillWrapper:
         out, lse = torch.empty_like(q), torch.empty(q.shape[:2])
         for number in range(len(last)):
             rows = slice(*starts[number : number + 2].tolist())
-            pages = indices[slice(*first[number : number + 2].tolist())].long()  # what is behind is filled with 0
+            pages = indices[slice(*first[number : number + 2].tolist())].long()
             keys, values = (side[pages, 0].flatten(0, 1) for side in cache)
             count = (len(pages) - 1) * self.size + int(last[number])
             out[rows, 0], lse[rows, 0] = softmax(q[rows, 0], keys, values, count, self.scale)
