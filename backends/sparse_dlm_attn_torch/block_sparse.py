@@ -119,12 +119,12 @@ def _joined(
 
     Parameters
     ----------
-    out, masked_out : torch.Tensor
-        ``(batch, q_heads, rows, head_dim)``: whole tiles of rows.
-    lse, masked_lse : torch.Tensor
-        ``(batch, q_heads, rows)``.
-    listed, masked : torch.Tensor
+    out, lse : torch.Tensor
+        ``(batch, q_heads, rows, head_dim)``, whole tiles of rows, and ``(batch, q_heads, rows)``.
+    listed : torch.Tensor
         bool ``(batch, q_heads, tiles, pages)``: what they read.
+    masked_out, masked_lse, masked : torch.Tensor
+        The same of masked pages.
     dead : torch.Tensor or None
         bool ``(batch, q_heads, at least tokens, head_dim)``: what becomes NaN.
     active : torch.Tensor
