@@ -92,12 +92,13 @@ def attend_pages(
     some, every = of_tiles(chosen, span, active)
     (k, of_k), (v, of_v) = (_dense(side, page_table, page_lengths) for side in (k_pages, v_pages))
     missing = some.shape[2] * TILE - q.shape[2]
-    rows = torch.nn.functional.pad(q, (0, 0, 0, missing)) if missing else q.contiguous()
+    rows = (torch.nn.functional.pad(q, (0, 0, 0, missing)) if missing else q).contiguous()
     every &= (page_lengths == TILE)[:, None, None, :] & _harmless(rows, of_k, of_v, scale)
     rest = some & ~every
     read, dead, mixed = v, None, mask.shape[2] > 1 and span % TILE != 0
     if mixed:  # rows of one tile may have selected other pages: a weight of 0 does not stop a NaN
-        read, dead = torch.where(v.isfinite(), v, 0.0), _not_finite(v, chosen, span, group)
+        read = torch.where(v.isfinite(), v, 0.0)
+        dead = _not_finite(v, chosen, span, group)[:, :, : q.shape[2]].contiguous()
     whole = flash_attn_listed(rows, k, v, lists_of(every, TILE), scale)
     masked = _masked_pages(rows, k, read, rest, chosen, span, page_lengths, scale)
     form = (*q.shape, q.dtype, q.device, every.shape[-1], mixed)
@@ -126,7 +127,7 @@ def _joined(
     masked_out, masked_lse, masked : torch.Tensor
         The same of masked pages.
     dead : torch.Tensor or None
-        bool ``(batch, q_heads, at least tokens, head_dim)``: what becomes NaN.
+        bool ``(batch, q_heads, tokens, head_dim)``: what becomes NaN.
     active : torch.Tensor
         bool ``(batch, tokens)``.
     """
@@ -138,7 +139,7 @@ def _joined(
         lses.append(lse_of_part[:, :, :tokens].to(torch.float32).masked_fill(empty, -torch.inf))
     joint, joint_lse = merged(outs, lses)
     if dead is not None:
-        joint = joint.masked_fill(dead[:, :, :tokens], torch.nan)
+        joint = joint.masked_fill(dead, torch.nan)
     return keep_active(joint.to(out.dtype), joint_lse, active)
 
 
@@ -213,7 +214,7 @@ def of_tiles(chosen: torch.Tensor, span: int, active: torch.Tensor) -> Pair:
 def _dense(pages: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor) -> Pair:
     """Return pages copied in reading order, ``(batch, kv_heads, tokens, head_dim)``, and their `_largest`."""
     form = (*pages.shape, *pages.stride(), *table.shape, pages.dtype, pages.device)
-    dense = _compiled(_in_order, form, pages, table, lengths)
+    dense = _compiled(_in_order, form, pages, table.contiguous(), lengths.contiguous())
     return dense, _compiled(_largest, (*dense.shape, dense.dtype, dense.device), dense)
 
 

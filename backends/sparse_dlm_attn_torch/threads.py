@@ -77,8 +77,17 @@ def _dismiss() -> None:
     Where that cannot be done they stop spinning by themselves, somewhat later.
     """
     pause = _pause()
-    if pause is not None and not _forked:  # a forked process has none, and would wait for them
+    # A forked process has none, and would wait for them; it may have been forked before this was imported.
+    if pause is not None and not _forked and _native_threads() > 0:
         pause()
+
+
+def _native_threads() -> int:
+    """Return how many threads of this process are not Python's, 0 where Linux does not tell."""
+    try:
+        return len(os.listdir("/proc/self/task")) - threading.active_count()
+    except OSError:
+        return 0
 
 
 @contextlib.contextmanager

@@ -212,3 +212,23 @@ def test_an_operator_works_while_the_interpreter_ends() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "[0, 1, 2, 3, 4, 5, 6, 7]\n" * 2
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_process_forked_before_the_import_does_not_wait_for_threads_it_has_not() -> None:
+    code = (
+        "import os, signal, torch\n"
+        "torch.set_num_threads(2)\n"
+        "torch.randn(1 << 20).exp_()\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    signal.alarm(30)\n"
+        "    from sparse_dlm_attn_torch.threads import one_thread, run_parts\n"
+        "    done = []\n"
+        "    with one_thread() as count:\n"
+        "        run_parts(done.append, range(8), count - 1)\n"
+        "    os._exit(0 if len(done) == 8 else 1)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "0\n"
