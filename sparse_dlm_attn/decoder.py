@@ -212,11 +212,13 @@ class Decoder:
             )
         if contexts is not None:
             try:
-                contexts = tuple(contexts)
+                given = iter(contexts)
             except TypeError:
                 raise InvalidTypeError(
-                    "contexts", "must be a list of Contexts, one for each layer", type(contexts).__name__
+                    "contexts", "must be a list of Contexts, one for each layer", type(contexts).__name__,
+                    "Pass [context] * num_layers where layers share one.",
                 ) from None
+            contexts = tuple(given)
             for context in contexts:
                 if not isinstance(context, Context):
                     raise InvalidTypeError("contexts", "must hold Contexts", type(context).__name__)
@@ -260,7 +262,8 @@ class Decoder:
         CallOrderError
             If no block has been started, or layers of the pass before are missing.
         InvalidArgumentError, InvalidTypeError
-            If an argument breaks a rule of :class:`PassInfo`.
+            If an argument breaks a rule of :class:`PassInfo`, or ``decoded`` has another shape or library
+            than in the pass before.
         """
         if not self._running:
             raise CallOrderError(

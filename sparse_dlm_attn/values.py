@@ -97,7 +97,7 @@ def check_int(name: str, value: object, minimum: int | None = None) -> int:
     if minimum is not None and value < minimum:
         raise InvalidArgumentError(name, f"must be at least {minimum}", value)
     # `operator.index` would turn a number that a compiler keeps symbolic into a constant.
-    return value if isinstance(value, int) else operator.index(value)
+    return value if type(value) is int else operator.index(value)
 
 
 def check_same_place(name: str, value: Array, like_name: str, like: Array) -> None:

@@ -124,8 +124,10 @@ def packed_call(
         side.index_select(0, requests.pages.long()).flatten(0, 1)[kept][:, None] for side in (pool.k, pool.v)
     )
     # A tile of keys reaches into the next request, whose values count 0 times: 0 x NaN would be NaN.
-    unsafe = (~values.isfinite()).any(dim=-1)[:, 0].cpu()
-    values = values.masked_fill(~values.isfinite(), 0.0) if bool(unsafe.any()) else values
+    finite = values.isfinite()
+    clean = bool(finite.all())
+    if not clean:
+        values = values.masked_fill(~finite, 0.0)
     known = inspect.signature(function).parameters
     options: dict[str, Any] = {"softmax_scale": scale, "causal": False}
     options |= {switch: True for switch in LSE_SWITCHES if switch in known}
@@ -142,9 +144,11 @@ def packed_call(
             "backend 'flash-attn'", [f"this version returns log-sum-exps of shape {tuple(lse.shape)}"],
             "Upgrade it: pip install -U flash-attn (2.6 or newer).",
         )
-    # Requests that do read such values are computed anew.
-    read = torch.nn.functional.pad(unsafe.long().cumsum(0), (1, 0))[starts.long()].diff() > 0
-    again = lse[0].isinf() | read.repeat_interleave(requests.row_starts.diff().long()).to(q.device)
+    again = lse[0].isinf()
+    if not clean:  # requests that do read such values
+        missing = (~finite).flatten(1).any(dim=1).cpu()
+        read = torch.nn.functional.pad(missing.long().cumsum(0), (1, 0))[starts.long()].diff() > 0
+        again |= read.repeat_interleave(requests.row_starts.diff().long()).to(q.device)
     return _unhidden(q, pool, requests, scale, out[:, 0], lse[0], again)
 
 

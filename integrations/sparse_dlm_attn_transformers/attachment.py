@@ -177,8 +177,11 @@ class DiffusionGemmaAttachment(Attachment):
     def __init__(self, model: torch.nn.Module, root: Any) -> None:
         super().__init__(model, root.decoder, [layer.self_attn for layer in root.decoder.layers])
         self.root = root
-        # The outermost module that transformers made: ``model`` may be one that only holds it.
-        self.owner: Any = next(held for held in model.modules() if hasattr(held, "set_attn_implementation"))
+        # The outermost module around it that transformers made: ``model`` may only hold it, and others.
+        self.owner: Any = next(
+            held for held in model.modules()
+            if hasattr(held, "set_attn_implementation") and any(part is root for part in held.modules())
+        )
         self._cached: dict[int, tuple[torch.Tensor, torch.Tensor] | None] = {}
         self._configs: list[Any] = [self.owner.config, root.config, root.config.text_config]
 

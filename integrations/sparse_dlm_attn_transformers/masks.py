@@ -30,7 +30,7 @@ def visible_context(
 ) -> HostArray:
     """Return which tokens of the context a block may read, bool ``(batch, context_tokens)``.
 
-    Reads the mask on the host, so it waits for a device; called once a block.
+    Reads the mask on the host, so it waits for a device.
 
     Parameters
     ----------

@@ -29,9 +29,12 @@ def backends(as_json: AsJson = False) -> None:
     table = Table("backend", "from", "status", "dtypes", "devices", "what it is")
     for record in records:
         facts = record["capabilities"]
+        about = facts.get("notes") or record["summary"]
+        if facts.get("plans_on_host"):
+            about = f"{about.rstrip('.')}; plans on the host."
         table.add_row(
             record["name"], record["distribution"], _status(record), ", ".join(facts.get("dtypes", ())),
-            ", ".join(facts.get("devices", ())), facts.get("notes") or record["summary"],
+            ", ".join(facts.get("devices", ())), about,
         )
     result_console().print(table)
 

@@ -198,6 +198,16 @@ def test_contexts_that_are_no_list_are_refused() -> None:
     decoder.start_block(context for context in [ragged_context(0)])  # type: ignore[arg-type]
 
 
+def test_an_error_of_the_caller_s_own_generator_of_contexts_is_kept() -> None:
+    def broken() -> Any:
+        yield ragged_context(0)
+        raise TypeError("mine")
+
+    with pytest.raises(TypeError, match="mine"):
+        Decoder("dense", layers=2).start_block(broken())
+
+
+
 @pytest.mark.clause("ERROR-1")
 def test_decoded_rows_of_another_shape_or_library_are_refused_and_change_nothing() -> None:
     torch = pytest.importorskip("torch")

@@ -105,6 +105,24 @@ def test_the_lists_are_the_selection(
     torch.testing.assert_close(lse, wanted.lse, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.clause("ATTEND-1")
+def test_any_number_of_spans_and_strides_of_tables_compile_at_one_shape(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """PyTorch's limit is eight forms of what is compiled for a shape."""
+    stand_in(monkeypatch)
+    for span in range(71, 81):  # each pads 140 rows to another length
+        arguments, context = problem(140, [[128, 60], [128, 128]], (2, 2), 2, span)
+        for place in (3, 4):  # page tables and lengths, as views of wider ones
+            wide = torch.zeros(2, span, dtype=torch.int32)
+            wide[:, :2] = arguments[place]
+            arguments[place] = wide[:, :2]
+        out, _ = block_sparse.attend_pages(*arguments)
+        q, mask, active = arguments[0], arguments[5], arguments[7]
+        wanted = get_backend("torch").attend_pages(q, context, Selection(mask, span), active, scale=0.125)
+        torch.testing.assert_close(out, wanted.out, atol=4e-3, rtol=0)
+
+
 @pytest.mark.clause("ATTEND-3")
 def test_a_value_that_is_not_finite_reaches_no_row_of_its_tile_that_did_not_select_it(
     monkeypatch: pytest.MonkeyPatch,

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from tiny_models import (
     CANVAS,
     assert_within_budget,
@@ -303,8 +304,12 @@ def test_a_module_that_holds_the_model_can_be_attached_to(model: Any) -> None:
     class Holder(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
+            self.other = other  # of transformers too, and none of ours
             self.inner = model
 
+    other = transformers.LlamaModel(transformers.LlamaConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=8,
+    ))
     reports: list[PassReport] = []
     with SparseAttention(Holder().eval(), "dense", on_pass=reports.append) as sparse:
         model.generate(input_ids=tokens(1, PROMPT), max_new_tokens=CANVAS, max_denoising_steps=2)
