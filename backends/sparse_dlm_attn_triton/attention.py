@@ -20,7 +20,6 @@ from sparse_dlm_attn_triton.tiles import (
     attend_tiles,
     block_part,
     list_pages,
-    pages_of_tile,
     store_part,
     wanted_pages,
 )
@@ -83,13 +82,16 @@ def splits_kernel(
         token, exists = row % TOKENS, of_group < GROUP
         from_q = q + of_group[:, None] * stride_qh + token[:, None] * stride_qt
         queries = tl.load(from_q + channel[None, :], mask=exists[:, None] & wide, other=0.0)
+    # Which rows are active is an input too, or what `scores_kernel` wrote: two kernels back, and complete.
+    active += sequence * TOKENS
+    block_token = tl.arange(0, BLOCK_T)
+    is_active = tl.load(active + block_token, mask=block_token < TOKENS, other=0) != 0
+    if ROWS == TOKENS:
+        stored = exists & (tl.load(active + token, mask=exists, other=0) != 0)
     if PDL and LATER:
         gdc_wait()
         gdc_launch_dependents()
     mask += sequence * stride_mb + head * stride_mh
-    active += sequence * TOKENS
-    block_token = tl.arange(0, BLOCK_T)
-    is_active = tl.load(active + block_token, mask=block_token < TOKENS, other=0) != 0
     wanted = wanted_pages(
         mask, is_active, block_token, page, stride_mr, stride_ms, pages, spans, span, MASK_ROWS, OWN
     )
@@ -108,7 +110,7 @@ def splits_kernel(
     share, piece = turned // PIECES, turned % PIECES
     entries = scratch + (number * SPLITS + split).to(tl.int64) * 2 * capacity
     logicals = entries + capacity
-    taken, first = list_pages(
+    taken = list_pages(
         wanted, page, page_physical, page_length, 0, share, entries, logicals, SHARES, OWN
     )
     if LONG:
@@ -119,24 +121,20 @@ def splits_kernel(
             more_wanted = wanted_pages(
                 mask, is_active, block_token, more, stride_mr, stride_ms, pages, spans, span, MASK_ROWS, OWN
             )
-            taken, _ = list_pages(
+            taken = list_pages(
                 more_wanted, more, more_physical, more_length, taken, share, entries, logicals, SHARES, OWN
             )
     listed = (taken - share + SHARES - 1) // SHARES
     tl.debug_barrier()  # the list was written by other threads of this program
     PART: tl.constexpr = PAGE_SIZE // PIECES
-    if LONG or PART % BLOCK_N != 0:
-        physical, length = pages_of_tile(entries, 0, listed, PART, BLOCK_N)
-    else:  # the first page is still in registers, and the way through memory is long
-        physical, length = first >> 16, (first & 0xFFFF).to(tl.int32)
     mask_row = mask + (of_group % MASK_ROWS) * stride_mr + (token // span) * stride_ms
     peak, total, mixed = attend_tiles(
-        queries, k_pages + head * stride_kh, v_pages + head * stride_vh, entries, logicals, physical, length,
-        mask_row, exists, channel, 0, listed * PART, listed, piece, stride_kp, stride_kt, stride_vp,
-        stride_vt, scale_log2, PAGE_SIZE, PART, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, OWN, PRECISION, STAGES,
+        queries, k_pages + head * stride_kh, v_pages + head * stride_vh, entries, logicals, mask_row,
+        exists, channel, 0, listed * PART, listed, piece, stride_kp, stride_kt, stride_vp, stride_vt,
+        scale_log2, PAGE_SIZE, PART, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, OWN, PRECISION, STAGES,
     )  # fmt: skip
     if ROWS == TOKENS:
-        exists = exists & (tl.load(active + token, mask=exists, other=0) != 0)
+        exists = stored
     slot_of_row = slots + (of_group * TOKENS + token) * SLOTS + split
     store_part(part_out, part_lse, slot_of_row, exists, peak, total, mixed, scale_log2, channel, HEAD_DIM)
 
@@ -241,6 +239,8 @@ def finish_kernel(
     if KEEP == 2:
         from_before = reference + sequence * stride_rb + head * stride_rh
         before = tl.load(from_before + token[:, None] * stride_rt + channel[None, :], mask=wide, other=0.0)
+    if CONTEXT:  # complete since the kernel before the last
+        is_active = tl.load(active + sequence * TOKENS + token, mask=exists, other=0) != 0
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -254,7 +254,6 @@ def finish_kernel(
         block_out = tl.load(part_out + at_block[:, None] * HEAD_DIM + channel[None, :], mask=wide, other=0.0)
         block_lse = tl.load(part_lse + at_block, mask=exists, other=NOTHING)
     if CONTEXT:
-        is_active = tl.load(active + sequence * TOKENS + token, mask=exists, other=0) != 0
         if SHARED:
             first = tl.load(firsts + pair)
             ready = tl.where(tl.load(counts + pair) > 0, tl.load(lasts + pair) - first + 1, 0)

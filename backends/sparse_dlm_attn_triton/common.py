@@ -7,8 +7,11 @@ import os
 from typing import Any
 
 import torch
+import triton
 
-__all__ = ["INTERPRETED", "bytes_of", "chained", "launched", "lined", "power_of_two", "precision"]
+__all__ = [
+    "INTERPRETED", "bytes_of", "chained", "launched", "lined", "power_of_two", "precision", "shared_memory",
+]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Whether Triton interprets kernels on CPU tensors, as it decided when it was imported."""
@@ -26,6 +29,13 @@ def chained(device: torch.device) -> bool:
     if INTERPRETED or os.environ.get("SDA_TRITON_PDL", "1") == "0":
         return False
     return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Return the bytes of shared memory that a program of the device may use."""
+    number = torch.cuda.current_device() if device.index is None else device.index
+    return int(triton.runtime.driver.active.utils.get_device_properties(number)["max_shared_mem"])
 
 
 def launched(device: torch.device) -> dict[str, Any]:

@@ -182,9 +182,11 @@ def _ordered(scores):
 def _best(keys, wanted, PARTS: tl.constexpr):
     """Return the mask of the ``wanted`` largest keys that are not `ABSENT`, the lowest index first of equals.
 
-    A search for the cut: at least ``wanted`` keys reach ``low``, fewer reach ``high``. Each turn counts above
-    two values between them, in one sum. It ends early where exactly ``wanted`` keys reach one of them, which
-    is the rule unless scores tie.
+    A search for the cut: ``reach_low`` keys reach ``low``, at least as many as wanted, and ``reach_high``, fewer,
+    reach ``high``. Each turn counts above two values between them, in one sum. It ends early where exactly
+    ``wanted`` keys reach one of them, and where all but one of those wanted reach ``high`` or one too many reach
+    ``low``: the key next to that end is the cut then. Three keys in between are few enough for that, and
+    turns that part close neighbours are spared.
 
     It begins at the smallest of the largest keys of ``PARTS`` parts, each what one thread holds: so many keys
     reach it, mostly more than are wanted, and with far less between it and the largest than below.
@@ -196,7 +198,8 @@ def _best(keys, wanted, PARTS: tl.constexpr):
     if tl.sum((largest != ABSENT).to(tl.int32), axis=0) < wanted:
         low = tl.min(tl.where(keys == ABSENT, 0x7FFFFFFE, keys), axis=0)
     high = tl.max(largest, axis=0) + 1
-    while low + 1 < high:
+    reach_low, reach_high = keys.shape[0] + wanted, wanted * 0
+    while (low + 1 < high) & (reach_low != wanted + 1) & (reach_high != wanted - 1):
         width = high.to(tl.int64) - low
         third = tl.maximum((width * 0x5555) >> 16, 1)
         first = (low + third).to(tl.int32)
@@ -204,15 +207,26 @@ def _best(keys, wanted, PARTS: tl.constexpr):
         counts = tl.sum(tl.where(keys >= first, 1, 0) + tl.where(keys >= second, 0x10000, 0), axis=0)
         one, two = counts & 0xFFFF, counts >> 16
         # Which of the three parts holds the cut; a part of width 1 if a value is the cut itself.
-        low, high = (
+        low, high, reach_low, reach_high = (
             tl.where(two > wanted, second, tl.where(two == wanted, second - 1, tl.where(
                      one > wanted, first, tl.where(one == wanted, first - 1, low)))),
             tl.where(two > wanted, high, tl.where(two == wanted, second,
                      tl.where(one > wanted, second, first))),
+            tl.where(two > wanted, two, tl.where(one > wanted, one, reach_low)),
+            tl.where(two > wanted, reach_high, tl.where(one > wanted, two, one)),
         )  # fmt: skip
+    if low + 1 < high:
+        if reach_high == wanted - 1:
+            low = tl.max(tl.where(keys < high, keys, ABSENT), axis=0)
+        else:
+            low = tl.min(tl.where(keys >= low, keys, 0x7FFFFFFE), axis=0)
+        high = low + 1
     above, equal = keys >= high, keys == low
-    room = wanted - tl.sum(above.to(tl.int32), axis=0)
-    if room > 0:  # some that tie with the last one taken are left out
+    counts = tl.sum(tl.where(above, 1, 0) + tl.where(equal, 0x10000, 0), axis=0)
+    room = wanted - (counts & 0xFFFF)
+    if room == counts >> 16:
+        above = above | equal
+    elif room > 0:  # some that tie with the last one taken are left out
         above = above | (equal & (tl.cumsum(equal.to(tl.int32), axis=0) <= room))
     return above
 

@@ -15,6 +15,7 @@ from sparse_dlm_attn_triton.common import (
     lined,
     power_of_two,
     precision,
+    shared_memory,
 )
 from sparse_dlm_attn_triton.launch_decisions import (
     MOST_RANKED,
@@ -47,6 +48,11 @@ than they run. Fewer rows, and rows of many parts, have a program each: what cou
 FINISHED = 4
 MOST_PAIRS = 2048
 """Most pairs of sequence and KV head whose page lists are shared out evenly."""
+FEW_LISTS = 16
+"""Up to so many lists of pages, of a KV head or a tile of its rows, each has at least 16 programs: short ones,
+that gain more from small tiles than tiles lose."""
+ROOMY = 220 << 10
+"""Bytes of shared memory from which on two programs fit a multiprocessor that fetch wide tiles two ahead."""
 MOST_LISTED = 2048
 """Most pages that one turn of a page list takes."""
 Tensor = torch.Tensor
@@ -82,15 +88,24 @@ class Part:
     most_active: int
 
 
-def settings_for(dtype: torch.dtype, head_dim: int, block_m: int) -> Settings:
-    """Return the tile for a problem."""
-    if INTERPRETED:
-        return Settings(block_n=32, programs=8)
+def settings_for(
+    dtype: torch.dtype, head_dim: int, block_m: int, page_size: int, lists: int, room: int
+) -> Settings:
+    """Return the tile for pages of a size, so many lists of them, and bytes of shared memory for a program.
+
+    Tiles that lie in one page are fetched two ahead, smaller ones three ahead. Where a tile spans pages, their
+    numbers are fetched like keys and values, in the turn before, and those one turn ahead.
+    """
+    warps, roomy = 4 if block_m <= 64 else 8, room >= ROOMY
     if dtype == torch.float32:
-        return Settings(block_n=32, stages=2)
+        return Settings(block_n=64 if head_dim <= 128 else 16, warps=8, stages=2)
     if head_dim > 128:
-        return Settings(block_n=32, warps=4 if block_m <= 64 else 8, stages=2)
-    return Settings(warps=4 if block_m <= 64 else 8, stages=2, least_m=64)
+        return Settings(block_n=32, warps=warps, stages=3 if roomy else 2)
+    if page_size % 64 == 0 and lists > FEW_LISTS and roomy:
+        return Settings(warps=warps, stages=3, least_m=64)
+    if page_size % 32 == 0:
+        return Settings(block_n=32, warps=warps, stages=4, least_m=64)
+    return Settings(warps=warps, stages=2, least_m=64)
 
 
 def _rows_of_tile(dtype: torch.dtype, head_dim: int, rows: int) -> int:
@@ -134,9 +149,13 @@ def _grid(q: Tensor, part: Part, kv_heads: int, has_pages: bool) -> _Grid:
     batch, q_heads, tokens, head_dim = q.shape
     group, rows = q_heads // kv_heads, max(min(part.most_active, tokens), 1)
     block_m = _rows_of_tile(q.dtype, head_dim, group * rows)
-    settings = settings_for(q.dtype, head_dim, block_m)
+    pages, page_size = part.page_table.shape[1], part.k_pages.shape[2]
+    lists = batch * kv_heads * triton.cdiv(group * rows, block_m)
+    settings = Settings(block_n=32, programs=8)
+    if not INTERPRETED:
+        room = shared_memory(q.device)
+        settings = settings_for(q.dtype, head_dim, block_m, page_size, lists, room)
     if has_pages:
-        pages, page_size = part.page_table.shape[1], part.k_pages.shape[2]
         sizes = head_dim, page_size, group, tokens, batch * kv_heads, pages * page_size
         settings = chosen(settings, q.device, q.dtype, *sizes)
     block_m = max(block_m, settings.least_m)

@@ -21,7 +21,6 @@ from sparse_dlm_attn_triton.tiles import (
     attend_tiles,
     block_part,
     list_pages,
-    pages_of_tile,
     store_part,
     wanted_pages,
 )
@@ -58,7 +57,7 @@ def lists_kernel(
         wanted = wanted_pages(
             mask, is_active, token, page, stride_mr, stride_ms, pages, spans, span, MASK_ROWS, OWN
         )
-        taken, _ = list_pages(wanted * reading, page, physical, length, taken, 0, entries, logicals, 1, OWN)
+        taken = list_pages(wanted * reading, page, physical, length, taken, 0, entries, logicals, 1, OWN)
     tl.store(counts + pair, taken)
 
 
@@ -129,11 +128,10 @@ def shares_kernel(
         mask_row += (of_group % MASK_ROWS) * stride_mr + (token // span) * stride_ms
         listing = entries + pair.to(tl.int64) * pages
         first = (here - begin) * BLOCK_N
-        physical, length = pages_of_tile(listing, first, listed, PAGE_SIZE, BLOCK_N)
         peak, total, mixed = attend_tiles(
             queries, k_pages + head * stride_kh, v_pages + head * stride_vh,
-            listing, logicals + pair.to(tl.int64) * pages, physical, length, mask_row, exists, channel,
-            first, (stop - begin) * BLOCK_N, listed, 0, stride_kp, stride_kt,
+            listing, logicals + pair.to(tl.int64) * pages, mask_row, exists, channel, first,
+            (stop - begin) * BLOCK_N, listed, 0, stride_kp, stride_kt,
             stride_vp, stride_vt, scale_log2,
             PAGE_SIZE, PAGE_SIZE, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, OWN, PRECISION, STAGES,
         )  # fmt: skip

@@ -54,7 +54,7 @@ def wanted_pages(mask, is_active, token, page, stride_row, stride_span, pages, s
 @triton.jit
 def list_pages(wanted, page, physical, length, taken, share, entries, logicals,
                 SHARES: tl.constexpr, OWN: tl.constexpr):  # fmt: skip
-    """Write those wanted pages that are a share's to its list; return how many all take, and its first.
+    """Write those wanted pages that are a share's to its list; return how many all of them take.
 
     Of the wanted pages that exist, in reading order, a share takes every ``SHARES``-th: no program waits for
     a count, and no share is longer than another by more than one.
@@ -68,15 +68,16 @@ def list_pages(wanted, page, physical, length, taken, share, entries, logicals,
     tl.store(entries + place, entry, mask=mine)
     if OWN:
         tl.store(logicals + place, page.to(tl.int64), mask=mine)
-    return taken + tl.sum(wanted, axis=0), tl.sum(tl.where(mine & (place == 0), entry, 0), axis=0)
+    return taken + tl.sum(wanted, axis=0)
 
 
 @triton.jit
 def pages_of_tile(entries, first, listed, PART: tl.constexpr, BLOCK_N: tl.constexpr):
     """Return physical page and length of the tokens of a tile: scalars where it lies in one page.
 
-    They are fetched a tile ahead. A load whose address waits for another load in the same turn of a loop
-    would halve how far ahead keys and values are fetched.
+    To be called in the turn of a loop that they are for. Carried over from the turn before, they would keep the
+    compiler from fetching keys and values more than one tile ahead: it fetches none earlier than numbers that
+    a turn hands on.
     """
     if PART % BLOCK_N == 0:  # noqa: SIM108 (known at compile time: the types differ)
         place = first // PART
@@ -153,8 +154,8 @@ def block_part(
 
 @triton.jit
 def attend_tiles(
-    queries, k_pages, v_pages, entries, logicals, physical, length, mask_row, exists, channel, begin, end,
-    listed, piece, stride_kp, stride_kt, stride_vp, stride_vt, scale_log2,
+    queries, k_pages, v_pages, entries, logicals, mask_row, exists, channel, begin, end, listed, piece,
+    stride_kp, stride_kt, stride_vp, stride_vt, scale_log2,
     PAGE_SIZE: tl.constexpr, PART: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, OWN: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
@@ -169,6 +170,7 @@ def attend_tiles(
     total = tl.zeros((BLOCK_M,), tl.float32)
     mixed = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for first in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
+        physical, length = pages_of_tile(entries, first, listed, PART, BLOCK_N)
         if PART % BLOCK_N == 0:
             slot = piece * PART + first % PART + tl.arange(0, BLOCK_N)
             from_k = k_pages + physical * stride_kp + slot[:, None] * stride_kt + channel[None, :]
@@ -196,5 +198,4 @@ def attend_tiles(
             mixed = tl.where(hit > 0, float("nan"), mixed)
             values = tl.where(bad, 0.0, values).to(values.dtype)
         mixed = tl.dot(weights.to(values.dtype), values, acc=mixed, input_precision=PRECISION)
-        physical, length = pages_of_tile(entries, first + BLOCK_N, listed, PART, BLOCK_N)
     return peak, total, mixed
