@@ -50,7 +50,7 @@ class Settings:
     stages : int
         Tiles fetched ahead and in use, 1 to 8.
     programs : int
-        Programs to aim for; 264 are two for each multiprocessor of an H100.
+        Programs to aim for; 264 are two for each multiprocessor of an H100 or H200.
     least_m : int
         Fewest rows of a tile: a power of two, 16 to 128; 64 fill the wider tensor-core instruction of Hopper.
 
