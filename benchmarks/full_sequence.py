@@ -23,6 +23,7 @@ import full_sequence_peers as peers
 import torch
 
 from sparse_dlm_attn.policies.sparsed import SparseD
+from sparse_dlm_attn_triton.common import shared_memory
 from sparse_dlm_attn_triton.full_sequence import attend_spans, lists_for
 from sparse_dlm_attn_triton.launch import top_pages
 from sparse_dlm_attn_triton.pooled import pooled_scores
@@ -355,7 +356,8 @@ def main() -> None:
     small_gate()
     for size in (128, 32):
         shapes = [16384] if options.quick else [16384, 65536]
-        tiles = {"attend": attend_tile(torch.bfloat16, DIM, 65536, size, size),
+        room = shared_memory(torch.device("cuda"))
+        tiles = {"attend": attend_tile(torch.bfloat16, DIM, 65536, size, size, room),
                  "pooled": pooled_tile(torch.bfloat16, DIM, 65536, size, size)}
         if options.tune:
             problem = Problem(16384, size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from typing import Any
 
 import torch
@@ -33,7 +34,9 @@ def chained(device: torch.device) -> bool:
 
 @functools.cache
 def shared_memory(device: torch.device) -> int:
-    """Return the bytes of shared memory that a program of the device may use."""
+    """Return the bytes of shared memory that a program of the device may use; interpreted ones use none."""
+    if INTERPRETED:
+        return sys.maxsize
     number = torch.cuda.current_device() if device.index is None else device.index
     return int(triton.runtime.driver.active.utils.get_device_properties(number)["max_shared_mem"])
 

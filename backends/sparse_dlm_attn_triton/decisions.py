@@ -182,11 +182,11 @@ def _ordered(scores):
 def _best(keys, wanted, PARTS: tl.constexpr):
     """Return the mask of the ``wanted`` largest keys that are not `ABSENT`, the lowest index first of equals.
 
-    A search for the cut: ``reach_low`` keys reach ``low``, at least as many as wanted, and ``reach_high``, fewer,
-    reach ``high``. Each turn counts above two values between them, in one sum. It ends early where exactly
-    ``wanted`` keys reach one of them, and where all but one of those wanted reach ``high`` or one too many reach
-    ``low``: the key next to that end is the cut then. Three keys in between are few enough for that, and
-    turns that part close neighbours are spared.
+    A search for the cut: ``reach_low`` keys reach ``low``, at least as many as wanted, and ``reach_high``,
+    fewer, reach ``high``. Each turn counts above two values between them, in one sum. It ends early where
+    exactly ``wanted`` keys reach one of them, and where all but one of those wanted reach ``high`` or one
+    too many reach ``low``: the key next to that end is the cut then. Three keys in between are few enough
+    for that, which spares the turns that part close neighbours.
 
     It begins at the smallest of the largest keys of ``PARTS`` parts, each what one thread holds: so many keys
     reach it, mostly more than are wanted, and with far less between it and the largest than below.

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sparse_dlm_attn_triton.common import shared_memory
 from sparse_dlm_attn_triton.span_lists import SpanLists, span_lists
 from sparse_dlm_attn_triton.span_tiles import LOG2_E, Tile, attend_tile, padded_dim, row_view
 
@@ -199,7 +200,7 @@ def lists_for(
         For a tile of as many rows.
     """
     tokens, span = q.shape[2], min(span, max(q.shape[2], 1))
-    tile = tile or attend_tile(q.dtype, q.shape[3], tokens, span, v_pages.shape[2])
+    tile = tile or attend_tile(q.dtype, q.shape[3], tokens, span, v_pages.shape[2], shared_memory(q.device))
     together = max(min(tile.rows // span, mask.shape[2]), 1)
     return span_lists(v_pages, page_table, page_lengths, mask, span, active, together)
 
@@ -247,7 +248,7 @@ def attend_spans(
         return out.zero_(), lse.fill_(-float("inf"))
     span = min(span, tokens)
     if tile is None:
-        tile = attend_tile(q.dtype, head_dim, tokens, span, page_size)
+        tile = attend_tile(q.dtype, head_dim, tokens, span, page_size, shared_memory(q.device))
         tile = replace(tile, tma=span >= 128 and _can_describe(k_pages, v_pages, tile))
     if lists is None:
         lists = lists_for(q, v_pages, page_table, page_lengths, mask, span, active, tile)

@@ -49,8 +49,8 @@ FINISHED = 4
 MOST_PAIRS = 2048
 """Most pairs of sequence and KV head whose page lists are shared out evenly."""
 FEW_LISTS = 16
-"""Up to so many lists of pages, of a KV head or a tile of its rows, each has at least 16 programs: short ones,
-that gain more from small tiles than tiles lose."""
+"""Up to so many lists of pages, of a KV head or a tile of its rows, each has at least 16 programs: short
+ones, which gain more from being even with small tiles than those lose."""
 ROOMY = 220 << 10
 """Bytes of shared memory from which on two programs fit a multiprocessor that fetch wide tiles two ahead."""
 MOST_LISTED = 2048
@@ -93,8 +93,8 @@ def settings_for(
 ) -> Settings:
     """Return the tile for pages of a size, so many lists of them, and bytes of shared memory for a program.
 
-    Tiles that lie in one page are fetched two ahead, smaller ones three ahead. Where a tile spans pages, their
-    numbers are fetched like keys and values, in the turn before, and those one turn ahead.
+    Tiles that lie in one page are fetched two ahead, smaller ones three ahead. Where a tile spans pages,
+    their numbers are fetched like keys and values, in the turn before, and those one turn ahead.
     """
     warps, roomy = 4 if block_m <= 64 else 8, room >= ROOMY
     if dtype == torch.float32:
@@ -151,10 +151,9 @@ def _grid(q: Tensor, part: Part, kv_heads: int, has_pages: bool) -> _Grid:
     block_m = _rows_of_tile(q.dtype, head_dim, group * rows)
     pages, page_size = part.page_table.shape[1], part.k_pages.shape[2]
     lists = batch * kv_heads * triton.cdiv(group * rows, block_m)
-    settings = Settings(block_n=32, programs=8)
-    if not INTERPRETED:
-        room = shared_memory(q.device)
-        settings = settings_for(q.dtype, head_dim, block_m, page_size, lists, room)
+    settings = settings_for(q.dtype, head_dim, block_m, page_size, lists, shared_memory(q.device))
+    if INTERPRETED:  # a few programs of small tiles show the same
+        settings = Settings(block_n=32, programs=8)
     if has_pages:
         sizes = head_dim, page_size, group, tokens, batch * kv_heads, pages * page_size
         settings = chosen(settings, q.device, q.dtype, *sizes)

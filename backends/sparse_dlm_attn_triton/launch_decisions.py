@@ -8,7 +8,14 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from sparse_dlm_attn_triton.common import bytes_of, launched, lined, power_of_two, precision
+from sparse_dlm_attn_triton.common import (
+    bytes_of,
+    launched,
+    lined,
+    power_of_two,
+    precision,
+    shared_memory,
+)
 from sparse_dlm_attn_triton.decisions import (
     bounds_kernel,
     changes_kernel,
@@ -22,6 +29,8 @@ __all__ = ["MOST_RANKED", "page_bounds", "page_scores", "rank", "top_pages"]
 
 MOST_RANKED = 16384
 """Most pages that one program ranks in registers."""
+WIDE_TILES = 132 << 10
+"""Bytes of shared memory that scores of 32 float32 rows and pages of 256 channels take."""
 Tensor = torch.Tensor
 
 
@@ -65,8 +74,10 @@ def _scores(q: Tensor, lower: Tensor, upper: Tensor, ranking: _Ranking | None, r
     if q.numel() == 0 or (ranking is None and pages == 0):
         return scores
     group, wide = q_heads // kv_heads, q.dtype == torch.float32
-    block_m = min(power_of_two(group * tokens), 32 if wide else 64)
-    block_p = min(power_of_two(pages), 32 if wide or head_dim > 128 else 64)
+    side = 32 if wide or head_dim > 128 else 64
+    if wide and head_dim > 128 and shared_memory(q.device) < WIDE_TILES:
+        side = 16
+    block_m, block_p = min(power_of_two(group * tokens), side if wide else 64), min(power_of_two(pages), side)
     tiles, parts = max(triton.cdiv(pages, block_p), 1), triton.cdiv(group * tokens, block_m)
     grid = (tiles, parts, batch * kv_heads)
     ranks = ranking or _Ranking("", 0, scores, scores, scores, scores, scores, 0)

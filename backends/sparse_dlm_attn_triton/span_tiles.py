@@ -12,6 +12,7 @@ __all__ = ["LOG2_E", "Tile", "attend_tile", "padded_dim", "pooled_tile", "row_vi
 LOG2_E = 1.4426950408889634
 LEAST = 16  # rows, tokens and channels of the smallest matrix product of a tensor core
 MOST_SPANS = 32  # spans that share a tile: one bit each
+WIDE_ROOM = 136 << 10  # bytes of shared memory for 128 rows of 256 channels, with their keys and values
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,9 @@ def _fit(tile: Tile, tokens: int, span: int) -> Tile:
     return replace(tile, rows=max(LEAST, min(rows, most)))
 
 
-def attend_tile(dtype: torch.dtype, head_dim: int, tokens: int, span: int, page_size: int) -> Tile:
+def attend_tile(
+    dtype: torch.dtype, head_dim: int, tokens: int, span: int, page_size: int, room: int
+) -> Tile:
     """Choose the tile of block-sparse attention.
 
     Parameters
@@ -77,17 +80,20 @@ def attend_tile(dtype: torch.dtype, head_dim: int, tokens: int, span: int, page_
         Query rows of the block, and those that share a page list.
     page_size : int
         Tokens a page.
+    room : int
+        Bytes of shared memory that a program may use.
     """
     dim = padded_dim(head_dim)
     if dtype == torch.float32:  # no tensor core computes it exactly enough: products are plain sums
         return _fit(Tile(32 if dim <= 128 else 16, 16, 4, 2), tokens, span)
     if dim > 128:
-        return _fit(Tile(128 if span >= 128 else 64, 32, 8 if span >= 128 else 4, 2), tokens, span)
+        wide = span >= 128 and room >= WIDE_ROOM
+        return _fit(Tile(128 if wide else 64, 32, 8 if wide else 4, 2), tokens, span)
     return _fit(Tile(64, 64, 4, 3 if span >= 128 else 2), tokens, span)
 
 
 def pooled_tile(dtype: torch.dtype, head_dim: int, tokens: int, span: int, page_size: int) -> Tile:
-    """Choose the tile of the selection sweep; parameters as those of `attend_tile`."""
+    """Choose the tile of the selection sweep; parameters as those of `attend_tile`, any GPU has the room."""
     dim = padded_dim(head_dim)
     if dtype == torch.float32:
         return _fit(Tile(32 if dim <= 128 else 16, 32, 4, 2), tokens, span)
