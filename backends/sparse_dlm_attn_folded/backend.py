@@ -176,21 +176,29 @@ class FoldedBackend(Backend):
         """Run the kernel on the rows of the requests; all other rows are empty."""
         flat = q.reshape(-1, q.shape[3])
         given = flat[requests.rows].contiguous()
-        part, part_lse = self._checked(self.run(given, pool, requests, scale), tuple(given.shape))
+        part, part_lse = self._checked(self.run(given, pool, requests, scale), given)
         out = torch.zeros_like(flat).index_copy(0, requests.rows, part.to(q.dtype))
         lse = torch.full((flat.shape[0],), -math.inf, dtype=torch.float32, device=q.device)
         lse = lse.index_copy(0, requests.rows, part_lse.to(torch.float32))
         return AttentionState(out.view(q.shape), lse.view(q.shape[:3]))
 
-    def _checked(self, result: Any, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _checked(self, result: Any, given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what `run` returned if it is what it owes: whoever writes a kernel may not have seen it."""
+        where, shape = f"run() of backend {self.name!r}", tuple(given.shape)
+        rule = f"must return tensors out {shape} and lse {shape[:1]}, a row each for those of q"
+        remedy = "Return (out, lse), lse with natural logarithm."
         parts = result if isinstance(result, tuple | list) else [result]
-        got = [tuple(part.shape) if isinstance(part, torch.Tensor) else type(part).__name__ for part in parts]
+        kinds = [type(part).__name__ for part in parts]
+        if len(parts) != 2 or not all(isinstance(part, torch.Tensor) for part in parts):
+            raise InvalidTypeError(where, rule, ", ".join(kinds), remedy)
+        got = [tuple(part.shape) for part in parts]
         if got != [shape, shape[:1]]:
-            raise InvalidTypeError(
-                f"run() of backend {self.name!r}",
-                f"must return tensors out {shape} and lse {shape[:1]}, a row each for those of q",
-                ", ".join(map(str, got)), "Return (out, lse), lse with natural logarithm.",
+            raise InvalidArgumentError(where, rule, ", ".join(map(str, got)), remedy)
+        places = {str(part.device) for part in parts}
+        if places != {str(given.device)}:
+            raise InvalidArgumentError(
+                where, f"must return tensors on {given.device}, as q is", ", ".join(sorted(places)),
+                "Compute where the arguments lie.",
             )
         return parts[0], parts[1]
 

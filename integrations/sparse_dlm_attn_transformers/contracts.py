@@ -90,8 +90,14 @@ class ModuleContract:
             if not session.running:
                 return original(*args, **kwargs)
             # By name, lest a cache that is given by position be overlooked.
-            given = {**signature.bind_partial(module, *args).arguments, **kwargs}
+            given = dict(signature.bind_partial(module, *args).arguments)
             given.pop(next(iter(signature.parameters)))  # self
+            if twice := given.keys() & kwargs.keys():
+                raise InvalidArgumentError(
+                    min(twice), f"must be given to {type(module).__name__} once",
+                    "one by position and one by name",
+                )
+            given |= kwargs
             for name in self.refused:
                 if given.get(name) is not None and given[name] is not False:
                     raise InvalidArgumentError(

@@ -186,7 +186,14 @@ class SparseAttention:
         -------
         SparseAttention or None
             For instance to call its `detach` where the variable that held it is gone.
+
+        Raises
+        ------
+        InvalidTypeError
+            If ``model`` is not a module.
         """
+        if not isinstance(model, torch.nn.Module):
+            raise InvalidTypeError("model", "must be a torch.nn.Module", type(model).__name__)
         found = (sessions[module]() for module in model.modules() if module in sessions)
         return next(found, None)
 

@@ -52,8 +52,12 @@ def test_a_log_sum_exp_left_in_base_2_is_noticed() -> None:
     )
 
 
-@pytest.mark.parametrize("owed", ["nothing", "no lse", "fewer channels", "an axis too many"])
-def test_a_kernel_that_returns_something_else_is_told_what_it_owes(owed: str) -> None:
+@pytest.mark.parametrize(
+    ("owed", "kind"),
+    [("nothing", InvalidTypeError), ("no lse", InvalidTypeError), ("fewer channels", InvalidArgumentError),
+     ("an axis too many", InvalidArgumentError), ("another device", InvalidArgumentError)],
+)
+def test_a_kernel_that_returns_something_else_is_told_what_it_owes(owed: str, kind: type[Exception]) -> None:
     import stand_ins
 
     class Wrong(stand_ins.Planned):
@@ -61,12 +65,13 @@ def test_a_kernel_that_returns_something_else_is_told_what_it_owes(owed: str) ->
             out, lse = super().run(*arguments)
             return {
                 "nothing": None, "no lse": out, "fewer channels": (out[:, :3], lse),
-                "an axis too many": (out, lse[:, None]),
+                "an axis too many": (out, lse[:, None]), "another device": (out.to("meta"), lse),
             }[owed]
 
     q, k, v = (torch.randn(1, heads, 4, 16) for heads in (4, 2, 2))
     cache = torch.randn(2, 1, 2, 32, 16)
-    with pytest.raises(InvalidTypeError, match=r"run\(\) of backend .* must return tensors.*natural log"):
+    said = "must return tensors on cpu.*meta" if owed == "another device" else "tensors out.*natural log"
+    with pytest.raises(kind, match=rf"run\(\) of backend .*{said}"):
         PrefixAttention("dense", Wrong())(q, k, v, Context.from_dense(cache[0], cache[1], 16))
 
 

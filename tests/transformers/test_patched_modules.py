@@ -388,12 +388,17 @@ def test_arguments_given_by_position_are_not_overlooked() -> None:
                     stack(rows(BLOCK, 1), past_key_values=cache)
                 continue
             own = stack(rows(BLOCK, 1), past_key_values=cache)
+            twice = r"hidden_states must be given to SDARAttention once"
+            with sparse.block(), pytest.raises(InvalidArgumentError, match=twice):
+                stack.layers[0].self_attn(rows(BLOCK, 1), hidden_states=rows(BLOCK, 1))
             with sparse.block():
                 torch.testing.assert_close(stack(rows(BLOCK, 1), past_key_values=cache), own)
 
 
 def test_what_is_attached_can_be_found_by_its_model(model: Any) -> None:
     assert SparseAttention.of(model) is None
+    with pytest.raises(InvalidTypeError, match=r"model must be a torch\.nn\.Module; got str"):
+        SparseAttention.of("a name")  # type: ignore[arg-type]
     SparseAttention(model, "dense")  # nobody keeps it
     with pytest.raises(CallOrderError, match=r"only one attached.*SparseAttention\.of\(model\)"):
         SparseAttention(model, "dense")

@@ -250,6 +250,18 @@ def test_without_the_interpreter_a_cpu_is_refused() -> None:
     assert "TRITON_INTERPRET=1" in run.stderr
 
 
+@pytest.mark.clause("ERROR-2")
+def test_an_old_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparse_dlm_attn_triton.launch.INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(UnavailableError, match=r"capability is 7\.5, and kernels need 8\.0.*torch"):
+        TritonBackend("cuda:0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert TritonBackend("cuda:0").device == "cuda:0"
+
+
 @pytest.mark.clause("CAPS-1")
 def test_capabilities_name_every_reason() -> None:
     declared = BACKEND.capabilities
