@@ -17,8 +17,9 @@ except ImportError as error:
         "Install it: pip install 'sparse_dlm_attn[transformers]'.",
     ) from error
 
+from sparse_dlm_attn_transformers.block_state import PassReport
 from sparse_dlm_attn_transformers.contracts import CONTRACTS, ModuleContract
 from sparse_dlm_attn_transformers.interface import NAME, register
-from sparse_dlm_attn_transformers.session import PassReport, SparseAttention
+from sparse_dlm_attn_transformers.session import SparseAttention
 
 __all__ = ["CONTRACTS", "NAME", "ModuleContract", "PassReport", "SparseAttention", "register"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
@@ -15,85 +14,20 @@ from sparse_dlm_attn import (
     CallOrderError,
     Context,
     Decoder,
-    DecoderPass,
     InvalidArgumentError,
     InvalidTypeError,
     PrefixAttentionPolicy,
     StaleMemoryError,
-    Traffic,
 )
-from sparse_dlm_attn.arrays import to_numpy
 from sparse_dlm_attn.policy import check_count
 from sparse_dlm_attn.runs import largest_page_size
 from sparse_dlm_attn_transformers.attachment import Attachment, attachment_for
+from sparse_dlm_attn_transformers.block_state import BlockState, LayerState, PassReport
 from sparse_dlm_attn_transformers.caches import cached_layer
 from sparse_dlm_attn_transformers.interface import sessions
 from sparse_dlm_attn_transformers.masks import visible_context
 
-__all__ = ["PassReport", "SparseAttention"]
-
-
-@dataclass(frozen=True, eq=False)
-class PassReport:
-    """What a pass read.
-
-    Parameters
-    ----------
-    block, index : int
-        Block since attaching and pass within it, from 0.
-    is_save : bool
-        Whether the pass wrote the block's keys and values.
-    traffic : tuple of Traffic
-        One a layer.
-    """
-
-    block: int
-    index: int
-    is_save: bool
-    traffic: tuple[Traffic, ...]
-
-    @property
-    def density(self) -> float:
-        """Share of context tokens loaded, the mean over layers and sequences. Waits for a device."""
-        return float(np.mean([to_numpy(traffic.density).mean() for traffic in self.traffic]))
-
-    @property
-    def bytes_read(self) -> float:
-        """Bytes of pages and metadata, over layers and sequences. Waits for a device."""
-        return float(sum(to_numpy(traffic.bytes_read).sum() for traffic in self.traffic))
-
-    @property
-    def dense_bytes(self) -> float:
-        """What the dense policy would have read. Waits for a device."""
-        return float(sum(to_numpy(traffic.dense_bytes).sum() for traffic in self.traffic))
-
-
-@dataclass(eq=False)
-class _Layer:
-    """What a layer reads while a block lasts: the cache's own tensors, the pages that view them, the mask."""
-
-    keys: torch.Tensor
-    context: Context
-    mask: Any
-    valid: np.ndarray[Any, Any]
-
-
-@dataclass(eq=False)
-class _BlockState:
-    """All that belongs to a block, beside the memories: dropped when it ends.
-
-    ``announced`` is a pass that `SparseAttention.next_pass` has begun and whose forward pass is still to
-    come, ``running`` the one whose layers run now, ``reportable`` one that is over and has not been reported.
-    ``mask`` is what the running pass was called with, ``masks`` what has been read of it and of others in
-    this pass.
-    """
-
-    announced: DecoderPass | None = None
-    running: DecoderPass | None = None
-    reportable: DecoderPass | None = None
-    mask: Any = None
-    layers: dict[int, _Layer] = field(default_factory=dict)
-    masks: dict[tuple[int, int], tuple[Any, np.ndarray[Any, Any]]] = field(default_factory=dict)
+__all__ = ["SparseAttention"]
 
 
 class SparseAttention:
@@ -161,7 +95,7 @@ class SparseAttention:
                 "backend", "must compute on tensors of PyTorch, as models of transformers do",
                 repr(computes.name), "Pass 'torch', or 'triton' on a GPU.",
             )
-        self._state = _BlockState()
+        self._state = BlockState()
         self._attachment.attach(self)
 
     def __repr__(self) -> str:
@@ -240,7 +174,7 @@ class SparseAttention:
                 "Make another SparseAttention(model, ...).",
             )
         self.decoder.start_block(total_passes=total_passes)
-        self._state = _BlockState()
+        self._state = BlockState()
 
     def next_pass(self, decoded: torch.Tensor | None = None, *, is_save: bool = False) -> None:
         """Say something about the next forward pass; without this call it is one more denoising pass.
@@ -275,7 +209,7 @@ class SparseAttention:
             self._report()
         finally:
             self.decoder.finish_block()
-            self._state = _BlockState()
+            self._state = BlockState()
 
     @contextmanager
     def block(self, *, total_passes: int | None = None) -> Iterator[None]:
@@ -392,7 +326,7 @@ class SparseAttention:
             valid = self._visible(mask, q, int(keys.shape[2]))
             size = largest_page_size(valid, self.page_size)
             context = Context.from_dense(keys, values, size, valid=valid, version=self.decoder.blocks)
-            layer = self._state.layers[number] = _Layer(keys, context, mask, valid)
+            layer = self._state.layers[number] = LayerState(keys, context, mask, valid)
         elif layer.keys.shape != keys.shape or (keys.numel() and layer.keys.data_ptr() != keys.data_ptr()):
             raise StaleMemoryError(
                 f"the cache of layer {number} changed in the middle of a block: {tuple(layer.keys.shape)} "
@@ -402,7 +336,7 @@ class SparseAttention:
             self._check_same_mask(layer, mask, q)
         return layer.context
 
-    def _check_same_mask(self, layer: _Layer, mask: Any, q: torch.Tensor) -> None:
+    def _check_same_mask(self, layer: LayerState, mask: Any, q: torch.Tensor) -> None:
         """Raise if another mask than the first pass's hides other tokens, where that can be seen at no wait.
 
         A mask on a device is read only where the first pass had none.

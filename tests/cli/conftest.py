@@ -1,4 +1,4 @@
-"""Runs the command line as users do: through the interpreter, in a process of its own."""
+"""Runs the command line as users do, in a process of its own, or in this one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from sparse_dlm_attn.cli import main
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -50,3 +52,25 @@ def plugins(tmp_path: Path) -> Callable[..., dict[str, str]]:
         return {"PYTHONPATH": str(folder)}
 
     return install
+
+
+@pytest.fixture
+def in_an_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start there, with a wide terminal."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.delenv("SDA_TRACEBACK", raising=False)
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[str, str]]:
+    """Return a function that runs the program in this process and returns (stdout, stderr)."""
+
+    def run_here(*arguments: str, code: int = 0) -> tuple[str, str]:
+        result = main(arguments)
+        captured = capsys.readouterr()
+        assert result == code, captured.err
+        assert "Traceback" not in captured.err
+        return captured.out, captured.err
+
+    return run_here

@@ -1,55 +1,25 @@
-"""`decode`, `show` and `evaluate`: output, options, and every kind of bad input."""
+"""`decode` and `show`: output, options, and every kind of bad input."""
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import sparse_dlm_attn_tiny
-from sparse_dlm_attn.cli import main
-from sparse_dlm_attn_tiny import tables
-
-Run = Callable[..., "subprocess.CompletedProcess[str]"]
-SHORT = ("--task", "single-key", "--length", "256")
-SHIPPED = Path(sparse_dlm_attn_tiny.__file__).parent / "data" / "tiny.safetensors"
-
-
-@pytest.fixture(autouse=True)
-def in_an_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "160")
-    monkeypatch.delenv("SDA_TRACEBACK", raising=False)
-    yield
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[str, str]]:
-    """Return a function that runs the program in this process and returns (stdout, stderr)."""
-
-    def run_here(*arguments: str, code: int = 0) -> tuple[str, str]:
-        result = main(arguments)
-        captured = capsys.readouterr()
-        assert result == code, captured.err
-        assert "Traceback" not in captured.err
-        return captured.out, captured.err
-
-    return run_here
-
 
 Call = Callable[..., tuple[str, str]]
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+pytestmark = pytest.mark.usefixtures("in_an_empty_directory")
+SHORT = ("--task", "single-key", "--length", "256")
+SHIPPED = Path(sparse_dlm_attn_tiny.__file__).parent / "data" / "tiny.safetensors"
 
 
 def test_decode_prints_a_table_with_every_default_policy(call: Call) -> None:
@@ -277,194 +247,3 @@ def test_missing_matplotlib_is_named_with_its_remedy_before_any_work(
     for arguments in (["show"], ["evaluate", "--plot", "p.png"]):
         _, err = call(*arguments, code=2)
         assert "matplotlib is not installed" in err and "sparse_dlm_attn[plot]" in err
-
-
-@pytest.mark.parametrize(("name", "lines"), [("losa", 19), ("sparsed", 15)])
-def test_a_table_of_a_paper_is_numbers_json_and_a_picture(
-    call: Call, tmp_path: Path, name: str, lines: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = tables.TABLES[name]
-    monkeypatch.setitem(tables.TABLES, name, replace(whole, tasks=("single-key",)))
-    options = ("--table", name, "--prompts", "1", "--length", "128", "--out", "t.json")
-    out, _ = call("evaluate", *options, "--json")
-    cells = json.loads(out)
-    assert len(cells) == lines
-    by_label = {cell["label"]: cell for cell in cells if cell["budget"] in (None, 16)}
-    dense = by_label["dense"]
-    assert dense["exact"] == dense["prompts"] == 1
-    assert dense["density"] == dense["pair_share"] == dense["row_share"] == 1
-    report = json.loads((tmp_path / "t.json").read_text())
-    assert report["cells"] == cells
-    assert report["table"]["tasks"] == ["single-key"] and report["environment"]["numpy"]
-    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
-    if name == "losa":
-        never = by_label["dense pass 0, never refreshed"]
-        assert never["later_density"] == 0 and never["density"] == pytest.approx(1 / 9, rel=0.02)
-        assert by_label["QUEST, dense pass 0"]["density"] > by_label["QUEST"]["density"]
-    else:
-        assert by_label["Fast-dLLM, dual"]["row_share"] <= by_label["Fast-dLLM, prefix"]["row_share"] < 1
-        assert by_label["SparseD"]["row_share"] == 1 > by_label["SparseD"]["pair_share"]
-        assert by_label["0.05 - skipping"]["pair_share"] < by_label["SparseD, share 0.05"]["pair_share"]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [(["--table", "quest"], "unknown table 'quest'"), (["--table", "losa", "--policy", "dense"], "--policy"),
-     (["--table", "losa", "--full"], "--full"), (["--table", "losa", "--budget", "8"], "--budget"),
-     (["--table", "sparsed", "--length", "7"], "length")],
-)
-def test_a_table_fixes_what_it_compares(call: Call, tmp_path: Path, options: list[str], message: str) -> None:
-    out, err = call("evaluate", *options, code=2)
-    assert out == "" and message in " ".join(err.split())
-    assert os.listdir(tmp_path) == []
-
-
-QUICK = ("--length", "256", "--prompts", "1", "--task", "single-key", "--budget", "64", "--workers", "1")
-
-
-def test_evaluate_writes_scores_parameters_and_versions(call: Call, tmp_path: Path) -> None:
-    out, err = call("evaluate", *QUICK, "--policy", "losa", "--policy", "flashblock", "--json")
-    scores = json.loads(out)
-    assert [score["policy"] for score in scores] == ["dense", "losa:budget=64", "flashblock"]
-    report = json.loads((tmp_path / "evaluation.json").read_text())
-    assert report["scores"] == scores
-    assert report["scores"][1]["parameters"]["active"] == 5
-    assert report["evaluation"]["seed"] == 0 and report["environment"]["numpy"]
-    assert len(report["prompts"]) == 1 and len(report["prompts"][0]["results"]) == 3
-    assert "seeds from 0" in err
-
-
-def test_evaluate_gives_the_same_scores_with_several_processes(call: Call, tmp_path: Path) -> None:
-    def scores(workers: str) -> list[dict[str, Any]]:
-        call(
-            "evaluate", "--length", "256", "--prompts", "2", "--task", "single-key", "--budget", "64",
-            "--policy", "losa", "--workers", workers, "--out", f"{workers}.json",
-        )
-        found = json.loads((tmp_path / f"{workers}.json").read_text())["scores"]
-        return [{key: value for key, value in score.items() if key != "seconds"} for score in found]
-
-    assert scores("1") == scores("2")
-
-
-def test_evaluate_exits_with_1_below_what_was_required(call: Call, tmp_path: Path) -> None:
-    call("evaluate", *QUICK, "--policy", "dense", "--require", "dense=0")
-    # The window cannot hold the fact, so no model answers exactly through it except by chance.
-    _, err = call(
-        "evaluate", *QUICK, "--seed", "5", "--policy", "sliding-window:window=1", "--require",
-        "sliding-window:window=1=1", code=1,
-    )
-    assert "required 100 %" in err
-    assert (tmp_path / "evaluation.json").exists(), "the report is written all the same"
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--prompts", "0"], "--prompts must be at least 1; got 0"),
-        (["--prompts", "1000000000"], "--prompts must be at most 10000"),
-        (["--workers", "-1"], "--workers must be at least 1"),
-        (["--budget", "0"], "--budget must be at least 1"),
-        (["--task", "singlekey"], "did you mean 'single-key'?"),
-        (["--policy", "lossa"], "did you mean 'losa'?"),
-        (["--backend", "referense"], "did you mean 'reference'?"),
-        (["--length", "100"], "--length"),
-        (["--length", "32768"], "at most 16384"),
-        (["--require", "dense"], "--require must be written POLICY=SHARE"),
-        (["--require", "dense=2"], "--require must lie in 0..1"),
-        (["--require", "sparse=0.5"], "unknown policy in --require 'sparse'"),
-        (["--out", "missing/evaluation.json"], "does not exist"),
-        (["--out", "."], "is a directory"),
-        (["--weights", "missing.safetensors"], "no such file"),
-        (["--steps", "2", "--threshold", "0.5"], "must not be given together"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_evaluate_refuses_bad_input_before_any_work(
-    call: Call, tmp_path: Path, options: list[str], message: str
-) -> None:
-    out, err = call("evaluate", *options, code=2)
-    assert out == "" and message in " ".join(err.split())
-    assert os.listdir(tmp_path) == []
-
-
-@contextlib.contextmanager
-def evaluating(folder: Path, workers: str) -> Iterator[subprocess.Popen[str]]:
-    """Start a long evaluation in a group of its own, which ends with the test whatever happens."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "sparse_dlm_attn", "evaluate", "--length", "4096", "--prompts", "50",
-         "--workers", workers],
-        stderr=subprocess.PIPE, text=True, cwd=folder, start_new_session=True,
-        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
-        # Tests that run in the background of a shell inherit that interrupts are ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-
-
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_an_interrupted_evaluation_ends_at_once_and_leaves_nothing(tmp_path: Path, workers: str) -> None:
-    with evaluating(tmp_path, workers) as process:
-        assert process.stderr is not None
-        assert "100 prompts" in process.stderr.readline()
-        time.sleep(2)
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process
-        _, err = process.communicate(timeout=30)
-    assert process.returncode == 130, err
-    assert "interrupted" in err and "Traceback" not in err
-    assert os.listdir(tmp_path) == []
-
-
-def test_workers_end_when_the_evaluation_is_killed(tmp_path: Path) -> None:
-    with evaluating(tmp_path, "2") as process:
-        assert process.stderr is not None
-        assert "2 processes" in process.stderr.readline()
-        time.sleep(2)  # by now the workers run
-        process.kill()
-        process.wait()
-        process.stderr.close()
-        deadline = time.monotonic() + 30
-        with pytest.raises(ProcessLookupError):  # nobody is left in the group
-            while time.monotonic() < deadline:
-                os.killpg(process.pid, 0)
-                time.sleep(0.1)
-
-
-def torch_options(command: str) -> tuple[str, ...]:
-    pytest.importorskip("torch", reason="PyTorch is not installed")
-    own = ("--json",) if command == "decode" else (
-        "--prompts", "1", "--workers", "1", "--out", "found.json"
-    )
-    return (command, *SHORT, "--policy", "losa", "--budget", "64", "--steps", "1", *own)
-
-
-@pytest.mark.parametrize("command", ["decode", "evaluate"])
-@pytest.mark.parametrize(("backend", "path"), [("torch", "gather"), ("torch:attention=masked", "masked"),
-                                               ("reference", "reference")])
-def test_results_say_which_path_the_backend_took(command: str, backend: str, path: str, call: Call) -> None:
-    device = ("--device", "cpu") if backend != "reference" else ()
-    out, _ = call(*torch_options(command), "--backend", backend, *device)
-    text = out if command == "decode" else Path("found.json").read_text(encoding="utf-8")
-    environment = json.loads(text)["environment"]
-    assert environment["attention_path"] == path
-    assert environment["backend_notes"]
-    assert device == () or environment["backend"].endswith("device=cpu")
-
-
-@pytest.mark.clause("ERROR-1")
-@pytest.mark.parametrize("command", ["decode", "evaluate"])
-def test_a_device_that_is_not_there_is_an_error_with_a_remedy(command: str, call: Call) -> None:
-    options = torch_options(command)
-    import torch
-
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU here")
-    _, problem = call(*options, "--backend", "torch", "--device", "cuda", code=2)
-    assert "on device 'cuda'" in problem and "use device='cpu'" in problem
-    _, problem = call(*options, "--backend", "torch", "--device", "gpu", code=2)
-    assert "must be 'cpu', 'cuda' or 'cuda:<number>'" in problem
-    _, problem = call(*options, "--backend", "reference", "--device", "cpu", code=2)
-    assert "device" in problem
