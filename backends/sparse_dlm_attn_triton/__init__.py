@@ -48,9 +48,7 @@ from sparse_dlm_attn_triton import launch, ops, settings
 
 __all__ = ["TritonBackend"]
 
-OLDEST = {"PyTorch": (torch.__version__, (2, 5)), "Triton": (triton.__version__, (3, 4))}
-OLDEST_GPU = 8, 0
-"""Compute capability from which on there are asynchronous copies and bfloat16."""
+OLDEST = {"PyTorch": (torch.__version__, (2, 5)), "Triton": (triton.__version__, (3, 5))}
 DTYPES = ("bfloat16", "float16", "float32")
 OTHERS = ("int8", "int32", "int64", "bool", "float64")
 MOST = 256
@@ -302,12 +300,5 @@ def _check_device(device: object) -> torch.device:
     if chosen.index is not None and chosen.index >= torch.cuda.device_count():
         raise InvalidArgumentError(
             "device", f"must name one of {torch.cuda.device_count()} GPUs, from cuda:0", repr(device)
-        )
-    have = torch.cuda.get_device_capability(chosen)
-    if have < OLDEST_GPU:
-        raise UnavailableError(
-            f"backend 'triton' on device {str(device)!r}",
-            ["its compute capability is {}.{}, and kernels need {}.{}".format(*have, *OLDEST_GPU)],
-            "Use another GPU, or backend 'torch' or 'reference'.",
         )
     return chosen

@@ -239,7 +239,7 @@ def finish_kernel(
     if KEEP == 2:
         from_before = reference + sequence * stride_rb + head * stride_rh
         before = tl.load(from_before + token[:, None] * stride_rt + channel[None, :], mask=wide, other=0.0)
-    if CONTEXT:  # complete since the kernel before the last
+    if CONTEXT:  # complete since the kernel before the last; without pages there is none, and no use for it
         is_active = tl.load(active + sequence * TOKENS + token, mask=exists, other=0) != 0
     if PDL:
         gdc_wait()

@@ -10,12 +10,16 @@ from typing import Any
 import torch
 import triton
 
+from sparse_dlm_attn.errors import UnavailableError
+
 __all__ = [
     "INTERPRETED", "bytes_of", "chained", "launched", "lined", "power_of_two", "precision", "shared_memory",
 ]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Whether Triton interprets kernels on CPU tensors, as it decided when it was imported."""
+OLDEST_GPU = 8, 0
+"""Compute capability from which on there are asynchronous copies and bfloat16."""
 Tensor = torch.Tensor
 
 
@@ -26,10 +30,24 @@ def power_of_two(number: int, least: int = 16) -> int:
 
 @functools.cache
 def chained(device: torch.device) -> bool:
-    """Return whether kernels may start while the previous one ends (programmatic dependent launch)."""
-    if INTERPRETED or os.environ.get("SDA_TRITON_PDL", "1") == "0":
+    """Return whether kernels may start while the previous one ends (programmatic dependent launch).
+
+    Raises
+    ------
+    UnavailableError
+        If the GPU is too old for the kernels. Not when a backend is made: to ask a GPU initialises CUDA, and
+        processes cannot be forked any more.
+    """
+    if INTERPRETED:
         return False
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+    have = torch.cuda.get_device_capability(device)
+    if have < OLDEST_GPU:
+        raise UnavailableError(
+            f"backend 'triton' on device {str(device)!r}",
+            ["its compute capability is {}.{}, and kernels need {}.{}".format(*have, *OLDEST_GPU)],
+            "Use another GPU, or backend 'torch' or 'reference'.",
+        )
+    return have >= (9, 0) and os.environ.get("SDA_TRITON_PDL", "1") != "0"
 
 
 @functools.cache

@@ -191,7 +191,8 @@ def _best(keys, wanted, PARTS: tl.constexpr):
     It begins at the smallest of the largest keys of ``PARTS`` parts, each what one thread holds: so many keys
     reach it, mostly more than are wanted, and with far less between it and the largest than below.
     """
-    each: tl.constexpr = min(4, keys.shape[0] // PARTS)  # neighbours that a thread loads together
+    # Neighbours that a thread loads together. A builtin min would be no constant to Triton 3.5.
+    each: tl.constexpr = 4 if keys.shape[0] >= 4 * PARTS else keys.shape[0] // PARTS
     parted = tl.reshape(keys, (keys.shape[0] // (PARTS * each), PARTS, each))
     largest = tl.max(tl.max(parted, axis=2), axis=0)
     low = tl.min(tl.where(largest == ABSENT, 0x7FFFFFFE, largest), axis=0)

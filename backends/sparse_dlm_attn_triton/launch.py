@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -19,6 +19,7 @@ from sparse_dlm_attn_triton.common import (
 )
 from sparse_dlm_attn_triton.launch_decisions import (
     MOST_RANKED,
+    WIDE_TILES,
     page_bounds,
     page_scores,
     rank,
@@ -34,6 +35,7 @@ __all__ = [
     "MOST_ROWS",
     "Part",
     "attend",
+    "lined",
     "page_bounds",
     "page_scores",
     "rank",
@@ -49,10 +51,11 @@ FINISHED = 4
 MOST_PAIRS = 2048
 """Most pairs of sequence and KV head whose page lists are shared out evenly."""
 FEW_LISTS = 16
-"""Up to so many lists of pages, of a KV head or a tile of its rows, each has at least 16 programs: short
-ones, which gain more from being even with small tiles than those lose."""
+"""Up to so many lists of pages, of a KV head or a tile of its rows, each has 16 programs or more by default:
+short shares, which gain more from being even with small tiles than those lose."""
 ROOMY = 220 << 10
-"""Bytes of shared memory from which on two programs fit a multiprocessor that fetch wide tiles two ahead."""
+"""Bytes of shared memory from which on two programs fit a multiprocessor that fetch tiles of 64 tokens two
+ahead, for 64 rows of 128 channels; larger ones have it to themselves, and were faster with this depth too."""
 MOST_LISTED = 2048
 """Most pages that one turn of a page list takes."""
 Tensor = torch.Tensor
@@ -93,12 +96,15 @@ def settings_for(
 ) -> Settings:
     """Return the tile for pages of a size, so many lists of them, and bytes of shared memory for a program.
 
-    Tiles that lie in one page are fetched two ahead, smaller ones three ahead. Where a tile spans pages,
-    their numbers are fetched like keys and values, in the turn before, and those one turn ahead.
+    Where two programs of a multiprocessor have the room, tiles that lie in one page are fetched two ahead,
+    smaller ones three. Others are fetched one ahead: float32, tiles that span pages, heads of many channels
+    on GPUs with less shared memory.
     """
     warps, roomy = 4 if block_m <= 64 else 8, room >= ROOMY
     if dtype == torch.float32:
-        return Settings(block_n=64 if head_dim <= 128 else 16, warps=8, stages=2)
+        return Settings(
+            block_n=16 if head_dim > 128 else 64 if room >= WIDE_TILES else 32, warps=8, stages=2
+        )
     if head_dim > 128:
         return Settings(block_n=32, warps=warps, stages=3 if roomy else 2)
     if page_size % 64 == 0 and lists > FEW_LISTS and roomy:
@@ -185,7 +191,7 @@ def _splits(
     has_pages: bool,
 ) -> Parts:
     batch, q_heads, tokens, head_dim = q.shape
-    k, v = map(lined, block) if block is not None else (q, q)
+    k, v = block if block is not None else (q, q)
     page_size, (spans, pages) = part.k_pages.shape[2], part.mask.shape[2:]
     settings, tiles, splits = grid.settings, grid.tiles, 0
     if has_pages:
@@ -202,10 +208,10 @@ def _splits(
     )
     capacity = triton.cdiv(pages, max(splits // pieces, 1))
     scratch = torch.empty(grid.pairs * tiles * splits * 2 * capacity, dtype=torch.int64, device=q.device)
-    mask = lined(part.mask)
+    mask = part.mask
     splits_kernel[(slots * tiles * grid.pairs,)](
-        q, part.k_pages, part.v_pages, part.page_table.contiguous(), part.page_lengths.contiguous(),
-        bytes_of(mask), bytes_of(part.active.contiguous()), k, v, parts.out, parts.lse, scratch,
+        q, part.k_pages, part.v_pages, part.page_table, part.page_lengths,
+        bytes_of(mask), bytes_of(part.active), k, v, parts.out, parts.lse, scratch,
         *q.stride()[:3], *part.k_pages.stride()[:3], *part.v_pages.stride()[:3],
         *_mask_strides(mask, grid), *k.stride()[:3], *v.stride()[:3], scale * LOG2_E,
         grid.pairs // batch, grid.pairs, tiles, pages, spans, min(part.span, tokens), capacity,
@@ -213,7 +219,7 @@ def _splits(
         TOKENS=tokens, GROUP=grid.group, ROWS=grid.rows, SPLITS=splits, SLOTS=slots,
         MASK_ROWS=grid.mask_rows, OWN=grid.mask_rows > 1 or spans > 1, PAGE_SIZE=page_size,
         HEAD_DIM=head_dim, BLOCK_M=grid.block_m, BLOCK_N=settings.block_n,
-        BLOCK_K=min(power_of_two(k.shape[2]), 32), BLOCK_P=min(power_of_two(pages), MOST_LISTED),
+        BLOCK_K=_keys_of_tile(k.shape[2], head_dim), BLOCK_P=min(power_of_two(pages), MOST_LISTED),
         BLOCK_T=power_of_two(tokens) if splits else 16, BLOCK_D=padded_dim(head_dim),
         LONG=pages > MOST_LISTED, PIECES=pieces, LATER=later, PRECISION=precision(q),
         STAGES=settings.stages, num_warps=settings.warps, **launched(q.device),
@@ -231,14 +237,14 @@ def _shares(
     q: Tensor, block: tuple[Tensor, Tensor] | None, part: Part, scale: float, grid: _Grid
 ) -> Parts:
     batch, _, tokens, head_dim = q.shape
-    k, v = map(lined, block) if block is not None else (q, q)
+    k, v = block if block is not None else (q, q)
     page_size, spans, pages = part.k_pages.shape[2], part.mask.shape[2], part.mask.shape[3]
     pairs, settings, own = grid.pairs, grid.settings, grid.mask_rows > 1 or spans > 1
-    mask, active = bytes_of(lined(part.mask)), bytes_of(part.active.contiguous())
+    mask, active = bytes_of(part.mask), bytes_of(part.active)
     entries, logicals = torch.empty((2, pairs, pages), dtype=torch.int64, device=q.device)
     counts, firsts, lasts = torch.empty((3, pairs), dtype=torch.int32, device=q.device)
     lists_kernel[(pairs,)](
-        mask, active, part.page_table.contiguous(), part.page_lengths.contiguous(), entries, logicals,
+        mask, active, part.page_table, part.page_lengths, entries, logicals,
         counts, *_mask_strides(mask, grid), pairs // batch, pages, spans, min(part.span, tokens),
         TOKENS=tokens, MASK_ROWS=grid.mask_rows, OWN=own, PAGE_SIZE=page_size,
         BLOCK_P=min(power_of_two(pages), MOST_LISTED), BLOCK_T=power_of_two(tokens),
@@ -259,11 +265,16 @@ def _shares(
         pairs // batch, pages, min(part.span, tokens), pairs, programs, blocks, k.shape[2] if blocks else 0,
         TOKENS=tokens, GROUP=grid.group, ROWS=grid.rows, MASK_ROWS=grid.mask_rows, OWN=own,
         PAGE_SIZE=page_size, HEAD_DIM=head_dim, BLOCK_M=grid.block_m, BLOCK_N=settings.block_n,
-        BLOCK_K=min(power_of_two(k.shape[2]), 32), BLOCK_L=power_of_two(pairs), BLOCK_T=power_of_two(tokens),
+        BLOCK_K=_keys_of_tile(k.shape[2], head_dim), BLOCK_L=power_of_two(pairs), BLOCK_T=power_of_two(tokens),
         BLOCK_D=padded_dim(head_dim), PRECISION=precision(q), STAGES=settings.stages,
         num_warps=settings.warps, **launched(q.device),
     )  # fmt: skip
     return parts
+
+
+def _keys_of_tile(keys: int, head_dim: int) -> int:
+    """Return how many keys of the block to multiply at a time."""
+    return min(power_of_two(keys), 32 if head_dim <= 128 else 16)
 
 
 def _pieces(page_size: int, block_n: int, splits: int) -> int:
@@ -336,11 +347,18 @@ def attend(
     if state_out.numel() == 0:
         return out, state_out, state_lse, kept
     kv_heads = block[0].shape[1] if part is None else part.k_pages.shape[1]  # type: ignore[index]
-    parts = _parts(q, block, part, scale, kv_heads, later=later, ragged=ragged)
-    shared = parts.counts is not None
+    # Copies, if there have to be any, before the first launch: see `attend_ranked`.
     old = tuple(map(lined, cached)) if cached is not None else (q, state_lse)
     before = q if reference is None else lined(reference)
-    active = q if part is None else bytes_of(part.active.contiguous())
+    block = None if block is None else (lined(block[0]), lined(block[1]))
+    if part is not None:
+        part = replace(
+            part, page_table=part.page_table.contiguous(), page_lengths=part.page_lengths.contiguous(),
+            mask=lined(part.mask), active=part.active.contiguous(),
+        )
+    parts = _parts(q, block, part, scale, kv_heads, later=later, ragged=ragged)
+    shared = parts.counts is not None
+    active = q if part is None else bytes_of(part.active)
     several = not shared and parts.splits <= 8 and batch * q_heads * tokens >= MANY_ROWS
     rows = min(power_of_two(tokens, 1), FINISHED) if several else 1
     finish_kernel[(triton.cdiv(tokens, rows), q_heads, batch)](

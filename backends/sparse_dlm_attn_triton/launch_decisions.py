@@ -30,7 +30,8 @@ __all__ = ["MOST_RANKED", "page_bounds", "page_scores", "rank", "top_pages"]
 MOST_RANKED = 16384
 """Most pages that one program ranks in registers."""
 WIDE_TILES = 132 << 10
-"""Bytes of shared memory that scores of 32 float32 rows and pages of 256 channels take."""
+"""Bytes of shared memory that suffice for scores of 32 float32 rows and pages of 256 channels, and for
+attention of 64 such keys of 128 channels that rows choose for themselves."""
 Tensor = torch.Tensor
 
 
@@ -157,13 +158,14 @@ def rank(
     rule = "all" if reference is None else "mass" if count is None else "count"
     rows = min(max(count, 1), tokens) if rule == "count" and count is not None else tokens
     order = torch.empty((batch, rows), dtype=torch.int32, device=q.device)
-    q = lined(q)
+    # Copies before the first launch: see `attend_ranked`.
+    q, bounds, page_lengths = lined(q), (lined(bounds[0]), lined(bounds[1])), page_lengths.contiguous()
     changes = order if reference is None else _changes(q, lined(reference))
     limit = _constant(float(mass or 0.0), q.device)
     ranking = _Ranking(rule, count or 0, limit, changes, active, order, mask, heads * spans)
     scores = _scores(q, *bounds, ranking, rows)
     select_kernel[(rows, q_heads, batch)](
-        scores, order, page_lengths.contiguous(), bytes_of(mask), q_heads, pages, heads * spans, budget,
+        scores, order, page_lengths, bytes_of(mask), q_heads, pages, heads * spans, budget,
         bought, TOKENS=tokens, ROWS=rows, **search_sizes(pages), **launched(q.device),
     )  # fmt: skip
     return active, mask

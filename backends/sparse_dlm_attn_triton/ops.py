@@ -225,6 +225,13 @@ def attend_ranked(
         Output, ``out`` and ``lse`` of the context part, active rows bool ``(batch, tokens)``, pages bool
         ``(batch, kv_heads or q_heads, 1 or tokens, pages)``, kept queries (empty if nothing is kept).
     """
+    # Copies, if there have to be any, before the first launch: later kernels read what a pass was given
+    # before they wait for the kernel in front of them.
+    q, k, v, lower, upper = (launch.lined(tensor) for tensor in (q, k, v, lower, upper))
+    reference = None if reference is None else launch.lined(reference)
+    page_table, page_lengths = page_table.contiguous(), page_lengths.contiguous()
+    cached = _cached(cached_out, cached_lse)
+    cached = None if cached is None else (launch.lined(cached[0]), launch.lined(cached[1]))
     active, mask = launch.rank(
         q, (lower, upper), page_lengths, reference, count, mass, budget, pages, union
     )
@@ -234,8 +241,7 @@ def attend_ranked(
     part = launch.Part(k_pages, v_pages, page_table, page_lengths, mask, span, active, most)
     kind = "queries" if keep == "active_queries" and reference is None else keep
     out, *state, kept = launch.attend(
-        q, (k, v), part, _cached(cached_out, cached_lse), scale, KEEP[kind], reference, later=True,
-        ragged=ragged,
+        q, (k, v), part, cached, scale, KEEP[kind], reference, later=True, ragged=ragged,
     )
     return out, state[0], state[1], active, mask, kept
 

@@ -75,8 +75,8 @@ def list_pages(wanted, page, physical, length, taken, share, entries, logicals,
 def pages_of_tile(entries, first, listed, PART: tl.constexpr, BLOCK_N: tl.constexpr):
     """Return physical page and length of the tokens of a tile: scalars where it lies in one page.
 
-    To be called in the turn of a loop that they are for. Handed on from the turn before, they would keep
-    the compiler from fetching keys and values ahead: it overlaps nothing with what a turn waits for.
+    To be called in the turn of a loop that they are for. Loads masked by ``listed`` and handed on from the
+    turn before became asynchronous copies that each turn waited for, and keys and values with them.
     """
     if PART % BLOCK_N == 0:  # noqa: SIM108 (known at compile time: the types differ)
         place = first // PART

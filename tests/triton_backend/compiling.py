@@ -35,8 +35,8 @@ def empty(dtype: str, *sizes: int) -> torch.Tensor:
     return torch.empty(sizes, dtype=getattr(torch, dtype))
 
 
-def a_pass(shape: Shape, own: bool = False, ragged: bool = False) -> None:
-    """Launch a LoSA pass; with ``own`` every row keeps the pages that it chose."""
+def a_pass(shape: Shape, own: bool = False, ragged: bool = False, rows: int = 5) -> None:
+    """Launch a LoSA pass of so many active rows; with ``own`` each keeps the pages that it chose."""
     pages = shape.context // shape.page_size
     q = empty(shape.dtype, shape.batch, shape.q_heads, shape.tokens, shape.head_dim)
     k = empty(shape.dtype, shape.batch, shape.kv_heads, shape.tokens, shape.head_dim)
@@ -44,9 +44,9 @@ def a_pass(shape: Shape, own: bool = False, ragged: bool = False) -> None:
     pool = empty(shape.dtype, shape.batch * pages, shape.kv_heads, shape.page_size, shape.head_dim)
     table = empty("int32", shape.batch, pages)
     active, mask = launch.rank(
-        q, bounds, table, q, 5, None, 512, 512 // shape.page_size, "row" if own else "kv_head"
+        q, bounds, table, q, rows, None, 512, 512 // shape.page_size, "row" if own else "kv_head"
     )
-    part = launch.Part(pool, pool, table, table, mask, 1 if own else shape.tokens, active, 5)
+    part = launch.Part(pool, pool, table, table, mask, 1 if own else shape.tokens, active, rows)
     cached = q, empty("float32", *q.shape[:3])
     launch.attend(q, (k, k), part, cached, 0.1, 1, q, later=True, ragged=ragged)
 
@@ -64,14 +64,19 @@ def a_sequence(dtype: str, head_dim: int, page_size: int, tokens: int = 1024, he
 PROBLEMS: dict[str, Callable[[], None]] = {
     "page 64": partial(a_pass, Shape()),
     "page 64, 64 lists": partial(a_pass, Shape(batch=8)),
-    "page 64, 64 lists, 32 rows": partial(a_pass, Shape(batch=8, tokens=32)),
+    "page 64, 64 lists, 32 rows": partial(a_pass, Shape(batch=8, tokens=32), rows=32),
     "page 64, ragged": partial(a_pass, Shape(batch=8), ragged=True),
     "page 64, own pages": partial(a_pass, Shape(), own=True),
     "page 16": partial(a_pass, Shape(page_size=16)),
     "page 16, own pages": partial(a_pass, Shape(page_size=16), own=True),
     "head size 256": partial(a_pass, Shape(head_dim=256)),
     "head size 256, own pages": partial(a_pass, Shape(head_dim=256), own=True),
+    "head size 256, 32 rows": partial(a_pass, Shape(head_dim=256, tokens=32), rows=32),
     "float32": partial(a_pass, Shape(dtype="float32")),
+    "float32, own pages": partial(a_pass, Shape(dtype="float32"), own=True),
+    "float32, head size 256, 32 rows": partial(
+        a_pass, Shape(dtype="float32", head_dim=256, tokens=32), rows=32
+    ),
     "float32, head size 256, own pages": partial(a_pass, Shape(dtype="float32", head_dim=256), own=True),
     "sequence, span 128": partial(a_sequence, "bfloat16", 128, 128),
     "sequence, span 32": partial(a_sequence, "bfloat16", 128, 32),
@@ -80,12 +85,12 @@ PROBLEMS: dict[str, Callable[[], None]] = {
 }
 
 
-def launches(problem: Callable[[], None]) -> dict[JITFunction[Any], Call]:
+def launches(problem: Callable[[], None]) -> list[tuple[JITFunction[Any], Call]]:
     """Return the kernels that a problem launches, and with what."""
-    calls: dict[JITFunction[Any], Call] = {}
+    calls: list[tuple[JITFunction[Any], Call]] = []
 
     def run(self: JITFunction[Any], *given: Any, grid: Any, warmup: bool, **named: Any) -> None:
-        calls[self] = given, named
+        calls.append((self, (given, named)))
 
     real = JITFunction.run
     JITFunction.run = run
@@ -115,20 +120,22 @@ def source(kernel: JITFunction[Any], call: Call) -> tuple[ASTSource, dict[str, A
             signature[parameter.name] = "*" + TYPES[value.dtype]
         else:
             signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-        if isinstance(value, torch.Tensor) or (whole and value % 16 == 0):
+        if isinstance(value, torch.Tensor) or (
+            whole and value % 16 == 0 and not parameter.do_not_specialize
+        ):
             attributes[(place,)] = [["tt.divisibility", 16]]
     options = {name: value for name, value in named.items() if name not in kernel.arg_names}
     return ASTSource(kernel, signature, constants, attributes), options
 
 
 def main(capability: int, shared: int, names: list[str]) -> None:
-    """Compile the kernels of some problems, each once."""
+    """Compile the kernels of some problems."""
     common.chained = lambda device: capability >= 90
     for module in (full_sequence, launch, launch_decisions):
         module.shared_memory = lambda device: shared
     found: dict[str, dict[str, Any]] = {}
     for name in names or PROBLEMS:
-        for kernel, call in launches(PROBLEMS[name]).items():
+        for kernel, call in launches(PROBLEMS[name]):
             made, options = source(kernel, call)
             compiled = compile(made, target=GPUTarget("cuda", capability, 32), options=options)
             waits = re.findall(r"async_wait[^\n]*\{num = (\d+)", compiled.asm["ttgir"])

@@ -41,7 +41,7 @@ from sparse_dlm_attn_conformance.cases import Case  # noqa: E402
 from sparse_dlm_attn_conformance.operations import OPERATORS, arrays_in, prepare  # noqa: E402
 from sparse_dlm_attn_conformance.subjects import Subject  # noqa: E402
 from sparse_dlm_attn_conformance.tables import RankedRule  # noqa: E402
-from sparse_dlm_attn_triton import TritonBackend, launch, ops  # noqa: E402
+from sparse_dlm_attn_triton import TritonBackend, common, launch, ops  # noqa: E402
 
 # The interpreter computes with NumPy, which warns where a GPU has NaN and infinity as results.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -252,14 +252,15 @@ def test_without_the_interpreter_a_cpu_is_refused() -> None:
 
 @pytest.mark.clause("ERROR-2")
 def test_an_old_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sparse_dlm_attn_triton.launch.INTERPRETED", False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    with pytest.raises(UnavailableError, match=r"capability is 7\.5, and kernels need 8\.0.*torch"):
-        TritonBackend("cuda:0")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert TritonBackend("cuda:0").device == "cuda:0"
+    monkeypatch.setattr(common, "INTERPRETED", False)
+    for number, have in enumerate([(7, 5), (8, 0), (9, 0)]):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, have=have: have)
+        device = torch.device("cuda", 90 + number)  # answers are kept for each
+        if have < (8, 0):
+            with pytest.raises(UnavailableError, match=r"capability is 7\.5, and kernels need 8\.0.*torch"):
+                common.chained(device)
+        else:
+            assert common.chained(device) == (have >= (9, 0))
 
 
 @pytest.mark.clause("CAPS-1")

@@ -36,12 +36,12 @@ def test_every_kernel_compiles_and_fits(capability: int) -> None:
         "changes_kernel", "scores_kernel", "select_kernel", "splits_kernel", "shares_kernel", "lists_kernel",
         "finish_kernel", "_attend", "_pool", "_sweep_lse", "_list_pages",
     }
-    if capability != 90:
-        return
 
 
 def test_tiles_are_fetched_ahead_on_hopper() -> None:
     """What may be on its way while a tile is multiplied: keys and values of the next one, or of the next two.
+
+    ``_attend`` in the form without tensor descriptors, which other GPUs and narrow spans take.
 
     A compiler that cannot fetch ahead waits for everything, and says nothing.
     """
@@ -51,7 +51,8 @@ def test_tiles_are_fetched_ahead_on_hopper() -> None:
         "head size 256: splits_kernel": 2, "sequence, span 128: _attend": 2,
     }
     found = compiled(90, *(name.split(": ")[0] for name in ahead))
-    assert {name: found[name]["waits"][-2] for name in ahead} == ahead
+    # The last loop's wait, and the one for everything behind it.
+    assert {name: found[name]["waits"][-2:] for name in ahead} == {name: [n, 0] for name, n in ahead.items()}
     # Two programs share a multiprocessor, 1 KiB of each taken by the driver.
     for name in ("page 64: splits_kernel", "page 64, 64 lists: splits_kernel"):
         assert 2 * (found[name]["shared"] + 1024) <= 228 << 10
