@@ -265,7 +265,8 @@ def _shares(
         pairs // batch, pages, min(part.span, tokens), pairs, programs, blocks, k.shape[2] if blocks else 0,
         TOKENS=tokens, GROUP=grid.group, ROWS=grid.rows, MASK_ROWS=grid.mask_rows, OWN=own,
         PAGE_SIZE=page_size, HEAD_DIM=head_dim, BLOCK_M=grid.block_m, BLOCK_N=settings.block_n,
-        BLOCK_K=_keys_of_tile(k.shape[2], head_dim), BLOCK_L=power_of_two(pairs), BLOCK_T=power_of_two(tokens),
+        BLOCK_K=_keys_of_tile(k.shape[2], head_dim),
+        BLOCK_L=power_of_two(pairs), BLOCK_T=power_of_two(tokens),
         BLOCK_D=padded_dim(head_dim), PRECISION=precision(q), STAGES=settings.stages,
         num_warps=settings.warps, **launched(q.device),
     )  # fmt: skip
