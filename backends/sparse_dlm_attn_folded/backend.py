@@ -188,9 +188,8 @@ class FoldedBackend(Backend):
         rule = f"must return tensors out {shape} and lse {shape[:1]}, a row each for those of q"
         remedy = "Return (out, lse), lse with natural logarithm."
         parts = result if isinstance(result, tuple | list) else [result]
-        kinds = [type(part).__name__ for part in parts]
         if len(parts) != 2 or not all(isinstance(part, torch.Tensor) for part in parts):
-            raise InvalidTypeError(where, rule, ", ".join(kinds), remedy)
+            raise InvalidTypeError(where, rule, ", ".join(type(part).__name__ for part in parts), remedy)
         got = [tuple(part.shape) for part in parts]
         if got != [shape, shape[:1]]:
             raise InvalidArgumentError(where, rule, ", ".join(map(str, got)), remedy)

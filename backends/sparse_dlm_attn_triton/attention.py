@@ -98,6 +98,7 @@ def splits_kernel(
     if ROWS < TOKENS:
         token, found = active_rows(is_active, block_token, row, ROWS)
         exists = found & (of_group < GROUP)
+        stored = exists
         from_q = q + of_group[:, None] * stride_qh + token[:, None] * stride_qt
         queries = tl.load(from_q + channel[None, :], mask=exists[:, None] & wide, other=0.0)
     if tl.max(is_active.to(tl.int32), axis=0) == 0:
@@ -133,10 +134,8 @@ def splits_kernel(
         exists, channel, 0, listed * PART, listed, piece, stride_kp, stride_kt, stride_vp, stride_vt,
         scale_log2, PAGE_SIZE, PART, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, OWN, PRECISION, STAGES,
     )  # fmt: skip
-    if ROWS == TOKENS:
-        exists = stored
     slot_of_row = slots + (of_group * TOKENS + token) * SLOTS + split
-    store_part(part_out, part_lse, slot_of_row, exists, peak, total, mixed, scale_log2, channel, HEAD_DIM)
+    store_part(part_out, part_lse, slot_of_row, stored, peak, total, mixed, scale_log2, channel, HEAD_DIM)
 
 
 @triton.jit

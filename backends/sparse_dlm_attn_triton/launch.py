@@ -19,7 +19,6 @@ from sparse_dlm_attn_triton.common import (
 )
 from sparse_dlm_attn_triton.launch_decisions import (
     MOST_RANKED,
-    WIDE_TILES,
     page_bounds,
     page_scores,
     rank,
@@ -27,7 +26,7 @@ from sparse_dlm_attn_triton.launch_decisions import (
 )
 from sparse_dlm_attn_triton.settings import Settings, chosen
 from sparse_dlm_attn_triton.shares import lists_kernel, shares_kernel
-from sparse_dlm_attn_triton.span_tiles import LOG2_E, padded_dim
+from sparse_dlm_attn_triton.span_tiles import LOG2_E, WIDE_ROOM, padded_dim
 
 __all__ = [
     "INTERPRETED",
@@ -103,7 +102,7 @@ def settings_for(
     warps, roomy = 4 if block_m <= 64 else 8, room >= ROOMY
     if dtype == torch.float32:
         return Settings(
-            block_n=16 if head_dim > 128 else 64 if room >= WIDE_TILES else 32, warps=8, stages=2
+            block_n=16 if head_dim > 128 else 64 if room >= WIDE_ROOM else 32, warps=8, stages=2
         )
     if head_dim > 128:
         return Settings(block_n=32, warps=warps, stages=3 if roomy else 2)

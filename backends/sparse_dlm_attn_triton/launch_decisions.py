@@ -23,15 +23,12 @@ from sparse_dlm_attn_triton.decisions import (
     select_kernel,
     top_kernel,
 )
-from sparse_dlm_attn_triton.span_tiles import padded_dim
+from sparse_dlm_attn_triton.span_tiles import WIDE_ROOM, padded_dim
 
 __all__ = ["MOST_RANKED", "page_bounds", "page_scores", "rank", "top_pages"]
 
 MOST_RANKED = 16384
 """Most pages that one program ranks in registers."""
-WIDE_TILES = 132 << 10
-"""Bytes of shared memory that suffice for scores of 32 float32 rows and pages of 256 channels, and for
-attention of 64 such keys of 128 channels that rows choose for themselves."""
 Tensor = torch.Tensor
 
 
@@ -51,7 +48,7 @@ def page_bounds(k_pages: Tensor, page_table: Tensor, page_lengths: Tensor) -> tu
 
 def page_scores(q: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
     """Return the QUEST bound of every row and page, float32 ``(batch, q_heads, tokens, pages)``."""
-    return _scores(q, lower, upper, None, q.shape[2])
+    return _scores(lined(q), lined(lower), lined(upper), None, q.shape[2])
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,13 +67,12 @@ class _Ranking:
 
 def _scores(q: Tensor, lower: Tensor, upper: Tensor, ranking: _Ranking | None, rows: int) -> Tensor:
     (batch, q_heads, tokens, head_dim), (_, kv_heads, pages, _) = q.shape, lower.shape
-    q, lower, upper = lined(q), lined(lower), lined(upper)
     scores = torch.empty((batch, q_heads, rows, pages), dtype=torch.float32, device=q.device)
     if q.numel() == 0 or (ranking is None and pages == 0):
         return scores
     group, wide = q_heads // kv_heads, q.dtype == torch.float32
     side = 32 if wide or head_dim > 128 else 64
-    if wide and head_dim > 128 and shared_memory(q.device) < WIDE_TILES:
+    if wide and head_dim > 128 and shared_memory(q.device) < WIDE_ROOM:
         side = 16
     block_m, block_p = min(power_of_two(group * tokens), side if wide else 64), min(power_of_two(pages), side)
     tiles, parts = max(triton.cdiv(pages, block_p), 1), triton.cdiv(group * tokens, block_m)

@@ -29,7 +29,7 @@ CACHED = "Tensor? cached_out, Tensor? cached_lse"
 
 
 def _cached(out: Tensor | None, lse: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    return None if out is None or lse is None else (out, lse)
+    return None if out is None or lse is None else (launch.lined(out), launch.lined(lse))
 
 
 @torch.library.custom_op(
@@ -227,11 +227,10 @@ def attend_ranked(
     """
     # Copies, if there have to be any, before the first launch: later kernels read what a pass was given
     # before they wait for the kernel in front of them.
-    q, k, v, lower, upper = (launch.lined(tensor) for tensor in (q, k, v, lower, upper))
+    q, k, v = launch.lined(q), launch.lined(k), launch.lined(v)
     reference = None if reference is None else launch.lined(reference)
     page_table, page_lengths = page_table.contiguous(), page_lengths.contiguous()
     cached = _cached(cached_out, cached_lse)
-    cached = None if cached is None else (launch.lined(cached[0]), launch.lined(cached[1]))
     active, mask = launch.rank(
         q, (lower, upper), page_lengths, reference, count, mass, budget, pages, union
     )

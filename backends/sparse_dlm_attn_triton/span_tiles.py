@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 import torch
 import triton
 
-__all__ = ["LOG2_E", "Tile", "attend_tile", "padded_dim", "pooled_tile", "row_view"]
+__all__ = ["LOG2_E", "WIDE_ROOM", "Tile", "attend_tile", "padded_dim", "pooled_tile", "row_view"]
 
 LOG2_E = 1.4426950408889634
 LEAST = 16  # rows, tokens and channels of the smallest matrix product of a tensor core
 MOST_SPANS = 32  # spans that share a tile: one bit each
-WIDE_ROOM = 136 << 10  # bytes of shared memory for 128 rows of 256 channels, with their keys and values
+WIDE_ROOM = 136 << 10  # bytes of shared memory for the widest tiles, which 99 KiB do not hold
 
 
 @dataclass(frozen=True)

@@ -139,9 +139,9 @@ def main(capability: int, shared: int, names: list[str]) -> None:
             made, options = source(kernel, call)
             compiled = compile(made, target=GPUTarget("cuda", capability, 32), options=options)
             waits = re.findall(r"async_wait[^\n]*\{num = (\d+)", compiled.asm["ttgir"])
-            found[f"{name}: {kernel.__name__}"] = {
-                "shared": compiled.metadata.shared, "waits": [int(number) for number in waits],
-            }
+            key = f"{name}: {kernel.__name__}"
+            assert key not in found, f"{key} is launched twice: one of them would be lost"
+            found[key] = {"shared": compiled.metadata.shared, "waits": [int(number) for number in waits]}
     print(json.dumps(found))
 
 

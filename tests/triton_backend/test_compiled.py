@@ -41,9 +41,8 @@ def test_every_kernel_compiles_and_fits(capability: int) -> None:
 def test_tiles_are_fetched_ahead_on_hopper() -> None:
     """What may be on its way while a tile is multiplied: keys and values of the next one, or of the next two.
 
-    ``_attend`` in the form without tensor descriptors, which other GPUs and narrow spans take.
-
-    A compiler that cannot fetch ahead waits for everything, and says nothing.
+    A compiler that cannot fetch ahead waits for everything, and says nothing. ``_attend`` is compiled in the
+    form without tensor descriptors, which other GPUs and narrow spans take.
     """
     ahead = {
         "page 64: splits_kernel": 4, "page 64, 64 lists: splits_kernel": 2,
