@@ -13,8 +13,7 @@ try:
     import transformers as _transformers  # noqa: F401
 except ImportError as error:
     raise UnavailableError(
-        "sparse_dlm_attn_transformers", [str(error)],
-        "Install it: pip install 'sparse_dlm_attn[transformers]'.",
+        "sparse_dlm_attn_transformers", [str(error)], "Install it: pip install 'sparse_dlm_attn[transformers]'."
     ) from error
 
 from sparse_dlm_attn_transformers.block_state import PassReport

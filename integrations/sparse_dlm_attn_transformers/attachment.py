@@ -12,17 +12,21 @@ import torch
 
 from sparse_dlm_attn import CallOrderError, InvalidArgumentError
 from sparse_dlm_attn_transformers.caches import cache_argument, cached_layer, check_viewable
-from sparse_dlm_attn_transformers.contracts import CONTRACTS, ModuleContract, contract_of
+from sparse_dlm_attn_transformers.contracts import CONTRACTS, ModuleContract, arguments_by_name, contract_of
 from sparse_dlm_attn_transformers.interface import NAME, register, sessions
 
 if TYPE_CHECKING:
     from sparse_dlm_attn_transformers.session import SparseAttention
 
-__all__ = ["Attachment", "attachment_for"]
+__all__ = ["Attachment", "Scope", "attachment_for"]
+
+Scope = Literal["prefix", "sequence"]
 
 
 class Attachment:
-    """Hooks into the module that runs the layers, and functions put in the place of others.
+    """Functions put in the place of methods of a model, on its own objects.
+
+    Not hooks: outer classes that call ``self.model.forward(...)`` pass them by.
 
     Parameters
     ----------
@@ -34,18 +38,19 @@ class Attachment:
         The attention modules, in order.
     """
 
-    scope: Literal["prefix", "sequence"] = "prefix"
+    scope: Scope = "prefix"
     starts_blocks = False
+    ends_with_save = False
 
-    def __init__(
-        self, model: torch.nn.Module, stack: torch.nn.Module, layers: list[torch.nn.Module]
-    ) -> None:
+    def __init__(self, model: torch.nn.Module, stack: torch.nn.Module, layers: list[torch.nn.Module]) -> None:
         self.model, self.stack, self.layers = model, stack, layers
         self._undo: list[Callable[[], None]] = []
         self._check_mode()
         if any(module in sessions for module in layers):
             raise CallOrderError(
-                "SparseAttention(model)", "must be the only one attached", "another one",
+                "SparseAttention(model)",
+                "must be the only one attached",
+                "another one",
                 "Call its detach(); SparseAttention.of(model) returns it.",
             )
 
@@ -92,6 +97,10 @@ class Attachment:
         """Return whether the model's own loop says that a pass writes the cache."""
         return False
 
+    def begins_block(self, arguments: dict[str, Any]) -> bool:
+        """Return whether a pass outside of a block shows that the model's own loop begins one."""
+        return self.starts_blocks
+
     def check_still_ours(self) -> None:
         """Raise `InvalidArgumentError` if the model was changed meanwhile in a way that we cannot follow."""
         self._check_mode()
@@ -100,38 +109,31 @@ class Attachment:
         # Layers too: train() of a part, as of adapters, leaves the flag of the whole as it was.
         if self.model.training or any(module.training for module in self.layers):
             raise InvalidArgumentError(
-                "model", "must be in eval mode: sparse attention has no dropout and no gradient",
-                "one in training mode", "Call model.eval().",
+                "model",
+                "must be in eval mode: sparse attention has no dropout and no gradient",
+                "one in training mode",
+                "Call model.eval().",
             )
 
     def _install(self, session: SparseAttention) -> None:
-        """Place the hooks."""
-        names = inspect.signature(type(self.stack).forward)
+        """Put functions in the place of methods."""
+        forward, signature = self.stack.forward, inspect.signature(type(self.stack).forward)
 
-        def before(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            bound = names.bind_partial(module, *args).arguments
-            extra = bound.pop("kwargs", {})
-            session.enter_pass({**bound, **extra, **kwargs})
+        def within_a_pass(*args: Any, **kwargs: Any) -> Any:
+            with session.model_pass(arguments_by_name(signature, self.stack, args, kwargs)):
+                return forward(*args, **kwargs)
 
-        def after(*_: Any) -> None:
-            session.leave_pass()
-
-        self._hook(self.stack.register_forward_pre_hook, before, with_kwargs=True)
-        self._hook(self.stack.register_forward_hook, after)
+        self._replace(self.stack, "forward", within_a_pass)
 
     def _release_modules(self) -> None:
         for module in self.model.modules():
             sessions.pop(module, None)
 
-    def _hook(self, register: Callable[..., Any], function: Callable[..., Any], **options: Any) -> None:
-        """Register a hook until we let go of the model."""
-        self._undo.append(register(_OfOneModel(function), **options).remove)
-
     def _replace(self, owner: torch.nn.Module, name: str, function: Callable[..., Any]) -> None:
         """Put a function in the place of a method, on this one object."""
         before = owner.__dict__.get(name)
         # Not setattr: modules would look a function up among their parameters first.
-        owner.__dict__[name] = functools.wraps(function)(_OfOneModel(function))
+        owner.__dict__[name] = functools.wraps(getattr(owner, name))(_OfOneModel(function))
 
         def undo() -> None:
             if before is None:
@@ -163,7 +165,8 @@ class _OfOneModel:
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refuse to be copied or pickled."""
         raise CallOrderError(
-            "copying or pickling a model", "must wait until nothing is attached to it",
+            "copying or pickling a model",
+            "must wait until nothing is attached to it",
             "one that SparseAttention is attached to",
             "Leave the `with` or call detach() first; state_dict() and save_pretrained() work as ever.",
         )
@@ -179,7 +182,8 @@ class DiffusionGemmaAttachment(Attachment):
         self.root = root
         # The outermost module around it that transformers made: ``model`` may only hold it, and others.
         self.owner: Any = next(
-            held for held in model.modules()
+            held
+            for held in model.modules()
             if hasattr(held, "set_attn_implementation") and any(part is root for part in held.modules())
         )
         self._cached: dict[int, tuple[torch.Tensor, torch.Tensor] | None] = {}
@@ -195,7 +199,8 @@ class DiffusionGemmaAttachment(Attachment):
         found = {config._attn_implementation for config in self._configs} - {NAME}
         if found:
             raise InvalidArgumentError(
-                "attn_implementation", f"must be {NAME!r} while attached",
+                "attn_implementation",
+                f"must be {NAME!r} while attached",
                 ", ".join(map(repr, sorted(found))),
                 "Detach before you set another one.",
             )
@@ -210,14 +215,19 @@ class DiffusionGemmaAttachment(Attachment):
         super()._install(session)
         for module in self.layers:
             self._replace(module, "append_to_cache", functools.partial(self._keep_apart, module))
+        encoder = self.root.encoder
+        encode, signature = encoder.forward, inspect.signature(type(encoder).forward)
 
-        def between_blocks(_: torch.nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def between_blocks(*args: Any, **kwargs: Any) -> Any:
             session.finish_block()
+            cache = cache_argument(arguments_by_name(signature, encoder, args, kwargs))
             # Here, because what the decoder runs is compiled by transformers for caches that allow it,
             # and a compiler reports no error of ours as it is.
-            check_viewable(cache_argument(kwargs))
+            check_viewable(cache)
+            session.prefill(cache)
+            return encode(*args, **kwargs)
 
-        self._hook(self.root.encoder.register_forward_pre_hook, between_blocks, with_kwargs=True)
+        self._replace(encoder, "forward", between_blocks)
         if hasattr(model, "generate"):
             self._replace(model, "generate", _finishing(model.generate, session))
 
@@ -246,12 +256,17 @@ class PatchedAttachment(Attachment):
     """Models whose attention modules are patched, by their contract."""
 
     def __init__(
-        self, model: torch.nn.Module, stack: torch.nn.Module, layers: list[torch.nn.Module],
+        self,
+        model: torch.nn.Module,
+        stack: torch.nn.Module,
+        layers: list[torch.nn.Module],
         contract: ModuleContract,
+        scope: Scope | None,
     ) -> None:
         super().__init__(model, stack, layers)
         self.contract = contract
-        self.scope = contract.scope
+        self.scope = contract.scope if scope is None else scope
+        self.starts_blocks = self.ends_with_save = bool(contract.save_flag) and self.scope == "prefix"
 
     def mask(self, arguments: dict[str, Any]) -> Any:
         """Return the mask that the model was called with, one for all layers."""
@@ -264,6 +279,10 @@ class PatchedAttachment(Attachment):
         """Return the model's own flag."""
         return bool(self.contract.save_flag and arguments.get(self.contract.save_flag))
 
+    def begins_block(self, arguments: dict[str, Any]) -> bool:
+        """Return whether a pass reads a cache and does not write it, which only passes over a block do."""
+        return self.starts_blocks and not self.is_save(arguments) and cache_argument(arguments) is not None
+
     def _install(self, session: SparseAttention) -> None:
         super()._install(session)
         for module in self.layers:
@@ -271,8 +290,10 @@ class PatchedAttachment(Attachment):
             self._replace(module, name, self.contract.patched(session, module, getattr(module, name)))
 
 
-def attachment_for(model: torch.nn.Module) -> Attachment:
-    """Find out how a model is attached to.
+def attachment_for(
+    model: torch.nn.Module, contract: ModuleContract | None = None, scope: Scope | None = None
+) -> Attachment:
+    """Find out how a model is attached to: by ``contract``, or by what we know.
 
     Raises
     ------
@@ -281,23 +302,31 @@ def attachment_for(model: torch.nn.Module) -> Attachment:
     """
     for module in model.modules():
         if type(module).__name__ == "DiffusionGemmaModel":
+            if contract is not None or scope == "sequence":
+                raise InvalidArgumentError(
+                    "contract" if contract is not None else "scope",
+                    "must be None for DiffusionGemma, whose decoder reads what its encoder has cached",
+                    repr(contract or scope),
+                )
             return DiffusionGemmaAttachment(model, module)
-    found = [(name, module, contract_of(module)) for name, module in model.named_modules()]
+    contracts = CONTRACTS if contract is None else (contract,)
+    found = [(name, module, contract_of(module, contracts)) for name, module in model.named_modules()]
     known = [(name, module, contract) for name, module, contract in found if contract is not None]
     kinds = {id(contract): contract for _, _, contract in known}
     if len(kinds) != 1:
-        names = ", ".join(sorted(name for contract in CONTRACTS for name in contract.classes))
+        names = ", ".join(sorted(name for contract in contracts for name in contract.classes))
         raise InvalidArgumentError(
-            "model", f"must be DiffusionGemma or have attention modules of one of these classes: {names}",
+            "model",
+            f"must be DiffusionGemma or have attention modules of one of these classes: {names}",
             f"a {type(model).__name__} with {_attention_classes(model)}",
-            "For another model call sparse_dlm_attn.Decoder in its attention module; see 'Use it in your own "
-            "loop'.",
+            "Pass contract=ModuleContract(...) that says how your class projects, or call "
+            "sparse_dlm_attn.Decoder in its attention module; see 'Use it in your own loop'.",
         )
     contract = next(iter(kinds.values()))
     for name, module, _ in known:
         contract.check(name, module)
     stack = _common_parent(model, [name for name, _, _ in known])
-    return PatchedAttachment(model, stack, [module for _, module, _ in known], contract)
+    return PatchedAttachment(model, stack, [module for _, module, _ in known], contract, scope)
 
 
 def _attention_classes(model: torch.nn.Module) -> str:

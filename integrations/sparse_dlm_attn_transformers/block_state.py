@@ -8,10 +8,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparse_dlm_attn import Context, DecoderPass, Traffic
+from sparse_dlm_attn import Context, DecoderPass, InvalidArgumentError, StaleMemoryError, Traffic
 from sparse_dlm_attn.arrays import to_numpy
+from sparse_dlm_attn.runs import largest_page_size
+from sparse_dlm_attn_transformers.caches import cached_layer
+from sparse_dlm_attn_transformers.masks import visible_context, visible_tokens
 
-__all__ = ["BlockState", "LayerState", "PassReport"]
+__all__ = ["BlockState", "LayerState", "PassReport", "in_one_dtype", "pages_of", "whole_block"]
+
+HostArray = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +30,7 @@ class PassReport:
     is_save : bool
         Whether the pass wrote the block's keys and values.
     traffic : tuple of Traffic
-        One a layer.
+        One a layer; for each sequence, where whole sequences of different lengths run one by one.
     """
 
     block: int
@@ -51,12 +56,17 @@ class PassReport:
 
 @dataclass(eq=False)
 class LayerState:
-    """What a layer reads while a block lasts: the cache's own tensors, the pages that view them, the mask."""
+    """What a layer reads while a block lasts.
+
+    ``keys`` are the cache's own tensor, ``context`` the pages that view it, ``mask`` and ``valid`` what was
+    hidden in the first pass, ``queries`` those of all rows, where a pass computes some of them.
+    """
 
     keys: torch.Tensor
     context: Context
     mask: Any
-    valid: np.ndarray[Any, Any]
+    valid: HostArray
+    queries: torch.Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -64,14 +74,162 @@ class BlockState:
     """All that belongs to a block, beside the memories: dropped when it ends.
 
     ``announced`` is a pass that `SparseAttention.next_pass` has begun and whose forward pass is still to
-    come, ``running`` the one whose layers run now, ``reportable`` one that is over and has not been reported.
-    ``mask`` is what the running pass was called with, ``masks`` what has been read of it and of others in
-    this pass.
+    come, ``running`` the one whose layers run now, ``reportable`` one that is over and not reported yet. Each
+    has one entry for all sequences, or one for each where they are whole and of different lengths.
+    ``cache`` is set where the model's own loop began the block, which ends with its save pass.
+    ``exists`` tells which tokens of whole sequences exist. ``mask`` is what the running pass was called with,
+    ``masks`` what has been read of it and of others in this pass.
     """
 
-    announced: DecoderPass | None = None
-    running: DecoderPass | None = None
-    reportable: DecoderPass | None = None
+    total_passes: int | None = None
+    cache: Any = None
+    announced: tuple[DecoderPass, ...] = ()
+    running: tuple[DecoderPass, ...] = ()
+    reportable: tuple[DecoderPass, ...] = ()
+    decoded: torch.Tensor | None = None
+    exists: HostArray | None = None
     mask: Any = None
     layers: dict[int, LayerState] = field(default_factory=dict)
-    masks: dict[tuple[int, int], tuple[Any, np.ndarray[Any, Any]]] = field(default_factory=dict)
+    masks: dict[tuple[int, int], tuple[Any, HostArray]] = field(default_factory=dict)
+
+    def begin_pass(self, mask: Any) -> None:
+        """Let the announced pass run, with the mask that the model is called with."""
+        self.running, self.announced, self.mask = self.announced, (), mask
+        self.masks = {key: read for key, read in self.masks.items() if read[0] is mask}
+
+    def end_pass(self) -> tuple[DecoderPass, ...]:
+        """Return the pass that ran."""
+        steps, self.running, self.mask = self.running, (), None
+        return steps
+
+    def layer(
+        self,
+        number: int,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        made: Any,
+        q: torch.Tensor,
+        page_size: int,
+        version: int,
+    ) -> LayerState:
+        """Return what a layer reads: viewed in the block's first pass, the same after it.
+
+        ``made`` is the mask that the model made for its modules, None for the one that it was called with.
+        """
+        mask, of_module = (self.mask, False) if made is None else (made, True)
+        layer = self.layers.get(number)
+        if layer is None:
+            if keys.shape[0] != q.shape[0]:
+                raise InvalidArgumentError(
+                    "cache",
+                    f"must hold as many sequences as the block, {q.shape[0]}",
+                    int(keys.shape[0]),
+                    "Prefill it with the same batch, or call its batch_repeat_interleave().",
+                )
+            valid = self._visible(mask, q, int(keys.shape[2]), of_module)
+            size = largest_page_size(valid, page_size)
+            k, v = in_one_dtype(keys, values)
+            if k.stride() != v.stride():  # old versions of transformers store the first ones as they come
+                k, v = k.contiguous(), v.contiguous()
+            context = Context.from_dense(k, v, size, valid=valid, version=version)
+            self.layers[number] = layer = LayerState(keys, context, mask, valid)
+        elif layer.keys.shape != keys.shape or (keys.numel() and layer.keys.data_ptr() != keys.data_ptr()):
+            raise StaleMemoryError(
+                f"the cache of layer {number} changed in the middle of a block: {tuple(layer.keys.shape)} "
+                f"became {tuple(keys.shape)} or moved. Call finish_block() before anything is appended."
+            )
+        elif mask is not layer.mask:
+            self._check_same_mask(layer, mask, q, of_module)
+        return layer
+
+    def existing_tokens(self, q: torch.Tensor) -> HostArray:
+        """Return which tokens of whole sequences exist, bool ``(batch, tokens)``."""
+        batch, tokens = int(q.shape[0]), int(q.shape[2])
+        key = (id(self.mask), tokens)
+        if key not in self.masks:
+            self.masks[key] = (self.mask, visible_tokens(self.mask, batch, tokens))
+        exists = self.masks[key][1]
+        if self.exists is not None and not np.array_equal(self.exists, exists):
+            raise _changed_mask("sequence")
+        if not exists.any(axis=1).all():
+            raise InvalidArgumentError(
+                "attention_mask",
+                "must leave every sequence a token",
+                f"nothing in sequence {int(np.argmin(exists.any(axis=1)))}",
+                "Leave that sequence out.",
+            )
+        self.exists = exists
+        return exists
+
+    def _check_same_mask(self, layer: LayerState, mask: Any, q: torch.Tensor, of_module: bool) -> None:
+        """Raise if another mask than the first pass's hides other tokens, where that can be seen at no wait.
+
+        A mask on a device is read only where the first pass had none.
+        """
+        on_device = isinstance(mask, torch.Tensor) and mask.device.type != "cpu"
+        if on_device and layer.mask is not None:
+            return
+        if not np.array_equal(self._visible(mask, q, int(layer.keys.shape[2]), of_module), layer.valid):
+            raise _changed_mask("cache")
+
+    def _visible(self, mask: Any, q: torch.Tensor, context_tokens: int, of_module: bool) -> HostArray:
+        """Read a mask, once for all the layers that share it."""
+        key = (id(mask), context_tokens)
+        if key not in self.masks:
+            valid = visible_context(mask, int(q.shape[0]), context_tokens, int(q.shape[2]), of_module=of_module)
+            self.masks[key] = (mask, valid)  # the mask too, lest another one get its id
+        return self.masks[key][1]
+
+
+def _changed_mask(what: str) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        "attention_mask",
+        f"must hide the same tokens of the {what} in every pass of a block",
+        "other tokens than in its first pass",
+        "Pass one mask to all of them, or call finish_block() first.",
+    )
+
+
+def autocasts(tensor: torch.Tensor) -> bool:
+    """Return whether autocast is on for what is computed with a tensor."""
+    return torch.is_autocast_enabled(tensor.device.type) and tensor.dtype != torch.float64
+
+
+def in_one_dtype(*heads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Cast as autocast casts what PyTorch's own attention gets: norms and rotations leave dtypes mixed."""
+    if not autocasts(heads[0]):
+        return heads
+    dtype = torch.get_autocast_dtype(heads[0].device.type)
+    return tuple(x.to(dtype) for x in heads)
+
+
+def pages_of(k: torch.Tensor, v: torch.Tensor, page_size: int, version: int) -> Context:
+    """View the keys and values of whole sequences as pages."""
+    valid = np.ones((k.shape[0], k.shape[2]), dtype=bool)
+    size = largest_page_size(valid, page_size)
+    return Context.from_dense(k.contiguous(), v.contiguous(), size, valid=valid, version=version)
+
+
+def whole_block(
+    layer: LayerState, block_cache: Any, layer_idx: int, rows: slice, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return queries, keys and values of all rows of a block, of which a pass computed some.
+
+    The others keep what they had in the pass that computed them.
+    """
+    held = cached_layer(block_cache, layer_idx)
+    if held is None:
+        block_cache.update(k, v, layer_idx)
+        layer.queries = q
+        return q, k, v
+    if layer.queries is None or layer.queries.shape[2] != held[0].shape[2]:
+        raise StaleMemoryError(
+            f"the block cache holds {held[0].shape[2]} rows that were not computed in this block of "
+            "SparseAttention. Start its first pass with an empty block cache."
+        )
+    for whole, part in zip(held, (k, v), strict=True):
+        whole[:, :, rows] = part
+    layer.queries = layer.queries.clone()
+    layer.queries[:, :, rows] = q
+    k, v = in_one_dtype(*held)
+    return layer.queries, k, v

@@ -7,7 +7,8 @@ from weakref import ReferenceType, WeakKeyDictionary
 
 import torch
 
-from sparse_dlm_attn import CallOrderError, InvalidArgumentError
+from sparse_dlm_attn import CallOrderError
+from sparse_dlm_attn_transformers.contracts import check_plain_softmax
 from sparse_dlm_attn_transformers.masks import mask_function
 
 if TYPE_CHECKING:
@@ -76,22 +77,17 @@ def attention_function(
     session = None if reference is None else reference()
     if session is None:
         raise CallOrderError(
-            f"attn_implementation={NAME!r}", "must be set by attaching to the model",
+            f"attn_implementation={NAME!r}",
+            "must be set by attaching to the model",
             f"a {type(module).__name__} that nothing is attached to",
             "Use `with SparseAttention(model, policy=...):`, or set another attn_implementation.",
         )
     if not session.attends(module):  # prefill, vision: dense, by PyTorch
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        out, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **kwargs
-        )
+        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         return out, None
-    for name in ("softcap", "s_aux", "position_bias"):
-        if kwargs.get(name) is not None:
-            raise InvalidArgumentError(
-                name, "must be None: sparse attention is a plain softmax", type(kwargs[name]).__name__,
-                "This model needs its own attention.",
-            )
+    # Windows come with a mask that says which tokens they hold, and our attention is never causal.
+    check_plain_softmax(kwargs, ("softcap", "s_aux", "position_bias", "is_causal", "head_mask"), module)
     out = session.attend(module, query, key, value, mask=attention_mask, scale=scaling)
     return out.transpose(1, 2), None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import numpy as np
 import torch
@@ -12,20 +13,17 @@ import torch
 from sparse_dlm_attn import (
     Backend,
     CallOrderError,
-    Context,
     Decoder,
     InvalidArgumentError,
     InvalidTypeError,
     PrefixAttentionPolicy,
-    StaleMemoryError,
 )
-from sparse_dlm_attn.policy import check_count
-from sparse_dlm_attn.runs import largest_page_size
-from sparse_dlm_attn_transformers.attachment import Attachment, attachment_for
-from sparse_dlm_attn_transformers.block_state import BlockState, LayerState, PassReport
-from sparse_dlm_attn_transformers.caches import cached_layer
+from sparse_dlm_attn.policy import check_choice, check_count
+from sparse_dlm_attn_transformers.attachment import Attachment, Scope, attachment_for
+from sparse_dlm_attn_transformers.block_state import BlockState, PassReport, in_one_dtype, pages_of, whole_block
+from sparse_dlm_attn_transformers.caches import cache_argument, cached_layer, follow_sequences
+from sparse_dlm_attn_transformers.contracts import ModuleContract
 from sparse_dlm_attn_transformers.interface import sessions
-from sparse_dlm_attn_transformers.masks import visible_context
 
 __all__ = ["SparseAttention"]
 
@@ -46,6 +44,11 @@ class SparseAttention:
         As for :class:`sparse_dlm_attn.PrefixAttention`; on a GPU for instance "torch:device=cuda".
     page_size : int
         Tokens a page. A prefix of fewer tokens gets smaller pages.
+    scope : {"prefix", "sequence"}, optional
+        What a block reads: a cache of what stands before it, or itself alone, as whole-sequence diffusers do.
+        Default: what the contract of the model says.
+    contract : ModuleContract, optional
+        How attention modules of a class that `CONTRACTS` does not list are built.
     on_pass : callable, optional
         Called with a `PassReport` when a pass is over.
 
@@ -61,12 +64,19 @@ class SparseAttention:
     UnknownNameError, UnavailableError
         If policy or backend cannot be had.
 
+    Warns
+    -----
+    UserWarning
+        When the `with` ends, if no block was ever started, or no block had a context to read.
+
     Notes
     -----
-    DiffusionGemma's blocks are found by themselves: its decoder starts them, and its encoder, or the end of
-    ``generate``, finishes them. For other models the loop says so, by `block` or by `start_block` and
-    `finish_block`; each forward pass between them is a pass over the block, and one with ``is_save`` (or the
-    model's own flag for it) appends the block to the cache.
+    Blocks are found by themselves where the model's own loop shows them. DiffusionGemma's decoder starts
+    them, and its encoder, or the end of ``generate``, finishes them. Models with a flag for the pass that
+    writes the cache (SDAR, Fast-dLLM v2) start one with a pass over a cache without the flag, and finish it
+    with one that has it. For other models the loop says so, by `block` or by `start_block` and
+    `finish_block`: each forward pass between them is a pass over the block, and one with ``is_save`` (or the
+    flag) appends it to the cache.
     """
 
     def __init__(
@@ -76,24 +86,33 @@ class SparseAttention:
         backend: str | Backend = "torch",
         *,
         page_size: int = 16,
+        scope: Scope | None = None,
+        contract: ModuleContract | None = None,
         on_pass: Callable[[PassReport], None] | None = None,
     ) -> None:
         if not isinstance(model, torch.nn.Module):
-            raise InvalidTypeError(
-                "model", "must be a torch.nn.Module", type(model).__name__, "Pass the loaded model."
-            )
+            raise InvalidTypeError("model", "must be a torch.nn.Module", type(model).__name__, "Pass the loaded model.")
         check_count("page_size", page_size, 1)
         if on_pass is not None and not callable(on_pass):
             raise InvalidTypeError("on_pass", "must be callable or None", type(on_pass).__name__)
+        if scope is not None:
+            check_choice("scope", scope, get_args(Scope))
+        if not isinstance(contract, ModuleContract | None):
+            raise InvalidTypeError("contract", "must be a ModuleContract or None", type(contract).__name__)
         self.page_size, self.on_pass = page_size, on_pass
-        self._attachment: Attachment = attachment_for(model)
+        self._attachment: Attachment = attachment_for(model, contract, scope)
         self._numbers = {id(module): at for at, module in enumerate(self._attachment.layers)}
         self.decoder = Decoder(policy, backend, layers=len(self._numbers))
+        self._others: list[Decoder] = []  # for sequences after the first, where they run one by one
+        self._passes_outside, self._passes_within, self._had_context = 0, 0, False
+        self._unfollow: dict[int, Callable[[], None]] = {}
         computes = self.decoder.attention.backend
         if not isinstance(computes.asarray([0.0], dtype="float32"), torch.Tensor):
             raise InvalidTypeError(
-                "backend", "must compute on tensors of PyTorch, as models of transformers do",
-                repr(computes.name), "Pass 'torch', or 'triton' on a GPU.",
+                "backend",
+                "must compute on tensors of PyTorch, as models of transformers do",
+                repr(computes.name),
+                "Pass 'torch', or 'triton' on a GPU.",
             )
         self._state = BlockState()
         self._attachment.attach(self)
@@ -104,8 +123,10 @@ class SparseAttention:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.detach()
+        if kind is None:
+            self._warn_of_no_effect()
 
     @staticmethod
     def of(model: torch.nn.Module) -> SparseAttention | None:
@@ -139,21 +160,68 @@ class SparseAttention:
     @property
     def memory_bytes(self) -> int:
         """Bytes that are kept for the next pass: attention states and page bounds of all layers."""
-        total = 0
-        for memory in self.decoder.memories:
-            if memory is not None:
-                kept = [memory.state.out, memory.state.lse]
-                kept += [] if memory.bounds is None else [memory.bounds.lower, memory.bounds.upper]
-                total += sum(tensor.numel() * tensor.element_size() for tensor in kept)
-        return total
+        memories = [memory for decoder in self._decoders for memory in decoder.memories if memory is not None]
+        kept = [part for memory in memories for part in (memory.state.out, memory.state.lse)]
+        bounds = [memory.bounds for memory in memories if memory.bounds is not None]
+        kept += [part for one in bounds for part in (one.lower, one.upper)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in kept)
+
+    @property
+    def _decoders(self) -> tuple[Decoder, ...]:
+        return (self.decoder, *self._others)
 
     def detach(self) -> None:
         """Give the model back as it was, and let go of everything; doing it again changes nothing."""
         try:
             self.finish_block()  # whose `on_pass` is the user's, and may raise
         finally:
-            self.decoder.reset()
+            self.reset()
+            for undo in self._unfollow.values():
+                undo()
+            self._unfollow.clear()
             self._attachment.detach()
+
+    def reset(self) -> None:
+        """End the sequence: let go of what policies keep of it from block to block.
+
+        It happens by itself when a new prompt is encoded: in a forward pass outside of a block that has no
+        cache, or an empty one.
+
+        Raises
+        ------
+        CallOrderError
+            If a block is under way.
+        """
+        self._refuse_within_a_block("reset()")
+        self.decoder.reset()
+        self._others.clear()
+
+    def reorder(self, indices: torch.Tensor) -> None:
+        """Follow a change of which sequences the cache holds, in which order: beams, continuous batches.
+
+        ``reorder_cache``, ``batch_select_indices`` and ``batch_repeat_interleave`` of a cache that the model
+        was called with while attached do this by themselves.
+
+        Parameters
+        ----------
+        indices : torch.Tensor
+            Integers ``(new batch,)``: which of the old sequences each new one was.
+
+        Raises
+        ------
+        CallOrderError
+            If a block is under way.
+        InvalidArgumentError, InvalidTypeError
+            If an index is none of a sequence.
+        """
+        self._refuse_within_a_block("reorder()")
+        self.decoder.reorder(indices)
+
+    def _refuse_within_a_block(self, call: str) -> None:
+        if self.running:
+            raise CallOrderError(
+                call, "must be called between blocks", repr(self.decoder), "Call finish_block() first."
+            )
 
     def start_block(self, *, total_passes: int | None = None) -> None:
         """Begin a block: the next forward pass is its first.
@@ -170,11 +238,17 @@ class SparseAttention:
         """
         if not self._attachment.attached:
             raise CallOrderError(
-                "start_block()", "must be called while attached", "a model that was detached from",
+                "start_block()",
+                "must be called while attached",
+                "a model that was detached from",
                 "Make another SparseAttention(model, ...).",
             )
+        if self._state.cache is not None:
+            self.finish_block()  # which the model's own loop began
+        if self._attachment.scope == "sequence" and not self.running:
+            self.reset()  # each block is a sequence of its own
         self.decoder.start_block(total_passes=total_passes)
-        self._state = BlockState()
+        self._state = BlockState(total_passes)
 
     def next_pass(self, decoded: torch.Tensor | None = None, *, is_save: bool = False) -> None:
         """Say something about the next forward pass; without this call it is one more denoising pass.
@@ -196,19 +270,23 @@ class SparseAttention:
         policy = self.decoder.attention.policy
         if decoded is not None and type(policy).computed_tokens is not PrefixAttentionPolicy.computed_tokens:
             raise InvalidArgumentError(
-                "decoded", f"must be None for {policy.name!r}, which leaves rows out by it: a model of "
-                "transformers computes them all", "a mask",
+                "decoded",
+                f"must be None for {policy.name!r}, which leaves rows out by it: a model of "
+                "transformers computes them all",
+                "a mask",
                 "Leave it out, or use a Decoder in your own loop.",
             )
         self._report()
-        self._state.announced = self.decoder.next_pass(decoded, is_save=is_save)
+        self._state.announced = tuple(one.next_pass(decoded, is_save=is_save) for one in self._decoders)
+        self._state.decoded = decoded
 
     def finish_block(self) -> None:
         """End the block and let go of states, pages and metadata; nothing happens between blocks."""
         try:
             self._report()
         finally:
-            self.decoder.finish_block()
+            for decoder in self._decoders:
+                decoder.finish_block()
             self._state = BlockState()
 
     @contextmanager
@@ -234,6 +312,8 @@ class SparseAttention:
         mask: torch.Tensor | None = None,
         cache: Any = None,
         scale: float | None = None,
+        block_cache: Any = None,
+        block_start: int | None = None,
     ) -> torch.Tensor:
         """Attend in one layer of the pass under way; for attention modules, not for users.
 
@@ -242,131 +322,169 @@ class SparseAttention:
         module : torch.nn.Module
             The attention module.
         q, k, v : torch.Tensor
-            ``(batch, heads, tokens, head_dim)`` of the block.
+            ``(batch, heads, tokens, head_dim)`` of the block, or of the rows that this pass computes.
         mask : torch.Tensor, optional
             What the block may see, if the module knows; default: what the model was called with.
         cache : Cache, optional
             What stands before the block; default: what the module was given.
         scale : float, optional
             Softmax scale.
+        block_cache : Cache, optional
+            Keys and values of all rows of the block; those of the rows computed are written into it.
+        block_start : int, optional
+            Where the rows computed begin in the block.
 
         Returns
         -------
         torch.Tensor
             ``(batch, q_heads, tokens, head_dim)``.
         """
-        step = self._state.running
-        if step is None:
+        state, number = self._state, self._numbers[id(module)]
+        if not state.running:
             raise CallOrderError(
-                "an attention module", "must run within the model's forward pass", "a call on its own",
+                "an attention module",
+                "must run within the model's forward pass",
+                "a call on its own",
                 "Call the model.",
             )
-        number = self._numbers[id(module)]
+        q, k, v = in_one_dtype(q, k, v)
         if self._attachment.scope == "sequence":
-            out: torch.Tensor = step(number, q, None, None, self._sequence(k, v), scale=scale)
-            return out
+            return self._whole_sequences(number, q, k, v, scale)
         layer_idx = self._attachment.layer_idx(module)
         cached = self._attachment.cached(module) if cache is None else cached_layer(cache, layer_idx)
         keys, values = (k[:, :, :0], v[:, :, :0]) if cached is None else cached
-        context = self._context(number, keys, values, self._state.mask if mask is None else mask, q)
-        out = step(number, q, k, v, context, scale=scale)
+        self._had_context |= cached is not None
+        layer = state.layer(number, keys, values, mask, q, self.page_size, self.decoder.blocks)
+        first = block_start or 0
+        rows = slice(first, first + q.shape[2]) if block_cache is not None else slice(None)
+        if block_cache is not None:
+            q, k, v = whole_block(layer, block_cache, layer_idx, rows, q, k, v)
+        (step,) = state.running
+        out: torch.Tensor = step(number, q, k, v, layer.context, scale=scale)
         if step.info.is_save and cache is not None:
             cache.update(k, v, layer_idx)
+        return out[:, :, rows]
+
+    def _whole_sequences(
+        self, number: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None
+    ) -> torch.Tensor:
+        """Attend where the block is the whole sequence, whose keys are those of this pass."""
+        state, version = self._state, self.decoder.blocks
+        self._had_context = True
+        exists = state.existing_tokens(q)
+        if exists.all():
+            (step,) = state.running
+            whole: torch.Tensor = step(number, q, None, None, pages_of(k, v, self.page_size, version), scale=scale)
+            return whole
+        # One by one, so that each gets what it gets alone: spans and active rows count its own tokens.
+        self._divide(len(exists))
+        out = torch.zeros_like(q)
+        for at, step in enumerate(state.running):
+            rows = torch.from_numpy(np.flatnonzero(exists[at])).to(q.device)
+            own_q, own_k, own_v = (x[at : at + 1].index_select(2, rows) for x in (q, k, v))
+            pages = pages_of(own_k, own_v, self.page_size, version)
+            out[at : at + 1].index_copy_(2, rows, step(number, own_q, None, None, pages, scale=scale))
         return out
 
-    def enter_pass(self, arguments: dict[str, Any]) -> None:
-        """Begin a forward pass of the layers; called by the attachment."""
-        if not self.running and not self._attachment.starts_blocks:
-            return
-        self._attachment.check_still_ours()
-        if not self.running:
-            self.start_block()
-        is_save = self._attachment.is_save(arguments)
-        if self._state.announced is None:
-            self.next_pass(is_save=is_save)
-        state = self._state
-        state.running, state.announced = state.announced, None
-        state.mask = self._attachment.mask(arguments)
-        state.masks = {key: read for key, read in state.masks.items() if read[0] is state.mask}
+    def _divide(self, batch: int) -> None:
+        """Give each sequence a decoder of its own, in the block's first pass."""
+        state, attention = self._state, self.decoder.attention
+        if state.decoded is not None:
+            raise InvalidArgumentError(
+                "decoded",
+                "must be None where whole sequences are padded, which run one by one",
+                "a mask",
+                "Leave it out, or run sequences of one length together.",
+            )
+        for _ in range(len(state.running), batch):
+            other = Decoder(attention.policy, attention.backend, layers=self.decoder.layers)
+            other.start_block(total_passes=state.total_passes)
+            self._others.append(other)
+            state.running += (other.next_pass(is_save=bool(state.running[0].info.is_save)),)
 
-    def leave_pass(self) -> None:
-        """End a forward pass of the layers; called by the attachment."""
-        state = self._state
-        step, state.running, state.mask = state.running, None, None
-        if step is None or not self.running:
+    @contextmanager
+    def model_pass(self, arguments: dict[str, Any]) -> Iterator[None]:
+        """Run a forward pass of the layers; called by the attachment."""
+        cache = cache_argument(arguments)
+        if self._state.cache is not None and cache is not self._state.cache:
+            self.finish_block()  # the model's own loop gave the block up
+        if not self.running:
+            if not self._attachment.begins_block(arguments):
+                self.prefill(cache)
+                yield
+                return
+            self._begin(cache)
+        self._attachment.check_still_ours()
+        if not self._state.announced:
+            self.next_pass(is_save=self._attachment.is_save(arguments))
+        self._state.begin_pass(self._attachment.mask(arguments))
+        try:
+            yield
+        except BaseException:
+            self._state.end_pass()
+            raise
+        self._leave_pass()
+
+    def prefill(self, cache: Any) -> None:
+        """Take note of a forward pass outside of blocks; called by the attachment."""
+        self._passes_outside += 1
+        if cache is None or (hasattr(cache, "get_seq_length") and int(cache.get_seq_length()) == 0):
+            self.reset()
+        keeps = self.decoder.attention.policy.memory_scope == "sequence"
+        if keeps and cache is not None and id(cache) not in self._unfollow:
+            for undo in self._unfollow.values():
+                undo()
+            self._unfollow = {id(cache): follow_sequences(cache, self._sequences_moved)}
+
+    def _sequences_moved(self, indices: torch.Tensor) -> None:
+        if not self.running and self.decoder.memories[0] is not None:
+            self.reorder(indices)
+
+    def _begin(self, cache: Any) -> None:
+        """Begin a block because the model's own loop does."""
+        self._attachment.check_still_ours()
+        self.start_block()
+        if self._attachment.ends_with_save:
+            self._state.cache = cache
+
+    def _leave_pass(self) -> None:
+        steps = self._state.end_pass()
+        if not steps or not self.running:
             return
-        if step.missing:
+        if missing := sorted({layer for step in steps for layer in step.missing}):
             raise CallOrderError(
-                "a forward pass", "must run attention in every layer",
-                f"layers {list(step.missing)} left out",
+                "a forward pass",
+                "must run attention in every layer",
+                f"layers {missing} left out",
                 "Their attention does not reach us: check the model's attn_implementation.",
             )
-        state.reportable = step
+        self._state.reportable, self._passes_within = steps, self._passes_within + 1
+        if self._state.cache is not None and steps[0].info.is_save:
+            self.finish_block()
 
     def _report(self) -> None:
         """Tell what the pass before read, once."""
-        step, self._state.reportable = self._state.reportable, None
-        if step is None or self.on_pass is None:
+        steps, self._state.reportable = self._state.reportable, ()
+        if not steps or self.on_pass is None:
             return
-        index, is_save = step.info.index, step.info.is_save
+        index, is_save = steps[0].info.index, steps[0].info.is_save
         assert isinstance(index, int) and isinstance(is_save, bool)
-        self.on_pass(PassReport(self.decoder.blocks - 1, index, is_save, step.traffic))
+        traffic = tuple(traffic for step in steps for traffic in step.traffic)
+        self.on_pass(PassReport(self.decoder.blocks - 1, index, is_save, traffic))
 
-    def _context(
-        self, number: int, keys: torch.Tensor, values: torch.Tensor, mask: Any, q: torch.Tensor
-    ) -> Context:
-        """Return the pages of a layer: viewed in the block's first pass, the same ones after it."""
-        layer = self._state.layers.get(number)
-        if layer is None:
-            if keys.shape[0] != q.shape[0]:
-                raise InvalidArgumentError(
-                    "cache", f"must hold as many sequences as the block, {q.shape[0]}", int(keys.shape[0]),
-                    "Prefill it with the same batch, or call its batch_repeat_interleave().",
-                )
-            valid = self._visible(mask, q, int(keys.shape[2]))
-            size = largest_page_size(valid, self.page_size)
-            context = Context.from_dense(keys, values, size, valid=valid, version=self.decoder.blocks)
-            layer = self._state.layers[number] = LayerState(keys, context, mask, valid)
-        elif layer.keys.shape != keys.shape or (keys.numel() and layer.keys.data_ptr() != keys.data_ptr()):
-            raise StaleMemoryError(
-                f"the cache of layer {number} changed in the middle of a block: {tuple(layer.keys.shape)} "
-                f"became {tuple(keys.shape)} or moved. Call finish_block() before anything is appended."
+    def _warn_of_no_effect(self) -> None:
+        """Tell, at the end, what could not be known before: that nothing was sparse, and why."""
+        told = ""
+        if self.decoder.blocks == 0 and self._passes_outside and not self._attachment.starts_blocks:
+            told = (
+                f"{self._passes_outside} forward passes ran while attached, none of them within a block: all "
+                "used the model's own attention. Run a block's passes within `with sparse.block():`."
             )
-        elif mask is not layer.mask:
-            self._check_same_mask(layer, mask, q)
-        return layer.context
-
-    def _check_same_mask(self, layer: LayerState, mask: Any, q: torch.Tensor) -> None:
-        """Raise if another mask than the first pass's hides other tokens, where that can be seen at no wait.
-
-        A mask on a device is read only where the first pass had none.
-        """
-        on_device = isinstance(mask, torch.Tensor) and mask.device.type != "cpu"
-        if on_device and layer.mask is not None:
-            return
-        if not np.array_equal(self._visible(mask, q, int(layer.keys.shape[2])), layer.valid):
-            raise InvalidArgumentError(
-                "attention_mask", "must hide the same tokens of the cache in every pass of a block",
-                "other tokens than in its first pass",
-                "Pass one mask to all of them, or call finish_block() first.",
+        elif self._passes_within and not self._had_context:
+            told = (
+                "no block had a context to read, so the policy had no effect. Pass the model a cache that "
+                "holds what stands before the block, or use SparseAttention(..., scope='sequence') where the "
+                "block is the whole sequence."
             )
-
-    def _sequence(self, k: torch.Tensor, v: torch.Tensor) -> Context:
-        """Return the pages of a whole sequence, whose keys are those of this pass."""
-        valid = self._visible(self._state.mask, k, int(k.shape[2]))
-        if not valid.all():
-            raise InvalidArgumentError(
-                "attention_mask", "must hide nothing where the block is the whole sequence", "padding",
-                "Run sequences of different lengths one by one.",
-            )
-        k, v = k.contiguous(), v.contiguous()
-        size = largest_page_size(valid, self.page_size)
-        return Context.from_dense(k, v, size, valid=valid, version=self.decoder.blocks)
-
-    def _visible(self, mask: Any, q: torch.Tensor, context_tokens: int) -> np.ndarray[Any, Any]:
-        """Read a mask, once for all the layers that share it."""
-        key = (id(mask), context_tokens)
-        if key not in self._state.masks:
-            valid = visible_context(mask, int(q.shape[0]), context_tokens, int(q.shape[2]))
-            self._state.masks[key] = (mask, valid)  # the mask too, lest another one get its id
-        return self._state.masks[key][1]
+        if told:
+            warnings.warn(told, UserWarning, stacklevel=3)

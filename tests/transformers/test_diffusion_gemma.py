@@ -11,21 +11,16 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny_models import (
-    CANVAS,
-    assert_within_budget,
-    cache_name,
-    diffusion_gemma,
-    in_double,
-    new_cache,
-    tokens,
-)
+from tiny_models import CANVAS, assert_within_budget, cache_name, diffusion_gemma, in_double, new_cache, tokens
 
 from sparse_dlm_attn import CallOrderError, InvalidArgumentError, StaleMemoryError, policies
 from sparse_dlm_attn.policies.dense import Dense
 from sparse_dlm_attn.policies.losa import Losa
 from sparse_dlm_attn_torch import TorchBackend
 from sparse_dlm_attn_transformers import NAME, PassReport, SparseAttention
+
+if not hasattr(transformers, "DiffusionGemmaConfig"):
+    pytest.skip("DiffusionGemma came with transformers 5.17", allow_module_level=True)
 
 PROMPT = 40  # longer than the sliding window
 
@@ -47,7 +42,8 @@ def forward(model: Any, mask: torch.Tensor, seed: int = 2) -> torch.Tensor:
     batch = mask.shape[0]
     with torch.no_grad():
         out = model(
-            input_ids=tokens(batch, PROMPT), attention_mask=mask,
+            input_ids=tokens(batch, PROMPT),
+            attention_mask=mask,
             decoder_input_ids=tokens(batch, CANVAS, seed),
             decoder_attention_mask=torch.cat([mask, torch.ones(batch, CANVAS, dtype=torch.long)], dim=1),
         )
@@ -117,8 +113,11 @@ def test_a_sequence_in_a_padded_batch_gets_what_it_gets_alone(model: Any) -> Non
         full = torch.cat([mask, torch.ones(2, CANVAS, dtype=torch.long)], dim=1)
         with torch.no_grad(), SparseAttention(model, "quest:budget=8", page_size=4) as sparse:
             out = model(
-                input_ids=ids, attention_mask=mask, position_ids=positions.clamp(min=0),
-                decoder_input_ids=tokens(1, CANVAS, 9).expand(2, -1), decoder_attention_mask=full,
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions.clamp(min=0),
+                decoder_input_ids=tokens(1, CANVAS, 9).expand(2, -1),
+                decoder_attention_mask=full,
                 decoder_position_ids=canvas_at,
             )
             densities.append(out.logits[0])
@@ -133,9 +132,12 @@ def test_a_sequence_in_a_padded_batch_gets_what_it_gets_alone(model: Any) -> Non
 def test_its_own_loop_decodes_the_same_tokens() -> None:
     model = in_double(diffusion_gemma())  # so that rounding cannot turn one sampled token into another
     options: dict[str, Any] = {
-        "input_ids": tokens(2, PROMPT), "attention_mask": MASKS["left padding"][:2],
+        "input_ids": tokens(2, PROMPT),
+        "attention_mask": MASKS["left padding"][:2],
         "max_new_tokens": 3 * CANVAS,
-        "max_denoising_steps": 4, "eos_token_id": None, "return_dict_in_generate": True,
+        "max_denoising_steps": 4,
+        "eos_token_id": None,
+        "return_dict_in_generate": True,
     }
     torch.manual_seed(3)
     expected = model.generate(**options).sequences
@@ -219,9 +221,7 @@ def test_what_goes_wrong_is_said(model: Any) -> None:
             model(input_ids=ids, decoder_input_ids=canvas)
         model.set_attn_implementation({"": NAME, "text_config": NAME})
         with pytest.raises(InvalidArgumentError, match=r"DynamicCache.*StaticSliding.*cache_implementation"):
-            model.generate(
-                input_ids=ids, max_new_tokens=CANVAS, cache_implementation="static", disable_compile=True
-            )
+            model.generate(input_ids=ids, max_new_tokens=CANVAS, cache_implementation="static", disable_compile=True)
         assert not sparse.running
     model.set_attn_implementation({"": NAME, "text_config": NAME})
     try:
@@ -282,8 +282,7 @@ def test_copies_of_an_attached_model_are_refused(model: Any) -> None:
                 with pytest.raises(CallOrderError, match=refusal):
                     act(what)
         assert len(model.state_dict()) > 0
-    assert torch.equal(forward(copy.deepcopy(model), MASKS["one sequence"]),
-                       forward(model, MASKS["one sequence"]))
+    assert torch.equal(forward(copy.deepcopy(model), MASKS["one sequence"]), forward(model, MASKS["one sequence"]))
 
 
 def test_a_callback_that_raises_does_not_keep_the_model(model: Any) -> None:
@@ -307,9 +306,11 @@ def test_a_module_that_holds_the_model_can_be_attached_to(model: Any) -> None:
             self.other = other  # of transformers too, and none of ours
             self.inner = model
 
-    other = transformers.LlamaModel(transformers.LlamaConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=8,
-    ))
+    other = transformers.LlamaModel(
+        transformers.LlamaConfig(
+            hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=8
+        )
+    )
     reports: list[PassReport] = []
     with SparseAttention(Holder().eval(), "dense", on_pass=reports.append) as sparse:
         model.generate(input_ids=tokens(1, PROMPT), max_new_tokens=CANVAS, max_denoising_steps=2)
@@ -329,8 +330,10 @@ def test_on_a_gpu_dense_gives_the_logits_of_the_models_own_attention(mask: torch
         full = torch.cat([mask, torch.ones(batch, CANVAS, dtype=torch.long)], dim=1)
         with torch.no_grad():
             logits: torch.Tensor = model(
-                input_ids=tokens(batch, PROMPT).cuda(), attention_mask=mask.cuda(),
-                decoder_input_ids=tokens(batch, CANVAS, 2).cuda(), decoder_attention_mask=full.cuda(),
+                input_ids=tokens(batch, PROMPT).cuda(),
+                attention_mask=mask.cuda(),
+                decoder_input_ids=tokens(batch, CANVAS, 2).cuda(),
+                decoder_attention_mask=full.cuda(),
             ).logits
         return logits.cpu()
 
@@ -344,9 +347,7 @@ def test_on_a_gpu_its_own_loop_reads_less_and_keeps_nothing() -> None:
     model, reports = diffusion_gemma().cuda(), []
     policy, backend = Losa(budget=8, active=2), TorchBackend("cuda")
     with SparseAttention(model, policy, backend, page_size=4, on_pass=reports.append) as sparse:
-        model.generate(
-            input_ids=tokens(1, PROMPT).cuda(), max_new_tokens=2 * CANVAS, max_denoising_steps=4
-        )
+        model.generate(input_ids=tokens(1, PROMPT).cuda(), max_new_tokens=2 * CANVAS, max_denoising_steps=4)
         assert sparse.memory_bytes == 0
     assert max(report.density for report in reports if report.index > 0) < 1.0
 

@@ -10,16 +10,11 @@ from typing import Any
 import module_stand_ins as stand_ins
 import pytest
 import torch
-from tiny_models import assert_within_budget, cache_name, causal_shape, in_double, new_cache, tokens
+from tiny_models import FAMILIES, assert_within_budget, cache_name, causal_shape, in_double, new_cache, tokens
 
-from sparse_dlm_attn import (
-    CallOrderError,
-    InvalidArgumentError,
-    InvalidTypeError,
-    StaleMemoryError,
-    UnknownNameError,
-)
-from sparse_dlm_attn_transformers import CONTRACTS, PassReport, SparseAttention
+from sparse_dlm_attn import CallOrderError, InvalidArgumentError, InvalidTypeError, StaleMemoryError, UnknownNameError
+from sparse_dlm_attn_transformers import CONTRACTS, ModuleContract, PassReport, SparseAttention
+from sparse_dlm_attn_transformers.masks import visible_context
 
 BLOCK, PREFIX = 8, 40
 
@@ -52,9 +47,21 @@ def held(cache: dict[str, Any]) -> Any:
     return next(iter(cache.values()))
 
 
-@pytest.fixture(scope="module", params=["qwen3", "llama"])
+@pytest.fixture(scope="module", params=["Qwen3", "Llama"])
 def model(request: pytest.FixtureRequest) -> Any:
     return causal_shape(request.param)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("policy", ["dense", "quest:budget=4096"])
+def test_every_family_gets_its_own_logits(family: str, policy: str) -> None:
+    model = causal_shape(family)
+    eager, exact = one_pass(model, 2), one_pass(in_double(model), 2)
+    with torch.no_grad(), SparseAttention(model, policy, page_size=4) as sparse:
+        cache = prefilled(model, 2)
+        with sparse.block():
+            logits = model(tokens(2, PREFIX + BLOCK)[:, PREFIX:], **cache).logits
+    assert_within_budget(logits, eager, exact)
 
 
 @pytest.mark.parametrize("policy", ["dense", "quest:budget=4096", "losa:budget=4096,active=2"])
@@ -62,7 +69,8 @@ def model(request: pytest.FixtureRequest) -> Any:
 def test_a_block_over_the_cache_equals_one_dense_pass(model: Any, policy: str, mask: str) -> None:
     eager, exact = one_pass(model, 2), one_pass(in_double(model), 2)
     masks = {
-        "none": None, "block-causal": torch.zeros(1, 1, BLOCK, PREFIX + BLOCK),
+        "none": None,
+        "block-causal": torch.zeros(1, 1, BLOCK, PREFIX + BLOCK),
         "padding": torch.ones(2, PREFIX + BLOCK, dtype=torch.long),
     }
     block = tokens(2, PREFIX + BLOCK)[:, PREFIX:]
@@ -112,13 +120,11 @@ def test_ragged_prompts_padded_on_either_side_get_what_they_get_alone(model: Any
                 positions = torch.arange(length, length + BLOCK)[None]
                 out = double(block[row : row + 1], position_ids=positions, **alone[-1])
             expected.append(out.logits)
-        for layer in range(len(held(alone[0]).layers)):
-            sides = []
-            for part in ("keys", "values"):
-                padded = torch.full((3, 2, PREFIX, 16), torch.nan, dtype=torch.float64)
-                for row in range(3):
-                    padded[row, :, valid[row]] = getattr(held(alone[row]).layers[layer], part)[0]
-                sides.append(padded)
+        for layer in range(double.config.num_hidden_layers):
+            sides = torch.full((2, 3, 2, PREFIX, 16), torch.nan, dtype=torch.float64)
+            for row in range(3):
+                for side, part in zip(sides, stand_ins.cached(held(alone[row]), layer), strict=True):
+                    side[row, :, valid[row]] = part[0]
             cache.update(*sides, layer)
         mask = torch.cat([valid, torch.ones(3, BLOCK, dtype=torch.bool)], dim=1)
         positions = torch.tensor(lengths)[:, None] + torch.arange(BLOCK)
@@ -147,7 +153,8 @@ def test_the_first_block_of_an_empty_cache_reads_itself_alone(model: Any) -> Non
     block = tokens(1, BLOCK)
     with torch.no_grad():
         expected = model(block, attention_mask=torch.zeros(1, 1, BLOCK, BLOCK)).logits
-        with SparseAttention(model, "quest") as sparse, sparse.block():
+        told = pytest.warns(UserWarning, match=r"no block had a context.*scope='sequence'")
+        with told, SparseAttention(model, "quest") as sparse, sparse.block():
             for arguments in ({}, {cache_name(model): new_cache(model)}):
                 torch.testing.assert_close(model(block, **arguments).logits, expected)
 
@@ -164,58 +171,10 @@ def rows(count: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Ten
     return torch.randn(1, count, 32, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-@pytest.mark.parametrize("kind", [stand_ins.SDARAttention, stand_ins.Fast_dLLM_QwenAttention])
-@pytest.mark.parametrize("policy", ["dense", "quest:budget=4096"])
-def test_models_with_a_prefix_cache_of_their_own_code(kind: Any, policy: str) -> None:
-    stack = random_stack(stand_ins.Stack, kind)
-    flag = {kind.save_flag: True}
-    reports: list[PassReport] = []
-
-    def run(stack: Any, sparse: Any = None) -> list[torch.Tensor]:
-        dtype = next(stack.parameters()).dtype
-        cache, outs = stand_ins_cache(), []
-        for block in range(3):
-            if sparse is not None and block:
-                sparse.start_block()
-            if block:  # the first one is the prompt
-                outs.append(stack(rows(BLOCK, block, dtype), past_key_values=cache))
-            outs.append(stack(rows(BLOCK, block, dtype), past_key_values=cache, **flag))
-            if sparse is not None:
-                sparse.finish_block()
-            assert cache.get_seq_length() == BLOCK * (block + 1)
-        return outs
-
-    with torch.no_grad():
-        eager, exact = run(stack), run(copy.deepcopy(stack).double())
-        with SparseAttention(stack, policy, page_size=4, on_pass=reports.append) as sparse:
-            actual = run(stack, sparse)
-    for ours, theirs, truth in zip(actual, eager, exact, strict=True):
-        assert_within_budget(ours, theirs, truth)
-    places = [(report.block, report.index, report.is_save) for report in reports]
-    assert places == [(0, 0, False), (0, 1, True), (1, 0, False), (1, 1, True)]
-
-
 def stand_ins_cache() -> Any:
     from transformers import DynamicCache
 
     return DynamicCache()
-
-
-WHOLE = {
-    "dream": (stand_ins.Stack, stand_ins.DreamAttention), "llada": (stand_ins.LLaDA,),
-}
-
-
-@pytest.mark.parametrize("name", WHOLE)
-@pytest.mark.parametrize("policy", ["dense", "quest:budget=4096", "sparsed:skip=1.0"])
-def test_models_whose_block_is_the_whole_sequence(name: str, policy: str) -> None:
-    stack = random_stack(*WHOLE[name])
-    double = copy.deepcopy(stack).double()
-    with torch.no_grad():
-        with SparseAttention(stack, policy, page_size=4) as sparse, sparse.block(total_passes=2):
-            actual = [stack(rows(29, seed)) for seed in range(2)]
-        for seed, ours in enumerate(actual):
-            assert_within_budget(ours, stack(rows(29, seed)), double(rows(29, seed, torch.float64)))
 
 
 def test_a_sparse_policy_reads_less_of_a_whole_sequence() -> None:
@@ -226,9 +185,94 @@ def test_a_sparse_policy_reads_less_of_a_whole_sequence() -> None:
     assert len(reports) == 1 and reports[0].density < 1.0
 
 
-def test_every_contract_is_tested_here() -> None:
-    named = {"Qwen3Attention", "LlamaAttention", *dir(stand_ins)}
-    assert not [contract.classes for contract in CONTRACTS if not named & set(contract.classes)]
+def test_every_contract_is_tested_on_what_it_says() -> None:
+    tested = {f"{family}Attention" for family in FAMILIES} | set(dir(stand_ins))
+    assert not [contract.classes for contract in CONTRACTS if not tested & set(contract.classes)]
+
+
+class Mine(torch.nn.Module):
+    """A class of a user's own, with names of its own."""
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__()
+        self.to_q, self.to_k, self.to_v = (torch.nn.Linear(32, 32), torch.nn.Linear(32, 16), torch.nn.Linear(32, 16))
+        self.back = torch.nn.Linear(32, 32)
+
+    def split(self, x: Any) -> Any:
+        heads = (part(x).unflatten(-1, (-1, 8)).transpose(1, 2) for part in (self.to_q, self.to_k, self.to_v))
+        return tuple(heads)
+
+    def forward(self, hidden_states: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+        out = stand_ins.plain_attention(*self.split(hidden_states), None)
+        return self.back(out.flatten(2))
+
+
+def test_a_class_of_ones_own_is_registered_by_its_contract() -> None:
+    stack = random_stack(stand_ins.Stack, Mine)
+    with pytest.raises(InvalidArgumentError, match=r"contract=ModuleContract"):
+        SparseAttention(stack, "dense")
+    mine = ModuleContract(
+        classes=("Mine",),
+        models="mine",
+        scope="sequence",
+        attributes=("to_q", "to_k", "to_v"),
+        output="back",
+        project=lambda module, call: module.split(call["hidden_states"]),
+        returns=1,
+    )
+    with torch.no_grad():
+        own, exact = stack(rows(24, 0)), copy.deepcopy(stack).double()(rows(24, 0, torch.float64))
+        with SparseAttention(stack, "dense", contract=mine) as sparse, sparse.block():
+            assert_within_budget(stack(rows(24, 0)), own, exact)
+    with pytest.raises(InvalidArgumentError, match=r"classes: Mine; got a Qwen3ForCausalLM"):
+        SparseAttention(causal_shape("Qwen3"), "dense", contract=mine)
+    with pytest.raises(InvalidTypeError, match="contract must be a ModuleContract or None; got str"):
+        SparseAttention(stack, "dense", contract="Mine")  # type: ignore[arg-type]
+
+
+def test_a_subclass_counts_as_what_it_inherits_unless_it_attends_by_itself() -> None:
+    model = causal_shape("Qwen2")
+    kind = type(model.model.layers[0].self_attn)
+    for layer in model.model.layers:
+        layer.self_attn.__class__ = type("A2DAttention", (kind,), {})
+    with SparseAttention(model, "dense"):
+        pass
+    for layer in model.model.layers:
+        layer.self_attn.__class__ = type("OtherAttention", (kind,), {"forward": lambda self, x: x})
+    with pytest.raises(InvalidArgumentError, match="a Qwen2ForCausalLM with OtherAttention"):
+        SparseAttention(model, "dense")
+
+
+def test_a_causal_model_can_be_a_whole_sequence_diffuser(model: Any) -> None:
+    ids = tokens(1, PREFIX)
+    every = torch.zeros(1, 1, PREFIX, PREFIX)
+    reports: list[PassReport] = []
+    with torch.no_grad():
+        own = model(ids, attention_mask=every).logits
+        with SparseAttention(model, "dense", scope="sequence") as sparse, sparse.block():
+            torch.testing.assert_close(model(ids, attention_mask=every).logits, own)
+        sparse = SparseAttention(
+            model, "sliding-window:window=8", page_size=4, scope="sequence", on_pass=reports.append
+        )
+        with sparse, sparse.block():
+            model(ids, attention_mask=every)
+        assert len(reports) == 1
+        assert all((one.pairs < one.dense_pairs / 2).all() for one in reports[0].traffic)
+        with SparseAttention(model, "dense", scope="sequence") as sparse, sparse.block():
+            refusal = pytest.raises(InvalidArgumentError, match=r"every other where the block is the whole")
+            with refusal:
+                model(ids, attention_mask=block_causal(PREFIX, model.dtype))
+    with pytest.raises(InvalidArgumentError, match="scope must be one of prefix, sequence; got 'whole'"):
+        SparseAttention(model, "dense", scope="whole")  # type: ignore[arg-type]
+
+
+def test_a_session_without_blocks_says_so_when_it_ends(model: Any) -> None:
+    told = pytest.warns(UserWarning, match=r"2 forward passes.*none of them within a block.*sparse\.block\(\)")
+    with torch.no_grad(), told, SparseAttention(model, "quest"):
+        for _ in range(2):
+            model(tokens(1, BLOCK))
+    with SparseAttention(model, "quest"):  # nothing ran, so there is nothing to say
+        pass
 
 
 def test_unknown_models_are_refused_with_what_is_known() -> None:
@@ -269,9 +313,10 @@ def test_masks_that_sparse_attention_cannot_honour_are_refused(model: Any) -> No
     ragged[0, 0, 3, 5] = False
     bias = torch.full((1, 1, BLOCK, keys), -0.5)
     cases = [
-        (causal, "whole block to each of its tokens.*block-causal"), (ragged, "same tokens of the context"),
-        (bias, "0 and the lowest number.*bias"),
-        (torch.ones(1, 3), r"attention_mask must have shape \(1, 48\)"),
+        (causal, r"whole block to each of its tokens; got a mask \(1, 1, 8, 48\) of bool.*block-causal"),
+        (ragged, "same tokens of the context.*whose rows differ"),
+        (bias, r"0 and 1, or numbers to add.*\(1, 1, 8, 48\) of float32 with other numbers, a bias"),
+        (torch.ones(1, 3), r"must have shape \(1, 48\), \(1, 8, 48\) or .*; got a mask \(1, 3\) of float32"),
     ]
     with torch.no_grad(), SparseAttention(model, "dense") as sparse:
         cache = prefilled(model)
@@ -279,27 +324,53 @@ def test_masks_that_sparse_attention_cannot_honour_are_refused(model: Any) -> No
             with sparse.block(), pytest.raises(InvalidArgumentError, match=words):
                 model(block, attention_mask=mask, **cache)
     whole = random_stack(stand_ins.LLaDA)
-    padding = torch.ones(1, 16)
-    padding[0, :3] = 0
-    refusal = pytest.raises(InvalidArgumentError, match=r"hide nothing.*one by one")
+    refusal = pytest.raises(InvalidArgumentError, match="must leave every sequence a token; got nothing in seq")
     with torch.no_grad(), SparseAttention(whole, "dense") as sparse, sparse.block(), refusal:
-        whole(rows(16, 0), attention_mask=padding)
+        whole(rows(16, 0), attention_mask=torch.zeros(1, 16))
+
+
+SEEN = torch.ones(1, BLOCK, PREFIX + BLOCK, dtype=torch.bool)
+SEEN[:, :, :7] = False
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        SEEN[:, 0],
+        SEEN[:, 0].long(),
+        SEEN[:, 0].float(),
+        SEEN,
+        SEEN.float(),
+        SEEN[:, None],
+        SEEN[:, None].half(),
+        torch.zeros(SEEN.shape).masked_fill(~SEEN, -torch.inf),
+        torch.zeros(SEEN.shape).masked_fill(~SEEN, -1e9)[:, None],
+        SEEN[:, None].expand(1, 4, -1, -1),
+    ],
+    ids=lambda mask: f"{str(mask.dtype).removeprefix('torch.')} of {mask.ndim} axes",
+)
+def test_every_form_of_mask_is_read_alike(mask: torch.Tensor) -> None:
+    expected = SEEN[:, 0, :PREFIX].numpy()
+    assert (visible_context(mask, 1, PREFIX, BLOCK) == expected).all()
+
+
+def test_masks_that_hide_nothing_are_read_as_such() -> None:
+    whole = (1, BLOCK, PREFIX + BLOCK)
+    for mask in (None, "full", torch.zeros(whole), torch.ones(whole), torch.ones(whole, dtype=torch.long)):
+        assert visible_context(mask, 1, PREFIX, BLOCK).all()
+    places = torch.ones(BLOCK, PREFIX + BLOCK, dtype=torch.bool)  # rows and keys, as a module gets them
+    assert visible_context(places, 1, PREFIX, BLOCK, of_module=True).all()
+    assert visible_context(places[:1], 1, PREFIX, BLOCK).all()  # sequences and keys
 
 
 def test_caches_that_cannot_be_viewed_are_refused(model: Any) -> None:
     from transformers import StaticCache
 
-    static = StaticCache(config=model.config, max_cache_len=64)
+    static = StaticCache(model.config, max_batch_size=1, max_cache_len=64)
     with torch.no_grad(), SparseAttention(model, "dense") as sparse:
         model(tokens(1, PREFIX), **{cache_name(model): static})
-        with sparse.block(), pytest.raises(InvalidArgumentError, match=r"DynamicCache.*got a StaticLayer"):
+        with sparse.block(), pytest.raises(InvalidArgumentError, match=r"DynamicCache.*got a Static"):
             model(tokens(1, BLOCK), **{cache_name(model): static})
-        with sparse.block(), pytest.raises(InvalidArgumentError, match=r"DynamicCache.*got a tuple"):
-            sparse.enter_pass({})
-            model.model.layers[0].self_attn(
-                torch.zeros(1, BLOCK, 32), (torch.ones(1, BLOCK, 16), torch.zeros(1, BLOCK, 16)),
-                past_key_value=(static,),
-            )
 
 
 def test_calls_out_of_order_are_refused(model: Any) -> None:
@@ -320,11 +391,16 @@ def test_calls_out_of_order_are_refused(model: Any) -> None:
                 model(tokens(1, BLOCK), **cache)
 
 
-def test_a_scheme_of_the_models_own_is_refused_beside_a_policy() -> None:
-    stack = random_stack(stand_ins.Stack, stand_ins.Fast_dLLM_QwenAttention)
-    refusal = pytest.raises(InvalidArgumentError, match="block_past_key_values must be None within a block")
-    with torch.no_grad(), SparseAttention(stack, "dense") as sparse, sparse.block(), refusal:
-        stack(rows(BLOCK, 0), block_past_key_values=stand_ins_cache())
+def test_a_block_cache_that_was_filled_elsewhere_is_refused() -> None:
+    model, ids = stand_ins.FastDLLM().eval(), tokens(1, BLOCK)
+    with torch.no_grad():
+        cache = model(ids, update_past_key_values=True).past_key_values
+        held = model(ids, past_key_values=cache, use_block_cache=True).block_past_key_values
+        refusal = pytest.raises(StaleMemoryError, match="8 rows that were not computed in this block")
+        with SparseAttention(model, "dense") as sparse, sparse.block(), refusal:
+            model(
+                ids[:, :4], past_key_values=cache, use_block_cache=True, block_past_key_values=held, replace_position=0
+            )
 
 
 def test_decoded_tokens_reach_policies_that_ask_for_them(model: Any) -> None:
@@ -434,3 +510,19 @@ def test_a_mask_that_changes_within_a_block_is_refused(model: Any) -> None:
             assert torch.equal(model(block, attention_mask=padded.bool(), **cache).logits, expected)
             every_row = padded.bool()[:, None, None].expand(1, 1, BLOCK, -1)
             assert torch.equal(model(block, attention_mask=every_row, **cache).logits, expected)
+
+
+def test_autocast_works_as_for_the_models_own_attention(model: Any) -> None:
+    block = tokens(1, PREFIX + BLOCK)[:, PREFIX:]
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        own, exact = one_pass(model), one_pass(in_double(model))
+        with SparseAttention(model, "dense", page_size=4) as sparse:
+            cache = prefilled(model)
+            with sparse.block():
+                logits = model(block, **cache).logits
+                sparse.next_pass(is_save=True)
+                model(block, **cache)
+            assert held(cache).get_seq_length() == PREFIX + BLOCK
+    assert logits.dtype == own.dtype
+    error, theirs = ((x.double() - exact.double()).abs().max().item() for x in (logits, own))
+    assert error <= 2 * theirs

@@ -7,37 +7,42 @@ import inspect
 from typing import Any
 
 import torch
-from transformers import (
-    DiffusionGemmaConfig,
-    DiffusionGemmaForBlockDiffusion,
-    DiffusionGemmaTextConfig,
-    DynamicCache,
-    Gemma4VisionConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+import transformers
+from transformers import DynamicCache
 
 VOCABULARY, CANVAS = 64, 8
 
 
 def diffusion_gemma(*, sliding_window: int = 24) -> Any:
     """A sliding and a full layer, with the head sizes of the released model: 256 and 512."""
-    text = DiffusionGemmaTextConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=256, global_head_dim=512,
-        num_global_key_value_heads=1, sliding_window=sliding_window,
-        layer_types=["sliding_attention", "full_attention"], num_experts=2, top_k_experts=1,
-        moe_intermediate_size=16, max_position_embeddings=512,
+    text = transformers.DiffusionGemmaTextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=256,
+        global_head_dim=512,
+        num_global_key_value_heads=1,
+        sliding_window=sliding_window,
+        layer_types=["sliding_attention", "full_attention"],
+        num_experts=2,
+        top_k_experts=1,
+        moe_intermediate_size=16,
+        max_position_embeddings=512,
     )
-    vision = Gemma4VisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=8,
+    vision = transformers.Gemma4VisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
     )
     torch.manual_seed(0)
-    config = DiffusionGemmaConfig(text_config=text, vision_config=vision, canvas_length=CANVAS)
-    model = DiffusionGemmaForBlockDiffusion(config).eval()
+    config = transformers.DiffusionGemmaConfig(text_config=text, vision_config=vision, canvas_length=CANVAS)
+    model = transformers.DiffusionGemmaForBlockDiffusion(config).eval()
     model.set_attn_implementation("eager")
     model.set_experts_implementation("eager")  # the others do not compute in float64
     for parameter in model.parameters():  # the released initialisation makes attention nearly uniform
@@ -45,17 +50,29 @@ def diffusion_gemma(*, sliding_window: int = 24) -> Any:
     return model
 
 
+EXTRAS: dict[str, dict[str, Any]] = {
+    "Mistral": {"sliding_window": None},
+    "Qwen3Moe": {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16},
+}
+FAMILIES = ("Qwen3", "Llama", "Qwen2", "Mistral", "Qwen3Moe")
+
+
 def causal_shape(family: str) -> Any:
-    """Qwen3 or Llama, three layers, two query heads a KV head."""
-    families = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
-    config_of, model_of = families[family]
+    """A causal model of transformers, three layers, two query heads a KV head."""
     torch.manual_seed(0)
-    config = config_of(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=512,
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=512,
         attn_implementation="eager",
+        **EXTRAS.get(family, {}),
     )
-    model = model_of(config).eval()
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     for parameter in model.parameters():
         if parameter.ndim > 1:
             parameter.data.mul_(8.0)
@@ -70,6 +87,8 @@ def tokens(batch: int, count: int, seed: int = 1) -> torch.Tensor:
 
 def new_cache(model: Any) -> Any:
     """A cache that grows, with the layers of the model."""
+    if "config" not in inspect.signature(DynamicCache).parameters:  # before transformers 4.56
+        return DynamicCache()
     return DynamicCache(config=model.config.get_text_config())
 
 
@@ -81,7 +100,12 @@ def cache_name(module: Any) -> str:
 def in_double(model: Any) -> Any:
     """The same model in float64, by "sdpa": eager attention gives NaN for rows that see nothing there."""
     double = copy.deepcopy(model).double()
-    double.set_attn_implementation("sdpa")
+    if hasattr(double, "set_experts_implementation"):
+        double.set_experts_implementation("eager")  # the others do not compute in float64
+    if hasattr(double, "set_attn_implementation"):
+        double.set_attn_implementation("sdpa")
+    else:  # before transformers 4.53
+        double.config._attn_implementation = "sdpa"
     return double
 
 
