@@ -137,7 +137,7 @@ def test_a_parameter_without_a_value_is_no_module(get: Callable[[str], object], 
 
 @pytest.mark.parametrize(
     "error",
-    [InvalidArgumentError("k", "must be 1", (2, 3), "Pass 1."), InvalidTypeError("k", "must be an int", "'a'"),
+    [InvalidArgumentError("k", "must be 1", (2, 3), "Pass 1."), InvalidTypeError("k", "must be int", "'a'"),
      UnknownNameError("policy", "dens", ["dense"]), UnavailableError("backend 'x'", ["no y"], "Install y."),
      UnsupportedError("x", ["head_dim 7"]), StaleMemoryError("memory is old."),
      CallOrderError("next()", "must be last", "first", "Wait."), DataFileError("no such file")],
