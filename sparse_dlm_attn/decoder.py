@@ -239,6 +239,7 @@ class Decoder:
         window: Array | None = None,
         window_index: int | None = None,
         planned: Array | None = None,
+        planned_order: Array | None = None,
     ) -> DecoderPass:
         """Begin the block's next pass; call what it returns once for each layer.
 
@@ -249,7 +250,7 @@ class Decoder:
             before follows from it. Some policies ask for it.
         is_save : bool
             Whether this is the pass over the finished block that writes its keys and values.
-        window, window_index, planned : array, int, array, optional
+        window, window_index, planned, planned_order : array, int, array, array, optional
             As in :class:`PassInfo`.
 
         Returns
@@ -276,7 +277,8 @@ class Decoder:
                 "Run them, or call finish_block() to give the block up.",
             )
         info = PassInfo(self._passes, is_save, decoded, total_passes=self._total,
-                        window=window, window_index=window_index, planned=planned, num_layers=self.layers)
+                        window=window, window_index=window_index, planned=planned,
+                        planned_order=planned_order, num_layers=self.layers)
         newly = None
         if decoded is not None:
             before = decoded if self._decoded is None else self._decoded

@@ -37,6 +37,7 @@ __all__ = [
 ]
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
+INTEGERS = ("int8", "int16", "int32", "int64")
 
 
 def check_array(
@@ -201,6 +202,9 @@ class PassInfo:
         Pass within the window, as ``index`` within the block; None if the block is one window.
     planned : array, optional
         bool ``(batch, tokens)``: rows that are decoded after this pass, where that is known before it.
+    planned_order : array, optional
+        Integers ``(batch, rows)``: the rows of ``planned`` in the order in which they are decoded, each once,
+        and -1 behind the last of a sequence that has fewer than others. None: from left to right.
     """
 
     index: int | Array
@@ -213,6 +217,7 @@ class PassInfo:
     window: Array | None = None
     window_index: int | Array | None = None
     planned: Array | None = None
+    planned_order: Array | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "index", _pass_number("index", self.index))
@@ -224,6 +229,8 @@ class PassInfo:
         for name in ("decoded", "newly_decoded", "window", "planned"):
             if getattr(self, name) is not None:
                 check_array(name, getattr(self, name), ("batch", "tokens"), ("bool", "bool_"))
+        if self.planned_order is not None:
+            _check_order(self.planned_order, self.planned)
         for name in ("layer", "num_layers", "total_passes"):
             if name != "total_passes" or self.total_passes is not None:
                 object.__setattr__(self, name, check_int(name, getattr(self, name)))
@@ -258,10 +265,29 @@ def _pass_number(name: str, value: Any) -> Any:
         if isinstance(value, bool) or not 0 <= value < 2**31:
             raise InvalidArgumentError(name, "must be a pass number from 0 to 2**31 - 1", value)
         return value
-    check_array(name, value, ("batch",), ("int8", "int16", "int32", "int64"))
+    check_array(name, value, ("batch",), INTEGERS)
     if is_host(value) and (to_numpy(value) < 0).any():
         raise InvalidArgumentError(name, "must hold pass numbers from 0", to_numpy(value).tolist())
     return value
+
+
+def _check_order(order: Any, planned: Array | None) -> None:
+    """Raise unless ``order`` names every planned row once; rows are read on the host alone."""
+    rule = "must name every row of planned once, with -1 behind the last of a sequence"
+    if planned is None:
+        raise InvalidArgumentError("planned_order", rule, "no planned", "Pass planned too.")
+    batch, tokens = shape_of(planned)
+    check_array("planned_order", order, (batch, "rows"), INTEGERS)
+    if not (is_host(order) and is_host(planned)):
+        return
+    listed = to_numpy(order)
+    rows = np.where((listed >= 0) & (listed < tokens), listed, tokens)  # the last column counts all others
+    named = np.zeros((batch, tokens + 1), dtype=np.int64)
+    np.add.at(named, (np.arange(batch)[:, None], rows), 1)
+    strange = (listed < -1) | (listed >= tokens)
+    strange[:, 1:] |= (listed[:, 1:] >= 0) & (listed[:, :-1] < 0)
+    if strange.any() or (named[:, :tokens] != to_numpy(planned)).any():
+        raise InvalidArgumentError("planned_order", rule, listed.tolist())
 
 
 def _host_uniform(name: str, value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from sparse_dlm_attn_conformance.contenders import Contender
 from sparse_dlm_attn_conformance.episodes import Episode, episodes, rows_of
 from sparse_dlm_attn_conformance.laws import law
 from sparse_dlm_attn_conformance.oracle import context_keys
+from sparse_dlm_attn_conformance.rules import RULES
 from sparse_dlm_attn_conformance.strategies import BOOLEANS, choice, integers
 from sparse_dlm_attn_conformance.subjects import Subject, host
 from sparse_dlm_attn_conformance.test_policies import SHARE, loaded, on_grid
@@ -37,14 +39,17 @@ class Filling:
     index, window_index : tuple of int
         Passes of each sequence.
     said : tuple of bool
-        Whether the pass tells the decoded rows, the window, and the rows decoded next.
+        Whether the pass tells the decoded rows, the window, the rows decoded next, and their order.
+    seed : int
+        Of the order.
     """
 
     tokens: int
     rows: tuple[tuple[int, int, int, int], ...]
     index: tuple[int, ...]
     window_index: tuple[int, ...]
-    said: tuple[bool, bool, bool]
+    said: tuple[bool, bool, bool, bool]
+    seed: int
 
     def masks(self) -> tuple[Host, Host, Host, Host]:
         """Return decoded, newly decoded, window and planned rows, bool ``(batch, tokens)``."""
@@ -54,6 +59,13 @@ class Filling:
         newly = decoded & newly & (window | begun)  # what an earlier window decoded, a new one begins with
         return decoded, newly, window, planned & window & ~decoded
 
+    def orders(self) -> list[list[int]]:
+        """Return the planned rows of each sequence as they are decoded: from left to right if untold."""
+        rows = [np.flatnonzero(part) for part in self.masks()[3]]
+        if self.said[3]:
+            rows = [np.random.default_rng((self.seed, b)).permutation(part) for b, part in enumerate(rows)]
+        return [part.tolist() for part in rows]
+
     def info(self, subject: Subject, chosen: slice = slice(None), *, uniform: bool = False) -> PassInfo:
         """Return what the policy is told about the ``chosen`` sequences."""
         decoded, newly, window, planned = (subject.ints(part[chosen]) for part in self.masks())
@@ -61,6 +73,11 @@ class Filling:
         numbers: list[Any] = [subject.ints(part.astype(np.int32)) for part in (index, within)]
         if uniform:
             numbers = [int(index[0]), int(within[0])]
+        order = None
+        if self.said[2] and self.said[3]:
+            longest = max(map(len, self.orders()))
+            filled = [[*rows, *[-1] * (longest - len(rows))] for rows in self.orders()[chosen]]
+            order = subject.ints(np.asarray(filled, np.int32))
         return PassInfo(
             numbers[0],
             decoded=decoded if self.said[0] else None,
@@ -68,21 +85,24 @@ class Filling:
             window=window if self.said[1] else None,
             window_index=numbers[1],
             planned=planned if self.said[2] else None,
+            planned_order=order,
         )
 
 
 @st.composite
 def fillings(draw: Any, /) -> Filling:
     """Draw a pass of up to three sequences."""
-    tokens, batch = draw(integers(1, 12)), draw(integers(1, 3))
-    bits = integers(0, (1 << tokens) - 1)
+    tokens, batch = draw(integers(1, 20)), draw(integers(1, 3))
+    bits, mostly = integers(0, (1 << tokens) - 1), choice((True, True, True, False))
     within = [draw(integers(0, 9)) for _ in range(batch)]
+    some, most = (st.builds(mix, bits, bits) for mix in (operator.and_, operator.or_))
     return Filling(
         tokens,
-        tuple((draw(bits), draw(bits), draw(bits), draw(bits)) for _ in range(batch)),
+        tuple((draw(some), draw(bits), draw(most), draw(bits)) for _ in range(batch)),
         tuple(number + draw(choice((0, 0, 4))) for number in within),
         tuple(within),
-        (draw(BOOLEANS), draw(BOOLEANS), draw(BOOLEANS)),
+        (draw(mostly), draw(BOOLEANS), draw(mostly), draw(mostly)),
+        draw(integers(0, 99)),
     )
 
 
@@ -105,7 +125,7 @@ def test_computed_rows_hold_all_that_must_be_computed(
     chosen = loaded(policy)
     decoded, newly, window, planned = filling.masks()
     rows = computed(subject, chosen, filling.info(subject), decoded.shape)
-    told, in_windows, plans = filling.said
+    told, in_windows, plans, _ = filling.said
     needed = window if in_windows else np.ones_like(window)
     if plans:
         needed = planned
@@ -120,6 +140,54 @@ def test_computed_rows_hold_all_that_must_be_computed(
             one = slice(b, b + 1)
             alone = computed(subject, chosen, filling.info(subject, one, uniform=uniform), decoded[one].shape)
             expect_same_bits(alone[0], rows[b], f"computed rows of sequence {b} alone", "POLICY-2")
+
+
+def stated(policy: Any, filling: Filling) -> Host:
+    """Return the rows that a published policy's page promises to compute, once more and plainly."""
+    decoded, newly, window, _ = filling.masks()
+    told, in_windows, plans, _ = filling.said
+    rows = np.ones_like(decoded)
+    for b, number in enumerate(filling.window_index):
+        if filling.index[b] == 0 or number == 0:
+            continue
+        if policy.name == "fast-dllm" and in_windows:
+            rows[b] = np.logical_or.accumulate(window[b]) if policy.mode == "prefix" else window[b]
+        if policy.name == "sparse-dllm" and in_windows and number > policy.delay:
+            rows[b] = window[b]
+        if policy.name == "dkv-cache" and told:
+            greedy = policy.mode == "greedy"
+            if number % (policy.reload or (2 if greedy else 8)) == 0 or (not greedy and number == 1):
+                continue
+            rows[b] = ~decoded[b]
+            if greedy and plans:
+                rows[b] = False
+                rows[b, taken(~decoded[b], filling.orders()[b], policy.neighbours)] = True
+            elif greedy and in_windows:
+                rows[b] &= window[b]
+            rows[b] |= newly[b]
+    return rows
+
+
+def taken(masked: Host, centres: list[int], wanted: int) -> list[int]:
+    """Return the centres, and for one after another the nearest masked rows that are not among these yet."""
+    chosen = list(centres)
+    for centre in centres:
+        free = [row for row in np.flatnonzero(masked).tolist() if row not in chosen]
+        chosen += sorted(free, key=lambda row: (abs(row - centre), row))[:wanted]
+    return chosen
+
+
+@pytest.mark.clause("POLICY-6", "POLICY-7")
+@law(filling=fillings(), share=6.0)
+def test_computed_rows_are_those_that_the_page_states(
+    subject: Subject, policy: Contender, filling: Filling
+) -> None:
+    chosen = loaded(policy)
+    if chosen.name not in RULES:
+        pytest.skip("the policy is none of the published ones")
+    wanted = stated(chosen, filling)
+    found = computed(subject, chosen, filling.info(subject), wanted.shape)
+    expect_same_bits(found, wanted, "computed rows", "POLICY-6")
 
 
 def whole(arrays: Arrays) -> Arrays:

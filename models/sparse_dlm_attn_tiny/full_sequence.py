@@ -74,7 +74,7 @@ def decode_full_sequence(
         Tokens a page of the sequence.
     order : {"confidence", "random"}
         What is decoded first in a window: what the model is surest of, or a random order drawn before the
-        window begins, which the policy is told (``PassInfo.planned``). Random takes no threshold.
+        window begins, which the policy is told (``PassInfo.planned_order``). Random takes no threshold.
     seed : int
         Of the random order.
     on_pass : callable, optional
@@ -91,6 +91,7 @@ def decode_full_sequence(
     ------
     InvalidArgumentError, InvalidTypeError
         If an argument breaks a rule; nothing has been computed then.
+        Or if logits of a masked row have no softmax, which only a pass can show.
     UnknownNameError, UnavailableError
         If the policy cannot be had.
 
@@ -212,37 +213,42 @@ class _SequenceRun:
         logits, self._memories = self.model.forward_sequence(
             self.tokens.tolist(), rows, self._cache, window.end, self.attention, info, self._memories
         )
-        best, confidence = confidences(to_numpy(logits)[part])
-        chosen = self.schedule.choose(window.index, masked, confidence) if planned is None else planned
-        newly = np.zeros(len(self.tokens), dtype=bool)
-        newly[part] = chosen
+        (best,), (confidence,) = confidences(
+            to_numpy(logits)[None, part], masked[None],
+            f"pass {window.index} of the window that begins with row {window.start}",
+        )
+        if planned is None:
+            planned = window.start + np.flatnonzero(self.schedule.choose(window.index, masked, confidence))
+        newly = self._rows(planned)
         self.tokens = self.tokens.copy()
-        self.tokens[part] = np.where(chosen, best, self.tokens[part])
+        self.tokens[part] = np.where(newly[part], best, self.tokens[part])
         self._record(window, newly, len(rows), time.perf_counter() - began)
         return newly
 
     def _next(self, window: _Window, masked: HostArray) -> HostArray | None:
-        """Return the window's rows to be decoded after this pass, if that is known beforehand."""
+        """Return the rows to be decoded after this pass, in that order, if they are known beforehand."""
         if window.order is None:
             return None
         places = np.empty(len(masked))
         places[window.order] = np.arange(len(masked))
-        return self.schedule.choose(window.index, masked, -places)
+        chosen = self.schedule.choose(window.index, masked, -places)
+        return (window.start + window.order[chosen[window.order]]).astype(np.int32)
+
+    def _rows(self, places: HostArray | slice) -> HostArray:
+        """Return the rows at ``places``, bool over the sequence."""
+        rows = np.zeros(len(self.tokens), dtype=bool)
+        rows[places] = True
+        return rows
 
     def _info(self, window: _Window, planned: HostArray | None) -> PassInfo:
-        def rows(values: HostArray) -> Any:
-            return self.model.backend.asarray(values[None], dtype="bool")
+        def told(rows: HostArray) -> Any:
+            return self.model.backend.asarray(rows[None], dtype=rows.dtype.name)
 
-        inside = np.zeros(len(self.tokens), dtype=bool)
-        inside[window.start : window.end] = True
-        following = None
-        if planned is not None:
-            following = np.zeros(len(self.tokens), dtype=bool)
-            following[window.start : window.end] = planned
         return PassInfo(
-            len(self.records), False, rows(self.tokens != MASK_ID), rows(window.newly),
-            total_passes=self._planned, window=rows(inside), window_index=window.index,
-            planned=None if following is None else rows(following),
+            len(self.records), False, told(self.tokens != MASK_ID), told(window.newly),
+            total_passes=self._planned, window=told(self._rows(slice(window.start, window.end))),
+            window_index=window.index, planned=None if planned is None else told(self._rows(planned)),
+            planned_order=None if planned is None else told(planned),
         )
 
     def _record(self, window: _Window, newly: HostArray, computed: int, seconds: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, get_args
 
-from sparse_dlm_attn.arrays import Array, invert_permutation, namespace
+from sparse_dlm_attn.arrays import Array, namespace
 from sparse_dlm_attn.policies.windows import rows_if, window_begins
 from sparse_dlm_attn.policy import PassInputs, PrefixAttentionPolicy, check_choice, check_count, either
 from sparse_dlm_attn.selection import Selection
@@ -29,8 +29,8 @@ class DKVCache(PrefixAttentionPolicy[None]):
       with its own embedding, and then cached.
     - ``mode=greedy``: all rows whenever ``i`` is a multiple of ``reload``. Else the rows decoded after the
       previous pass, those that will be decoded after this one (``info.planned``), and for each of the
-      latter its ``neighbours`` nearest rows that are still masked, taken from left and right in turn.
-      Where nothing is planned, all masked rows of the window are computed.
+      latter, in ``info.planned_order``, the ``neighbours`` nearest masked rows that are not among them
+      yet; of two equally near the left one. Where no plan is known, all masked rows of the window.
 
     On a model that is causal from block to block the prefix is exact; what remains is inside the block:
     rows decoded two passes ago are not computed. The save pass computes all rows.
@@ -108,39 +108,56 @@ class DKVCache(PrefixAttentionPolicy[None]):
             window = ~decoded if info.window is None else xp.asarray(info.window, device=decoded.device)
             return window & ~decoded
         planned = xp.asarray(info.planned, device=decoded.device)
-        return planned | masked_neighbours(planned, ~decoded, self.neighbours)
+        order = None
+        if info.planned_order is not None:
+            order = xp.asarray(info.planned_order, device=decoded.device)
+        return planned | masked_neighbours(planned, ~decoded, self.neighbours, order)
 
 
-def masked_neighbours(centres: Array, masked: Array, count: int) -> Array:
-    """Return the ``count`` masked rows next to each centre, left and right in turn.
+def masked_neighbours(centres: Array, masked: Array, count: int, order: Array | None = None) -> Array:
+    """Return the ``count`` masked rows nearest to each centre, among those that no earlier centre took.
 
     Parameters
     ----------
     centres, masked : array
-        bool ``(batch, tokens)``; centres that are not masked have no neighbours.
+        bool ``(batch, tokens)``. No centre is a neighbour of another.
     count : int
-        Neighbours of a centre; a side that has no more leaves its turns to the other.
+        Neighbours of a centre, as far as there are any left; of two equally near the left one comes first.
+    order : array, optional
+        Integers ``(batch, rows)``: the centres in the order in which they choose, -1 behind the last.
+        Default: from left to right.
 
     Returns
     -------
     array
-        bool ``(batch, tokens)``.
+        bool ``(batch, tokens)``: the neighbours, without the centres.
+
+    Notes
+    -----
+    Centres choose one after another, at a few passes over ``(batch, tokens)`` each. After
+    ``ceil((tokens - 1) / (count + 1))`` of them nothing is left, so no more are asked, nor more than
+    ``order`` has columns.
     """
     xp = namespace(masked)
     tokens = int(masked.shape[1])
-    # Side by side without the gaps between them, the masked rows next to a centre are its neighbours.
-    order = xp.argsort(xp.astype(~masked, xp.int32), axis=-1, stable=True)
-    packed = xp.take_along_axis(centres & masked, order, axis=-1)
-    place = xp.arange(tokens, dtype=xp.int32, device=masked.device)[None, :]
-    left = place + xp.zeros_like(xp.astype(packed, xp.int32))
-    right = xp.sum(xp.astype(masked, xp.int32), axis=-1, keepdims=True, dtype=xp.int32) - 1 - left
     count = min(count, tokens)
-    lefts = xp.clip(count - right, -(-count // 2), count)
-    rights = xp.clip(count - left, count // 2, count)
-    chosen = xp.zeros_like(packed)
-    for step in range(1, min(count, tokens - 1) + 1):
-        edge = xp.zeros_like(packed[:, :step])
-        chosen = chosen | xp.concat([(packed & (step <= lefts))[:, step:], edge], axis=-1)
-        chosen = chosen | xp.concat([edge, (packed & (step <= rights))[:, : tokens - step]], axis=-1)
-    back = xp.take_along_axis(chosen, invert_permutation(order), axis=-1)
-    return back & masked
+    # Row p stands in column p + 1: column 0, never free, is where counting begins.
+    column = xp.arange(tokens + 1, dtype=xp.int64, device=masked.device)[None, :]
+    if order is None:
+        found = xp.argsort(xp.astype(~centres, xp.int32), axis=-1, stable=True)
+        known = xp.sum(xp.astype(centres, xp.int32), axis=-1, keepdims=True, dtype=xp.int32)
+        order = xp.where(column[:, :tokens] < known, xp.astype(found, xp.int64), -1)
+    order = xp.astype(order, xp.int64)
+    wanted = xp.astype((order >= 0) & (order < tokens), xp.int64) * count
+    free = masked & ~centres
+    free = first = xp.concat([xp.zeros_like(free[:, :1]), free], axis=-1)
+    least, most = column[:, :1], column[:, tokens:]
+    for step in range(min(int(order.shape[1]), -(-(tokens - 1) // (count + 1)) if count else 0)):
+        centre, room = order[:, step : step + 1], wanted[:, step : step + 1]
+        counted = xp.cumulative_sum(xp.astype(free, xp.int32), axis=-1, dtype=xp.int32)
+        mirror = xp.minimum(xp.maximum(2 * centre + 1 - column, least), most)
+        # The free rows that come before a free row lie between it and its mirror image at the centre, n of
+        # them. The difference is n on the centre's left, and -n - 1 on its right, where the image counts.
+        between = xp.take_along_axis(counted, mirror, axis=-1) - counted
+        free = free & ~((between < room) & (between >= -room))
+    return (first & ~free)[:, 1:]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -40,6 +42,70 @@ def dkv_reloads_one_pass_late(self: Any, right: Any, info: PassInfo, rows: Any) 
     if not isinstance(number, int) or number < 2:
         return right(info, rows)
     return right(PassInfo(number - 1, info.is_save, info.decoded, info.newly_decoded), rows)
+
+
+@broken(DKVCache, "_being_decoded", "POLICY-6", mode="greedy", neighbours=2, reload=5)
+def dkv_centres_choose_from_left_to_right(self: Any, right: Any, info: PassInfo, decoded: Any) -> Any:
+    return right(replace(info, planned_order=None), decoded)
+
+
+def with_neighbours(choose: Callable[[list[int], list[int], list[int]], list[int]]) -> Callable[..., Any]:
+    """Compute planned rows, and what ``choose(masked, centres, order)`` adds of the masked ones."""
+
+    def being_decoded(self: Any, right: Any, info: PassInfo, decoded: Any) -> Any:
+        if info.planned is None:
+            return right(info, decoded)
+        rows = info.planned.copy()
+        for b, planned in enumerate(info.planned):
+            centres = np.flatnonzero(planned).tolist()
+            order = centres if info.planned_order is None else [r for r in info.planned_order[b] if r >= 0]
+            rows[b, choose(np.flatnonzero(~decoded[b]).tolist(), centres, order)] = True
+        return rows
+
+    return being_decoded
+
+
+def nearest(rows: list[int], centre: int, count: int = 2, *, left: bool = True) -> list[int]:
+    return sorted(rows, key=lambda row: (abs(row - centre), row if left else -row))[:count]
+
+
+def greedy(name: str, choose: Callable[[list[int], list[int], list[int]], list[int]]) -> None:
+    function = with_neighbours(choose)
+    function.__name__ = name
+    broken(DKVCache, "_being_decoded", "POLICY-6", mode="greedy", neighbours=2, reload=5)(function)
+
+
+def turns(masked: list[int], centres: list[int], order: list[int]) -> list[int]:
+    """The next masked row on either side, however far it is."""
+    found = []
+    for centre in order:
+        found += [row for row in masked if row < centre][-1:] + [row for row in masked if row > centre][:1]
+    return found
+
+
+def one_after_another(masked: list[int], centres: list[int], order: list[int], **how: bool) -> list[int]:
+    found: list[int] = []
+    for centre in order:
+        found += nearest([row for row in masked if row not in [*centres, *found]], centre, **how)
+    return found
+
+
+def centres_count(masked: list[int], centres: list[int], order: list[int]) -> list[int]:
+    found: list[int] = []
+    for centre in order:
+        found += nearest([row for row in masked if row not in [centre, *found]], centre)
+    return found
+
+
+greedy("dkv_neighbours_in_turns_whatever_their_distance", turns)
+greedy("dkv_prefers_the_right_neighbour", lambda *given: one_after_another(*given, left=False))
+greedy("dkv_counts_centres_as_neighbours", centres_count)
+greedy(
+    "dkv_counts_a_row_for_every_centre",
+    lambda masked, centres, order: [
+        row for c in order for row in nearest([r for r in masked if r not in centres], c)
+    ],
+)
 
 
 @broken(SparseDLLM, "_best_pages", "POLICY-6", ratio=0.4, delay=0)

@@ -141,6 +141,19 @@ def test_rows_that_the_model_computes_are_asked_of_the_policy() -> None:
         step(0, q, None, None, whole)
 
 
+@pytest.mark.parametrize(("order", "taken"), [([2, 5], 8), ([5, 2], 0)])
+def test_what_is_decoded_next_and_in_which_order_reaches_the_policy(order: list[int], taken: int) -> None:
+    """Row 3 lies between rows 2 and 5: who comes first takes it, and the other looks behind itself."""
+    decoder = Decoder("dkv-cache:mode=greedy,neighbours=1", layers=1)
+    decoder.start_block()
+    q = np.zeros((1, 1, 9, 4), dtype=np.float32)
+    decoded, planned = ~np.isin(range(9), [0, 2, 3, 5, 8])[None], np.isin(range(9), order)[None]
+    for rows in ([*range(9)], sorted({2, 3, 5, taken})):
+        step = decoder.next_pass(decoded, planned=planned, planned_order=np.array([order]))
+        assert np.flatnonzero(step.computed_tokens(1, 9, q)).tolist() == rows
+        step(0, q, None, None, Context.from_dense(q, q, 3))
+
+
 @pytest.mark.clause("ERROR-1")
 def test_calls_out_of_order_say_what_to_call() -> None:
     q, k, v = block(0)

@@ -128,6 +128,31 @@ def test_the_place_in_a_window_is_checked() -> None:
     assert PassInfo(3, window_index=np.array([1, 1], np.int32)).pass_in_window == 1
 
 
+@pytest.mark.parametrize(
+    ("order", "error"),
+    [([[0, 2], [1, -1]], None), ([[2, 0, -1], [1, -1, -1]], None), ([[0, 1], [1, -1]], "planned once"),
+     ([[0, 0], [1, -1]], "planned once"), ([[0, 2, 2], [1, -1, -1]], "planned once"),
+     ([[0, 2], [-1, 1]], "planned once"), ([[0, 2], [1, -2]], "planned once"),
+     ([[0, 2, 3], [1, -1, -1]], "planned once"), ([[0], [1]], "planned once"),
+     ([[0, 2]], r"shape \(2, rows\)"), ([0, 2], r"shape \(2, rows\)"),
+     ([[0.0, 2.0], [1.0, -1.0]], "dtype int8")],
+)
+@pytest.mark.clause("ERROR-1")
+def test_the_order_of_decoding_names_each_planned_row_once(order: Any, error: str | None) -> None:
+    planned = np.array([[True, False, True], [False, True, False]])
+    if error is None:
+        assert PassInfo(0, planned=planned, planned_order=np.array(order)).planned is planned
+        return
+    with pytest.raises(InvalidArgumentError, match=f"planned_order.*{error}"):
+        PassInfo(0, planned=planned, planned_order=np.array(order))
+
+
+@pytest.mark.clause("ERROR-1")
+def test_an_order_of_decoding_needs_the_rows() -> None:
+    with pytest.raises(InvalidArgumentError, match=r"planned_order.*Pass planned too"):
+        PassInfo(0, planned_order=np.array([[0]]))
+
+
 def test_a_state_is_known_to_remember_alone() -> None:
     seen: list[AttentionState | None] = []
 

@@ -9,6 +9,7 @@ import pytest
 
 from sparse_dlm_attn import InvalidArgumentError, PassInfo, PrefixAttention
 from sparse_dlm_attn.arrays import to_numpy
+from sparse_dlm_attn.policies.dense import Dense
 from sparse_dlm_attn_tiny.config import MASK_ID
 from sparse_dlm_attn_tiny.decoding import decode_blocks, decode_full_sequence
 from sparse_dlm_attn_tiny.model import TinyModel
@@ -99,6 +100,30 @@ def test_a_random_order_is_drawn_beforehand_and_told(model: TinyModel, text: byt
     # Between reloads: two just decoded, two about to be, and at most one neighbour of each of these.
     assert all(2 <= record.computed_rows <= 6 for record in first.passes[1::2])
     assert all(record.computed_rows == 46 for record in first.passes[::2])
+
+
+@pytest.mark.parametrize(("steps", "length"), [(2, 8), (4, 8), (8, 16)])
+def test_a_policy_is_told_the_rows_of_a_pass_in_the_order_drawn(
+    model: TinyModel, text: bytes, steps: int, length: int
+) -> None:
+    told: dict[int, PassInfo] = {}
+
+    class Listening(Dense):
+        def computed_tokens(self, info: PassInfo, rows: Any) -> Any:
+            told[info.index] = info
+            return rows
+
+    result = decode_full_sequence(
+        model, text[:LENGTH], policy=Listening(), new_tokens=NEW, block_length=length, steps=steps,
+        order="random", seed=3,
+    )
+    rng, share = np.random.default_rng(3), length // steps
+    drawn = [LENGTH + first + rng.permutation(length) for first in range(0, NEW, length)]
+    parts = np.concatenate(drawn).reshape(-1, share).tolist()
+    for info, record, rows in zip(told.values(), result.passes, parts, strict=not result.stopped):
+        assert to_numpy(info.planned_order).tolist() == [rows]
+        assert np.flatnonzero(to_numpy(info.planned)).tolist() == sorted(rows)
+        assert [place + LENGTH for place in record.newly_decoded] == sorted(rows)
 
 
 @pytest.mark.parametrize("policy", ["dense", "sparsed:span=8,warmup=1,ratio=1", "fast-dllm"])

@@ -72,27 +72,89 @@ def test_greedy_without_a_plan_computes_every_masked_row_of_the_window() -> None
     assert computed("dkv-cache", saving) == "x" * 10
 
 
-def neighbours_one_by_one(centres: Array, masked: Array, count: int) -> Array:
-    chosen = np.zeros_like(masked)
-    for centre in np.flatnonzero(centres & masked):
-        left = [p for p in range(centre - 1, -1, -1) if masked[p]]
-        right = [p for p in range(centre + 1, len(masked)) if masked[p]]
-        for turn in range(count):
-            side = left if (turn % 2 == 0 and left) or not right else right
-            if side:
-                chosen[side.pop(0)] = True
+def by_position(masked: set[int], centres: list[int], wanted: int, length: int) -> set[int]:
+    """The authors' rule, written plainly: centres and the neighbours that each takes in its turn."""
+    chosen = set(centres)
+    for centre in centres:
+        found, distance = 0, 1
+        while found < wanted and distance < length:
+            for row in (centre - distance, centre + distance):
+                if found < wanted and row in masked and row not in chosen:
+                    chosen.add(row)
+                    found += 1
+            distance += 1
     return chosen
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 9, 10**9])
-def test_neighbours_are_taken_from_left_and_right_in_turn(count: int) -> None:
-    rng = np.random.default_rng(count % 100)
-    for tokens in (1, 2, 5, 12):
-        for _ in range(20):
-            masked, centres = rng.random(tokens) < 0.6, rng.random(tokens) < 0.3
-            expected = neighbours_one_by_one(centres, masked, min(count, 40))
-            got = masked_neighbours(centres[None], masked[None], count)[0]
-            np.testing.assert_array_equal(got, expected)
+def orders(lists: list[Array], columns: int) -> Array:
+    """Rows in order for each sequence, with -1 behind the last."""
+    return np.array([[*rows, *[-1] * (columns - len(rows))] for rows in lists], np.int32)
+
+
+@pytest.mark.parametrize(
+    ("masked", "centres", "wanted", "expected"),
+    [([*range(10, 21), *range(30, 48)], [20], 4, [16, 17, 18, 19, 20]),
+     ([*range(48)], [20, 21], 4, [*range(16, 26)]),
+     # Row 11 lies between both centres, and the one that is decoded first takes it.
+     ([6, 10, 11, 13, 17], [10, 13], 1, [10, 11, 13, 17]),
+     ([6, 10, 11, 13, 17], [13, 10], 1, [6, 10, 11, 13])],
+)
+def test_neighbours_are_the_nearest_masked_rows_that_nobody_has_taken(
+    masked: list[int], centres: list[int], wanted: int, expected: list[int]
+) -> None:
+    decoded, planned = ~np.isin(np.arange(48), masked)[None], np.isin(np.arange(48), centres)[None]
+    policy = get_policy(f"dkv-cache:mode=greedy,neighbours={wanted}")
+    for order in ([centres], None) if centres == sorted(centres) else ([centres],):
+        info = PassInfo(3, decoded=decoded, newly_decoded=decoded & False, planned=planned,
+                        planned_order=None if order is None else np.array(order))
+        assert np.flatnonzero(policy.computed_tokens(info, decoded | True)).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("library", "cases"), [("numpy", 1000), ("torch", 100), ("array_api_strict", 100)]
+)
+@pytest.mark.clause("POLICY-2", "POLICY-7")
+def test_neighbours_follow_the_rule_in_every_batch_order_and_library(library: str, cases: int) -> None:
+    asarray = pytest.importorskip(library).asarray
+    rng = np.random.default_rng(0)
+    while cases > 0:
+        batch, length, wanted = (int(rng.integers(*span)) for span in ((1, 5), (1, 65), (0, 9)))
+        masked = rng.random((batch, length)) < rng.random()
+        planned = masked & (rng.random((batch, length)) < rng.random())
+        lists = [rng.permutation(np.flatnonzero(part)) for part in planned]
+        order = orders(lists, max(map(len, lists)) + int(rng.integers(0, 3)))
+        policy = get_policy(f"dkv-cache:mode=greedy,neighbours={wanted}")
+        for given in (order, None):
+            info = PassInfo(
+                3, decoded=asarray(~masked), newly_decoded=asarray(np.zeros_like(masked)),
+                planned=asarray(planned), planned_order=None if given is None else asarray(given),
+            )
+            got = np.asarray(policy.computed_tokens(info, asarray(np.ones_like(masked))))
+            for b in range(batch):
+                first = lists[b].tolist() if given is not None else sorted(lists[b].tolist())
+                expected = by_position(set(np.flatnonzero(masked[b])), first, wanted, length)
+                assert set(np.flatnonzero(got[b])) == expected
+        cases -= batch
+
+
+@pytest.mark.clause("SYNC-1")
+def test_neighbours_are_found_without_a_look_at_values() -> None:
+    """Tensors on PyTorch's meta device have shapes and no values: any look at one raises."""
+    torch = pytest.importorskip("torch")
+    some = torch.empty(2, 40, dtype=torch.bool, device="meta")
+    order = torch.empty(2, 3, dtype=torch.int32, device="meta")
+    for given in (order, None):
+        info = PassInfo(3, decoded=some, newly_decoded=some, planned=some, planned_order=given)
+        assert get_policy("dkv-cache:mode=greedy").computed_tokens(info, some).shape == (2, 40)
+
+
+@pytest.mark.parametrize("count", [1, 10**9])
+def test_more_neighbours_than_there_are_leave_nothing_out(count: int) -> None:
+    masked = np.ones((1, 9), bool)
+    masked[0, 3] = False
+    centres = np.zeros((1, 9), bool)
+    centres[0, [1, 4, 5, 7]] = True
+    np.testing.assert_array_equal(masked_neighbours(centres, masked, count), masked & ~centres)
 
 
 def whole_block(tokens: int, page_size: int, seed: int = 0) -> tuple[Array, Context]:

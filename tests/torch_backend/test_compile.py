@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch", reason="the PyTorch backend needs PyTorch")
 
 from torch._dynamo.testing import CompileCounter  # noqa: E402
 
-from sparse_dlm_attn import Context, PassInfo  # noqa: E402
+from sparse_dlm_attn import Context, PassInfo, get_policy  # noqa: E402
 from sparse_dlm_attn_torch import TorchBackend, ops  # noqa: E402
 
 
@@ -112,3 +112,20 @@ def test_with_symbolic_numbers_no_length_and_no_version_compiles_anew(
             decoded = decoded | newly
         counts.append(counter.frame_count)
     assert counts[0] == counts[1] == counts[2] <= 5
+
+
+@pytest.mark.parametrize("ordered", [True, False], ids=["in order", "by position"])
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a")  # array-api-compat caches a look-up
+def test_masked_neighbours_compile_as_one_graph(ordered: bool) -> None:
+    torch._dynamo.reset()
+    policy = get_policy("dkv-cache:mode=greedy,reload=100")
+    counter, rows = CompileCounter(), torch.ones(2, 40, dtype=torch.bool)
+    compiled = torch.compile(policy.computed_tokens, fullgraph=True, backend=counter)
+    for _ in range(3):
+        order = torch.rand(2, 40).argsort()[:, :3]
+        planned = torch.zeros(2, 40, dtype=torch.bool).scatter(1, order, True)
+        decoded = (torch.rand(2, 40) < 0.4) & ~planned
+        info = PassInfo(3, False, decoded, decoded & False, planned=planned,
+                        planned_order=order if ordered else None)
+        assert torch.equal(compiled(info, rows), policy.computed_tokens(info, rows))
+    assert counter.frame_count == 1
