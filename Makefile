@@ -21,7 +21,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 export OPENBLAS_NUM_THREADS ?= 1
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test bench lint types docs conformance wheel clean help conformance-seeds conformance-matrix
+.PHONY: demo test test-oldest-transformers bench lint types docs conformance wheel clean help conformance-seeds conformance-matrix
 
 help:
 	@echo "make demo | test | bench | lint | types | docs | conformance | wheel | clean"
@@ -31,6 +31,20 @@ demo: $(VENV)/.base
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The other end of the range of transformers, in an environment of its own; `make test` has the newest.
+OLDEST ?= 4.51.3
+test-oldest-transformers: $(VENV)-oldest/.ready
+	$(VENV)-oldest/bin/python -m pytest tests/transformers $(PYTEST_ARGS)
+
+$(VENV)-oldest/.ready: pyproject.toml constraints.txt
+	@echo "Installing transformers $(OLDEST) into $(VENV)-oldest ..."
+	@$(PYTHON) -m venv $(VENV)-oldest
+	@grep -v '^transformers==' constraints.txt > $(VENV)-oldest/constraints.txt
+	@$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint $(VENV)-oldest/constraints.txt --editable '.[conformance]' torch \
+	  'transformers==$(OLDEST)' pytest-timeout
+	@touch $@
 
 # Two threads, as the figures state; medians of turns, on a machine that does nothing else.
 bench: $(VENV)/.dev
@@ -69,7 +83,7 @@ wheel: $(VENV)/.dev
 	$(BIN)/python -m build --no-isolation --outdir dist .
 
 clean:
-	rm -rf $(VENV) build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-oldest build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
