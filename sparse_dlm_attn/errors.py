@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 __all__ = [
     "CallOrderError",
@@ -23,7 +24,17 @@ __all__ = [
 
 
 class SparseAttentionError(Exception):
-    """Base of all errors raised by this project."""
+    """Base of all errors raised by this project; worker processes can hand them on (they pickle)."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (type(self), self.args, self.__dict__)
+
+
+def _restored(kind: type[SparseAttentionError], args: tuple[Any, ...], facts: dict[str, Any]) -> Any:
+    """Return an error with this message: constructors want what it was made of."""
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(facts)
+    return error
 
 
 class InvalidArgumentError(SparseAttentionError, ValueError):

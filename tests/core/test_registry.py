@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sparse_dlm_attn import (
+    CallOrderError,
+    DataFileError,
     InvalidArgumentError,
     InvalidTypeError,
+    StaleMemoryError,
     UnavailableError,
     UnknownNameError,
+    UnsupportedError,
     backends,
     get_backend,
     get_policy,
@@ -126,3 +133,18 @@ def test_instances_pass_through_and_take_no_options() -> None:
 def test_a_parameter_without_a_value_is_no_module(get: Callable[[str], object], name: str) -> None:
     with pytest.raises(InvalidArgumentError, match=r"name:key=value.*is registered"):
         get(name)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [InvalidArgumentError("k", "must be 1", (2, 3), "Pass 1."), InvalidTypeError("k", "must be int", "'a'"),
+     UnknownNameError("policy", "dens", ["dense"]), UnavailableError("backend 'x'", ["no y"], "Install y."),
+     UnsupportedError("x", ["head_dim 7"]), StaleMemoryError("memory is old."),
+     CallOrderError("next()", "must be last", "first", "Wait."), DataFileError("no such file")],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize("again", [copy.copy, lambda error: pickle.loads(pickle.dumps(error))])
+def test_errors_of_another_process_say_the_same(error: Exception, again: Callable[[Any], Any]) -> None:
+    got = again(error)
+    assert type(got) is type(error)
+    assert (str(got), got.args, vars(got)) == (str(error), error.args, vars(error))
