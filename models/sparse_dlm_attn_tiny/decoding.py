@@ -88,6 +88,7 @@ def decode_blocks(
     ------
     InvalidArgumentError, InvalidTypeError
         If an argument breaks a rule; nothing has been computed then.
+        Or if logits of a masked row have no softmax, which only a pass can show.
     UnknownNameError, UnavailableError
         If the policy cannot be had.
 
@@ -159,6 +160,7 @@ def decode_together(
     ------
     InvalidArgumentError, InvalidTypeError
         If an argument breaks a rule; nothing has been computed then.
+        Or if logits of a masked row have no softmax, which only a pass can show.
     UnknownNameError, UnavailableError
         If the policy cannot be had.
     """
@@ -291,7 +293,10 @@ class _BlockRun:
             step = _Step(index, False, decoded, newly, planned)
             started = time.perf_counter()
             result = self._forward(tokens, step)
-            best, confidence = confidences(to_numpy(result.logits))
+            running = np.asarray([[sequence.running] for sequence in self.sequences])
+            best, confidence = confidences(
+                to_numpy(result.logits), running & ~decoded, f"pass {index} of block {self.blocks}"
+            )
             newly = np.stack([
                 self.schedule.choose(index, *rows) for rows in zip(~decoded, confidence, strict=True)
             ])

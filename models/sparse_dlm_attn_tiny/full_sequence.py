@@ -91,6 +91,7 @@ def decode_full_sequence(
     ------
     InvalidArgumentError, InvalidTypeError
         If an argument breaks a rule; nothing has been computed then.
+        Or if logits of a masked row have no softmax, which only a pass can show.
     UnknownNameError, UnavailableError
         If the policy cannot be had.
 
@@ -212,7 +213,10 @@ class _SequenceRun:
         logits, self._memories = self.model.forward_sequence(
             self.tokens.tolist(), rows, self._cache, window.end, self.attention, info, self._memories
         )
-        best, confidence = confidences(to_numpy(logits)[part])
+        (best,), (confidence,) = confidences(
+            to_numpy(logits)[None, part], masked[None],
+            f"pass {window.index} of the window that begins with row {window.start}",
+        )
         if planned is None:
             planned = window.start + np.flatnonzero(self.schedule.choose(window.index, masked, confidence))
         newly = self._rows(planned)

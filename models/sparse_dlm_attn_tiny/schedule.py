@@ -38,25 +38,45 @@ def static_counts(tokens: int, steps: int) -> tuple[int, ...]:
     return tuple(base + (index < rest) for index in range(steps))
 
 
-def confidences(logits: HostArray) -> tuple[HostArray, HostArray]:
+def confidences(logits: HostArray, read: HostArray, moment: str) -> tuple[HostArray, HostArray]:
     """Return the likeliest byte of each row and its softmax probability.
 
     Parameters
     ----------
     logits : numpy.ndarray
-        ``(tokens, 256)``.
+        ``(batch, tokens, 256)``. A logit of -inf is a probability of 0.
+    read : numpy.ndarray
+        bool ``(batch, tokens)``: rows whose answer counts. That of others may be NaN.
+    moment : str
+        What the logits are of, for the message ("pass 3 of block 0").
 
     Returns
     -------
     best : numpy.ndarray
-        int64 ``(tokens,)``; ties go to the smallest byte.
+        int64 ``(batch, tokens)``; ties go to the smallest byte.
     confidence : numpy.ndarray
-        float64 ``(tokens,)``.
+        float64 ``(batch, tokens)``.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If a row that is read has no softmax: one of its logits is NaN or inf, or all are -inf.
     """
     wide = logits.astype(np.float64)
     best = wide.argmax(axis=-1)
-    peak = wide.max(axis=-1, keepdims=True)
-    return best, 1.0 / np.exp(wide - peak).sum(axis=-1)
+    peak = wide.max(axis=-1, keepdims=True)  # finite just where there is a softmax
+    broken = read & ~np.isfinite(peak[..., 0])
+    if broken.any():
+        first = int(broken.any(axis=-1).argmax())
+        raise InvalidArgumentError(
+            "logits", "must be numbers or -inf, with a number in every row",
+            f"{int((~np.isfinite(wide[read])).sum())} of {wide[read].size} that are not finite in {moment}: "
+            f"rows {np.flatnonzero(broken[first]).tolist()} of sequence {first}",
+            "If policy 'dense' on backend 'reference' decodes, look at the policy and backend in use, "
+            "otherwise at the weights.",
+        )
+    with np.errstate(over="ignore", invalid="ignore"):  # a difference beyond all floats is a probability of 0
+        return best, 1.0 / np.exp(wide - peak).sum(axis=-1)
 
 
 @dataclass(frozen=True)
@@ -125,7 +145,7 @@ class Schedule:
         masked : numpy.ndarray
             bool ``(tokens,)``: tokens not decoded yet.
         confidence : numpy.ndarray
-            float64 ``(tokens,)``.
+            float64 ``(tokens,)``; NaN comes last.
 
         Returns
         -------
@@ -133,7 +153,7 @@ class Schedule:
             bool ``(tokens,)``: a part of ``masked``, not empty unless that is. Ties go to the lowest
             position.
         """
-        ranked = np.argsort(np.where(masked, -confidence, np.inf), kind="stable")
+        ranked = np.lexsort((-confidence, ~masked))  # whatever a confidence is, masked tokens come first
         if self.threshold is None:
             count = static_counts(self.tokens, self.passes_of_full_block)[index]
         else:
