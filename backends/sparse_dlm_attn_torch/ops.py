@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from sparse_dlm_attn.arrays import compute_dtype
+from sparse_dlm_attn.torch_operators import custom_operator
 from sparse_dlm_attn_torch import block_sparse, dense, flex, gather, masked, metadata
 from sparse_dlm_attn_torch.states import merged
 from sparse_dlm_attn_torch.threads import short_operations
@@ -34,9 +35,9 @@ PATHS = {
 DENSE = {"matmul": dense.attend_dense, "flash": dense.attend_flash}
 
 
-@torch.library.custom_op(
-    "sparse_dlm_attn::attend_pages", mutates_args=(),
-    schema=f"(Tensor q, {CONTEXT}, {CHOSEN}) -> (Tensor, Tensor)",
+@custom_operator(
+    "sparse_dlm_attn::attend_pages",
+    f"(Tensor q, {CONTEXT}, {CHOSEN}) -> (Tensor, Tensor)",
 )
 def attend_pages(
     q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, page_table: torch.Tensor,
@@ -71,9 +72,9 @@ def attend_pages(
     return PATHS[path](q, k_pages, v_pages, page_table, page_lengths, mask, span, active, scale)
 
 
-@torch.library.custom_op(
-    "sparse_dlm_attn::attend_block", mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, float scale, str dense) -> (Tensor, Tensor)",
+@custom_operator(
+    "sparse_dlm_attn::attend_block",
+    "(Tensor q, Tensor k, Tensor v, float scale, str dense) -> (Tensor, Tensor)",
 )
 def attend_block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, dense: str) -> Pair:
     """Attend within the block (clause BLOCK-1).
@@ -97,9 +98,9 @@ def attend_block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     return DENSE[dense](q, k, v, scale)
 
 
-@torch.library.custom_op(
-    "sparse_dlm_attn::attend", mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, {CONTEXT}, {CHOSEN}, str dense, Tensor? cached_out, "
+@custom_operator(
+    "sparse_dlm_attn::attend",
+    f"(Tensor q, Tensor k, Tensor v, {CONTEXT}, {CHOSEN}, str dense, Tensor? cached_out, "
     "Tensor? cached_lse) -> (Tensor, Tensor, Tensor)",
 )
 def attend(
@@ -136,9 +137,9 @@ def attend(
         return out, pages[0].contiguous(), pages[1].contiguous()
 
 
-@torch.library.custom_op(
-    "sparse_dlm_attn::page_bounds", mutates_args=(),
-    schema="(Tensor k_pages, Tensor page_table, Tensor page_lengths) -> (Tensor, Tensor)",
+@custom_operator(
+    "sparse_dlm_attn::page_bounds",
+    "(Tensor k_pages, Tensor page_table, Tensor page_lengths) -> (Tensor, Tensor)",
 )
 def page_bounds(k_pages: torch.Tensor, page_table: torch.Tensor, page_lengths: torch.Tensor) -> Pair:
     """Return minimum and maximum of each page's valid keys (clause BOUNDS-1).
@@ -156,9 +157,9 @@ def page_bounds(k_pages: torch.Tensor, page_table: torch.Tensor, page_lengths: t
     return metadata.page_bounds(k_pages, page_table, page_lengths)
 
 
-@torch.library.custom_op(
-    "sparse_dlm_attn::page_scores", mutates_args=(),
-    schema="(Tensor q, Tensor lower, Tensor upper, Tensor? active=None) -> Tensor",
+@custom_operator(
+    "sparse_dlm_attn::page_scores",
+    "(Tensor q, Tensor lower, Tensor upper, Tensor? active=None) -> Tensor",
 )
 def page_scores(
     q: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor, active: torch.Tensor | None = None
@@ -182,9 +183,9 @@ def page_scores(
     return metadata.page_scores(q, lower, upper, active)
 
 
-@torch.library.custom_op(
-    "sparse_dlm_attn::top_pages", mutates_args=(),
-    schema="(Tensor scores, Tensor count, Tensor eligible) -> Tensor",
+@custom_operator(
+    "sparse_dlm_attn::top_pages",
+    "(Tensor scores, Tensor count, Tensor eligible) -> Tensor",
 )
 def top_pages(scores: torch.Tensor, count: torch.Tensor, eligible: torch.Tensor) -> torch.Tensor:
     """Return the mask of the ``count`` best eligible pages (clause TOP-1).
@@ -206,9 +207,9 @@ def top_pages(scores: torch.Tensor, count: torch.Tensor, eligible: torch.Tensor)
     return metadata.top_pages(scores, count, eligible).contiguous()
 
 
-@torch.library.custom_op(
-    "sparse_dlm_attn::pooled_scores", mutates_args=(),
-    schema="(Tensor q, Tensor k_pages, Tensor page_table, Tensor page_lengths, SymInt span, float scale, "
+@custom_operator(
+    "sparse_dlm_attn::pooled_scores",
+    "(Tensor q, Tensor k_pages, Tensor page_table, Tensor page_lengths, SymInt span, float scale, "
     "Tensor? lse=None) -> Tensor",
 )
 def pooled_scores(

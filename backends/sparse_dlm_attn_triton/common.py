@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +14,15 @@ import triton
 from sparse_dlm_attn.errors import UnavailableError
 
 __all__ = [
-    "INTERPRETED", "bytes_of", "chained", "launched", "lined", "power_of_two", "precision", "shared_memory",
+    "INTERPRETED",
+    "Launch",
+    "bytes_of",
+    "chained",
+    "layout",
+    "lined",
+    "power_of_two",
+    "precision",
+    "shared_memory",
 ]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -59,14 +68,67 @@ def shared_memory(device: torch.device) -> int:
     return int(triton.runtime.driver.active.utils.get_device_properties(number)["max_shared_mem"])
 
 
-def launched(device: torch.device) -> dict[str, Any]:
-    """Return what every chained launch passes."""
-    return {"PDL": True, "launch_pdl": True} if chained(device) else {"PDL": False}
+class Launch:
+    """A kernel, its grid and all that it takes but tensors, settled once and launched many times.
+
+    The first launch binds and specialises arguments, and compiles; later ones hand tensors to what was compiled,
+    which spares most of the host's time. That holds as long as tensors begin at multiples of 16 bytes, which the
+    compiler was told; others take the long way.
+
+    Parameters
+    ----------
+    kernel : triton.runtime.JITFunction
+        Its parameters are tensors, then numbers, then compile-time constants.
+    grid : tuple of int
+        Programs along each axis.
+    *numbers
+        What follows the tensors.
+    device : torch.device
+        Where it runs.
+    **constants
+        Compile-time constants but PDL, and options of the launch.
+    """
+
+    def __init__(
+        self, kernel: Any, grid: tuple[int, ...], *numbers: Any, device: torch.device, **constants: Any
+    ) -> None:
+        # It may start while the kernel before it ends, where the GPU can.
+        constants |= {"PDL": True, "launch_pdl": True} if chained(device) else {"PDL": False}
+        self._kernel, self._numbers, self._constants = kernel, numbers, constants
+        self._grid = grid + (1,) * (3 - len(grid))
+        self._device = device if device.type == "cuda" else None
+        self._run: Any = None
+        self._rest: tuple[Any, ...] = ()
+
+    def __call__(self, *tensors: Tensor) -> None:
+        if self._run is None or any(tensor.data_ptr() % 16 for tensor in tensors):
+            self._bind(tensors)
+        elif torch.cuda.current_device() == self._device.index:
+            self._run(*tensors, *self._rest)
+        else:
+            with torch.cuda.device(self._device):
+                self._run(*tensors, *self._rest)
+
+    def _bind(self, tensors: tuple[Tensor, ...]) -> None:
+        """Launch by way of Triton's own binder, and keep what it compiled if that serves again."""
+        with torch.cuda.device(self._device) if self._device is not None else nullcontext():
+            given = [bytes_of(tensor) for tensor in tensors]
+            compiled = self._kernel[self._grid](*given, *self._numbers, **self._constants)
+        if compiled is None or any(tensor.data_ptr() % 16 for tensor in tensors):
+            return
+        names = self._kernel.arg_names[len(tensors) + len(self._numbers) :]
+        self._rest = (*self._numbers, *(self._constants[name] for name in names))
+        self._run = compiled[self._grid]
 
 
-def precision(tensor: Tensor) -> str:
+def layout(tensor: Tensor | None) -> tuple[Any, Any] | None:
+    """Return the shape and strides of a tensor, which decide how it is read."""
+    return None if tensor is None else (tensor.shape, tensor.stride())
+
+
+def precision(dtype: torch.dtype) -> str:
     """Return how products are multiplied: float32 must not be cut to tf32, or exact sums are none."""
-    return "ieee" if tensor.dtype == torch.float32 else "tf32"
+    return "ieee" if dtype == torch.float32 else "tf32"
 
 
 def bytes_of(mask: Tensor) -> Tensor:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
 
+from sparse_dlm_attn_triton import settings
 from sparse_dlm_attn_triton.attention import finish_kernel, splits_kernel
 from sparse_dlm_attn_triton.common import (
     INTERPRETED,
-    bytes_of,
-    launched,
+    Launch,
+    layout,
     lined,
     power_of_two,
     precision,
@@ -24,7 +27,7 @@ from sparse_dlm_attn_triton.launch_decisions import (
     rank,
     top_pages,
 )
-from sparse_dlm_attn_triton.settings import Settings, chosen
+from sparse_dlm_attn_triton.settings import Settings
 from sparse_dlm_attn_triton.shares import lists_kernel, shares_kernel
 from sparse_dlm_attn_triton.span_tiles import LOG2_E, WIDE_ROOM, padded_dim
 
@@ -89,6 +92,14 @@ class Part:
     active: Tensor
     most_active: int
 
+    def lined(self) -> Part:
+        """Return it as kernels read it: itself, unless a table or a selection has gaps."""
+        table, lengths, active = (x.contiguous() for x in (self.page_table, self.page_lengths, self.active))
+        mask = lined(self.mask)
+        if table is self.page_table and lengths is self.page_lengths and active is self.active and mask is self.mask:
+            return self
+        return Part(self.k_pages, self.v_pages, table, lengths, mask, self.span, active, self.most_active)
+
 
 def settings_for(
     dtype: torch.dtype, head_dim: int, block_m: int, page_size: int, lists: int, room: int
@@ -118,23 +129,36 @@ def _rows_of_tile(dtype: torch.dtype, head_dim: int, rows: int) -> int:
     return min(power_of_two(rows), most)
 
 
-@dataclass(frozen=True, eq=False)
-class Parts:
-    """States of parts of rows, ``out`` and ``lse`` (log2 units), and how `finish_kernel` finds them.
+class _Sizes(NamedTuple):
+    """What decides how a pass is launched: sizes and strides, and nothing that a tensor holds."""
 
-    Those of splits lie row by row, ``slots`` each. Those of shares have numbers of the first and the last
-    share of each pair of sequence and KV head, and the length of its list; parts of blocks begin at
-    ``block_slots``.
-    """
+    device: torch.device
+    dtype: torch.dtype
+    q: Any
+    k: Any
+    v: Any
+    k_pages: Any
+    v_pages: Any
+    mask: Any
+    span: int
+    most_active: int
+    kv_heads: int
+    scale: float
+    cached: Any
+    reference: Any
+    keep: int
+    later: bool
+    ragged: bool
 
-    out: Tensor
-    lse: Tensor
-    splits: int
-    slots: int = 0
-    firsts: Tensor | None = None
-    lasts: Tensor | None = None
-    counts: Tensor | None = None
-    block_slots: int = 0
+    @property
+    def has_context(self) -> bool:
+        """Whether the context part is asked for."""
+        return self.mask is not None
+
+    @property
+    def has_pages(self) -> bool:
+        """Whether there is a page to read."""
+        return self.has_context and self.mask[0][3] > 0 and self.k_pages[0][0] > 0
 
 
 @dataclass(frozen=True)
@@ -150,131 +174,162 @@ class _Grid:
     mask_rows: int
 
 
-def _grid(q: Tensor, part: Part, kv_heads: int, has_pages: bool) -> _Grid:
-    batch, q_heads, tokens, head_dim = q.shape
-    group, rows = q_heads // kv_heads, max(min(part.most_active, tokens), 1)
-    block_m = _rows_of_tile(q.dtype, head_dim, group * rows)
-    pages, page_size = part.page_table.shape[1], part.k_pages.shape[2]
+def _grid(sizes: _Sizes) -> _Grid:
+    batch, q_heads, tokens, head_dim = sizes.q[0]
+    kv_heads, pages = sizes.kv_heads, sizes.mask[0][3] if sizes.has_pages else 0
+    page_size = sizes.k_pages[0][2] if sizes.has_context else 1
+    group, rows = q_heads // kv_heads, max(min(sizes.most_active, tokens), 1)
+    block_m = _rows_of_tile(sizes.dtype, head_dim, group * rows)
     lists = batch * kv_heads * triton.cdiv(group * rows, block_m)
-    settings = settings_for(q.dtype, head_dim, block_m, page_size, lists, shared_memory(q.device))
+    room = shared_memory(sizes.device)
+    found = settings_for(sizes.dtype, head_dim, block_m, page_size, lists, room)
     if INTERPRETED:  # a few programs of small tiles show the same
-        settings = Settings(block_n=32, programs=8)
-    if has_pages:
-        sizes = head_dim, page_size, group, tokens, batch * kv_heads, pages * page_size
-        settings = chosen(settings, q.device, q.dtype, *sizes)
-    block_m = max(block_m, settings.least_m)
+        found = Settings(block_n=32, programs=8)
+    if sizes.has_pages:
+        kind = head_dim, page_size, group, tokens, batch * kv_heads, pages * page_size
+        found = settings.chosen(found, sizes.device, sizes.dtype, *kind)
+    block_m = max(block_m, found.least_m)
     rows = tokens if group * tokens <= block_m else rows  # all rows fit: no need to look for the active ones
-    heads = part.mask.shape[1]
+    heads = sizes.mask[0][1] if sizes.has_context else 1
     mask_rows = group if heads == q_heads and heads != kv_heads else 1
     tiles = triton.cdiv(group * rows, block_m)
-    return _Grid(settings, block_m, rows, tiles, group, batch * kv_heads, mask_rows)
+    return _Grid(found, block_m, rows, tiles, group, batch * kv_heads, mask_rows)
 
 
-def _parts(
-    q: Tensor, block: tuple[Tensor, Tensor] | None, part: Part | None, scale: float, kv_heads: int, *,
-    later: bool, ragged: bool,
-) -> Parts:
-    """Launch attention over the listed pages and over the block."""
-    if part is None or part.page_table.shape[1] == 0 or part.k_pages.shape[0] == 0:
-        part, has_pages = _no_pages(q, kv_heads), False
-    else:
-        has_pages = True
-    grid = _grid(q, part, kv_heads, has_pages)
-    if has_pages and ragged and q.shape[0] > 1 and grid.tiles == 1 and grid.pairs <= MOST_PAIRS:
-        return _shares(q, block, part, scale, grid)
-    return _splits(q, block, part, scale, later, grid, has_pages)
+@dataclass(frozen=True)
+class _Plan:
+    """The launches of a pass, and the sizes of what they hand to each other.
+
+    Parts of rows are states, ``lse`` in log2 units. Those of splits lie row by row. Those of shares have numbers of
+    the first and the last share of each pair of sequence and KV head, and the length of its list (``pairs``).
+    """
+
+    parts: tuple[int, ...]
+    scratch: int
+    pairs: int
+    pages: int
+    launches: tuple[Launch, ...]
+    finish: Launch
+
+    def run(self, q: Tensor, part: Part, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        """Launch all but the last kernel; return the parts, and what finds them."""
+        part_out = torch.empty(self.parts, dtype=torch.float32, device=q.device)
+        part_lse = torch.empty(self.parts[:-1], dtype=torch.float32, device=q.device)
+        scratch = torch.empty(self.scratch, dtype=torch.int64, device=q.device)
+        mask, active, table, lengths = part.mask, part.active, part.page_table, part.page_lengths
+        if not self.pairs:
+            (splits,) = self.launches
+            splits(q, part.k_pages, part.v_pages, table, lengths, mask, active, k, v, part_out, part_lse, scratch)
+            return part_out, part_lse, q, q, q
+        entries, logicals = scratch.view(2, self.pairs, self.pages)
+        counts, firsts, lasts = torch.empty((3, self.pairs), dtype=torch.int32, device=q.device)
+        lists, shares = self.launches
+        lists(mask, active, table, lengths, entries, logicals, counts)
+        shares(
+            q, part.k_pages, part.v_pages, mask, active, k, v, part_out, part_lse, entries, logicals, counts,
+            firsts, lasts,
+        )
+        return part_out, part_lse, firsts, lasts, counts
 
 
-def _splits(
-    q: Tensor, block: tuple[Tensor, Tensor] | None, part: Part, scale: float, later: bool, grid: _Grid,
-    has_pages: bool,
-) -> Parts:
-    batch, q_heads, tokens, head_dim = q.shape
-    k, v = block if block is not None else (q, q)
-    page_size, (spans, pages) = part.k_pages.shape[2], part.mask.shape[2:]
-    settings, tiles, splits = grid.settings, grid.tiles, 0
-    if has_pages:
-        pieces = max(page_size // settings.block_n, 1)
-        most = max(min(triton.cdiv(pages * page_size, settings.block_n), pages * pieces, 128), 1)
-        splits = min(max(settings.programs // (grid.pairs * tiles), 1), most)
+@functools.lru_cache(maxsize=1024)
+def _planned(sizes: _Sizes, epoch: int) -> _Plan:
+    """Settle the launches of a pass; ``epoch`` counts changes of the settings."""
+    grid = _grid(sizes)
+    ragged = sizes.has_pages and sizes.ragged and sizes.q[0][0] > 1
+    if ragged and grid.tiles == 1 and grid.pairs <= MOST_PAIRS:
+        return _shares(sizes, grid)
+    return _splits(sizes, grid)
+
+
+def _strides(sizes: _Sizes, grid: _Grid) -> tuple[int, ...]:
+    """Return the strides that both kernels of attention take, in their order."""
+    mask = (0, 0, 0, 0) if not sizes.has_context else sizes.mask[1]
+    heads = sizes.mask[0][1] if sizes.has_context else 1
+    of_mask = mask[0], mask[1] * (heads > 1) * grid.mask_rows, mask[1], mask[2]
+    of_pages = ((0,) * 3,) * 2 if not sizes.has_context else (sizes.k_pages[1][:3], sizes.v_pages[1][:3])
+    of_block = (sizes.q[1][:3],) * 2 if sizes.k is None else (sizes.k[1][:3], sizes.v[1][:3])
+    return (*sizes.q[1][:3], *of_pages[0], *of_pages[1], *of_mask, *of_block[0], *of_block[1])
+
+
+def _constants(sizes: _Sizes, grid: _Grid) -> dict[str, Any]:
+    """Return the compile-time constants that both kernels of attention take."""
+    tokens, head_dim = sizes.q[0][2:]
+    keys = tokens if sizes.k is None else sizes.k[0][2]
+    return {
+        "TOKENS": tokens, "GROUP": grid.group, "ROWS": grid.rows, "MASK_ROWS": grid.mask_rows,
+        "OWN": grid.mask_rows > 1 or (sizes.has_context and sizes.mask[0][2] > 1),
+        "PAGE_SIZE": sizes.k_pages[0][2] if sizes.has_context else 1, "HEAD_DIM": head_dim,
+        "BLOCK_M": grid.block_m, "BLOCK_N": grid.settings.block_n,
+        # Keys of the block are multiplied some at a time.
+        "BLOCK_K": min(power_of_two(keys), 32 if head_dim <= 128 else 16), "BLOCK_D": padded_dim(head_dim),
+        "PRECISION": precision(sizes.dtype), "STAGES": grid.settings.stages,
+        "num_warps": grid.settings.warps,
+    }  # fmt: skip
+
+
+def _splits(sizes: _Sizes, grid: _Grid) -> _Plan:
+    batch, q_heads, tokens, head_dim = sizes.q[0]
+    spans, pages = sizes.mask[0][2:] if sizes.has_pages else (1, 0)
+    page_size = sizes.k_pages[0][2] if sizes.has_context else 1
+    chosen, tiles, splits = grid.settings, grid.tiles, 0
+    if sizes.has_pages:
+        pieces = max(page_size // chosen.block_n, 1)
+        most = max(min(triton.cdiv(pages * page_size, chosen.block_n), pages * pieces, 128), 1)
+        splits = min(max(chosen.programs // (grid.pairs * tiles), 1), most)
         splits = 1 << (splits.bit_length() - 1)
-    pieces = _pieces(page_size, settings.block_n, splits)
-    slots = splits + (block is not None)
-    states = (batch, q_heads, tokens, slots)
-    parts = Parts(
-        torch.empty((*states, head_dim), dtype=torch.float32, device=q.device),
-        torch.empty(states, dtype=torch.float32, device=q.device), splits, slots,
-    )
+    pieces = _pieces(page_size, chosen.block_n, splits)
+    slots = splits + (sizes.k is not None)
     capacity = triton.cdiv(pages, max(splits // pieces, 1))
-    scratch = torch.empty(grid.pairs * tiles * splits * 2 * capacity, dtype=torch.int64, device=q.device)
-    mask = part.mask
-    splits_kernel[(slots * tiles * grid.pairs,)](
-        q, part.k_pages, part.v_pages, part.page_table, part.page_lengths,
-        bytes_of(mask), bytes_of(part.active), k, v, parts.out, parts.lse, scratch,
-        *q.stride()[:3], *part.k_pages.stride()[:3], *part.v_pages.stride()[:3],
-        *_mask_strides(mask, grid), *k.stride()[:3], *v.stride()[:3], scale * LOG2_E,
-        grid.pairs // batch, grid.pairs, tiles, pages, spans, min(part.span, tokens), capacity,
-        k.shape[2] if block is not None else 0,
-        TOKENS=tokens, GROUP=grid.group, ROWS=grid.rows, SPLITS=splits, SLOTS=slots,
-        MASK_ROWS=grid.mask_rows, OWN=grid.mask_rows > 1 or spans > 1, PAGE_SIZE=page_size,
-        HEAD_DIM=head_dim, BLOCK_M=grid.block_m, BLOCK_N=settings.block_n,
-        BLOCK_K=_keys_of_tile(k.shape[2], head_dim), BLOCK_P=min(power_of_two(pages), MOST_LISTED),
-        BLOCK_T=power_of_two(tokens) if splits else 16, BLOCK_D=padded_dim(head_dim),
-        LONG=pages > MOST_LISTED, PIECES=pieces, LATER=later, PRECISION=precision(q),
-        STAGES=settings.stages, num_warps=settings.warps, **launched(q.device),
+    launch = Launch(
+        splits_kernel, (slots * tiles * grid.pairs,), *_strides(sizes, grid), sizes.scale * LOG2_E,
+        sizes.kv_heads, grid.pairs, tiles, pages, spans, min(sizes.span, tokens), capacity,
+        0 if sizes.k is None else sizes.k[0][2], device=sizes.device, SPLITS=splits, SLOTS=slots,
+        BLOCK_P=min(power_of_two(pages), MOST_LISTED), BLOCK_T=power_of_two(tokens) if splits else 16,
+        LONG=pages > MOST_LISTED, PIECES=pieces, LATER=sizes.later, **_constants(sizes, grid),
     )  # fmt: skip
-    return parts
+    scratch = grid.pairs * tiles * splits * 2 * capacity
+    finish = _finish(sizes, SPLITS=splits, SLOTS=slots)
+    return _Plan((batch, q_heads, tokens, slots, head_dim), scratch, 0, 0, (launch,), finish)
 
 
-def _mask_strides(mask: Tensor, grid: _Grid) -> tuple[int, int, int, int]:
-    """Return strides of a selection along sequences, KV heads, query heads of a group, spans."""
-    batch, head, span, _ = mask.stride()
-    return batch, head * (mask.shape[1] > 1) * grid.mask_rows, head, span
-
-
-def _shares(
-    q: Tensor, block: tuple[Tensor, Tensor] | None, part: Part, scale: float, grid: _Grid
-) -> Parts:
-    batch, _, tokens, head_dim = q.shape
-    k, v = block if block is not None else (q, q)
-    page_size, spans, pages = part.k_pages.shape[2], part.mask.shape[2], part.mask.shape[3]
-    pairs, settings, own = grid.pairs, grid.settings, grid.mask_rows > 1 or spans > 1
-    mask, active = bytes_of(part.mask), bytes_of(part.active)
-    entries, logicals = torch.empty((2, pairs, pages), dtype=torch.int64, device=q.device)
-    counts, firsts, lasts = torch.empty((3, pairs), dtype=torch.int32, device=q.device)
-    lists_kernel[(pairs,)](
-        mask, active, part.page_table, part.page_lengths, entries, logicals,
-        counts, *_mask_strides(mask, grid), pairs // batch, pages, spans, min(part.span, tokens),
-        TOKENS=tokens, MASK_ROWS=grid.mask_rows, OWN=own, PAGE_SIZE=page_size,
-        BLOCK_P=min(power_of_two(pages), MOST_LISTED), BLOCK_T=power_of_two(tokens),
-        num_warps=4, **launched(q.device),
+def _shares(sizes: _Sizes, grid: _Grid) -> _Plan:
+    _, _, tokens, head_dim = sizes.q[0]
+    (spans, pages), pairs, span = sizes.mask[0][2:], grid.pairs, min(sizes.span, tokens)
+    constants, strides = _constants(sizes, grid), _strides(sizes, grid)
+    names = "TOKENS", "MASK_ROWS", "OWN", "PAGE_SIZE"
+    lists = Launch(
+        lists_kernel, (pairs,), *strides[9:13], sizes.kv_heads, pages, spans, span, device=sizes.device,
+        **{name: constants[name] for name in names}, BLOCK_P=min(power_of_two(pages), MOST_LISTED),
+        BLOCK_T=power_of_two(tokens), num_warps=4,
     )  # fmt: skip
-    programs = settings.programs
-    blocks = pairs if block is not None else 0
-    slots = programs + pairs + blocks
-    parts = Parts(
-        torch.empty((slots, grid.group * tokens, head_dim), dtype=torch.float32, device=q.device),
-        torch.empty((slots, grid.group * tokens), dtype=torch.float32, device=q.device), 0, 0,
-        firsts, lasts, counts, programs + pairs,
-    )
-    shares_kernel[(programs + blocks,)](
-        q, part.k_pages, part.v_pages, mask, active, k, v, parts.out, parts.lse, entries, logicals, counts,
-        firsts, lasts, *q.stride()[:3], *part.k_pages.stride()[:3], *part.v_pages.stride()[:3],
-        *_mask_strides(mask, grid), *k.stride()[:3], *v.stride()[:3], scale * LOG2_E,
-        pairs // batch, pages, min(part.span, tokens), pairs, programs, blocks, k.shape[2] if blocks else 0,
-        TOKENS=tokens, GROUP=grid.group, ROWS=grid.rows, MASK_ROWS=grid.mask_rows, OWN=own,
-        PAGE_SIZE=page_size, HEAD_DIM=head_dim, BLOCK_M=grid.block_m, BLOCK_N=settings.block_n,
-        BLOCK_K=_keys_of_tile(k.shape[2], head_dim),
-        BLOCK_L=power_of_two(pairs), BLOCK_T=power_of_two(tokens),
-        BLOCK_D=padded_dim(head_dim), PRECISION=precision(q), STAGES=settings.stages,
-        num_warps=settings.warps, **launched(q.device),
+    programs = grid.settings.programs
+    blocks = 0 if sizes.k is None else pairs
+    shares = Launch(
+        shares_kernel, (programs + blocks,), *strides, sizes.scale * LOG2_E, sizes.kv_heads, pages, span, pairs,
+        programs, blocks, sizes.k[0][2] if blocks else 0, device=sizes.device, BLOCK_L=power_of_two(pairs),
+        BLOCK_T=power_of_two(tokens), **constants,
     )  # fmt: skip
-    return parts
+    parts = programs + pairs + blocks, grid.group * tokens, head_dim
+    finish = _finish(sizes, SPLITS=0, SLOTS=0, block_slots=programs + pairs)
+    return _Plan(parts, 2 * pairs * pages, pairs, pages, (lists, shares), finish)
 
 
-def _keys_of_tile(keys: int, head_dim: int) -> int:
-    """Return how many keys of the block to multiply at a time."""
-    return min(power_of_two(keys), 32 if head_dim <= 128 else 16)
+def _finish(sizes: _Sizes, *, SPLITS: int, SLOTS: int, block_slots: int = 0) -> Launch:
+    batch, q_heads, tokens, head_dim = sizes.q[0]
+    shared = block_slots > 0
+    several = not shared and SPLITS <= 8 and batch * q_heads * tokens >= MANY_ROWS
+    rows = min(power_of_two(tokens, 1), FINISHED) if several else 1
+    old, old_lse = sizes.cached or (sizes.q[1], (0, 0, 0))
+    before = sizes.q[1] if sizes.reference is None else sizes.reference
+    return Launch(
+        finish_kernel, (triton.cdiv(tokens, rows), q_heads, batch),
+        *sizes.q[1][:3], *old[:3], *old_lse[:2], *before[:3], q_heads, block_slots, device=sizes.device,
+        TOKENS=tokens, GROUP=q_heads // sizes.kv_heads, SPLITS=SPLITS, SLOTS=SLOTS, HEAD_DIM=head_dim,
+        BLOCK_R=rows, BLOCK_S=8 if shared else power_of_two(SPLITS, 1), BLOCK_D=padded_dim(head_dim),
+        CONTEXT=sizes.has_context, CACHED=sizes.cached is not None, BLOCK=sizes.k is not None, SHARED=shared,
+        KEEP=sizes.keep, num_warps=rows,
+    )  # fmt: skip
 
 
 def _pieces(page_size: int, block_n: int, splits: int) -> int:
@@ -283,16 +338,6 @@ def _pieces(page_size: int, block_n: int, splits: int) -> int:
     while pieces < splits and page_size % (2 * pieces * block_n) == 0:
         pieces *= 2
     return pieces
-
-
-def _no_pages(q: Tensor, kv_heads: int) -> Part:
-    """Return a context of no pages, for kernels that are asked about the block alone."""
-    batch, _, tokens, head_dim = q.shape
-    pages = q.new_empty((1, kv_heads, 1, head_dim))
-    table = torch.empty((batch, 0), dtype=torch.int32, device=q.device)
-    mask = torch.empty((batch, 1, 1, 0), dtype=torch.bool, device=q.device)
-    active = torch.empty((batch, tokens), dtype=torch.bool, device=q.device)
-    return Part(pages, pages, table, table, mask, tokens, active, tokens)
 
 
 def attend(
@@ -337,39 +382,43 @@ def attend(
         Output of the pass, ``out`` and ``lse`` of the context part (of the block if there is no context
         part), and the kept queries. Empty tensors stand for what was not asked for.
     """
-    batch, q_heads, tokens, head_dim = q.shape
+    # Copies, if there have to be any, before the first launch: see `attend_ranked`.
     q = lined(q)
-    state_out = torch.empty((batch, q_heads, tokens, head_dim), dtype=q.dtype, device=q.device)
-    state_lse = torch.empty((batch, q_heads, tokens), dtype=torch.float32, device=q.device)
+    state_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    state_lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     nothing = q.new_empty(0)
     out = torch.empty_like(state_out) if part is not None and block is not None else nothing
     kept = torch.empty_like(state_out) if keep else nothing
     if state_out.numel() == 0:
         return out, state_out, state_lse, kept
-    kv_heads = block[0].shape[1] if part is None else part.k_pages.shape[1]  # type: ignore[index]
-    # Copies, if there have to be any, before the first launch: see `attend_ranked`.
-    old = tuple(map(lined, cached)) if cached is not None else (q, state_lse)
-    before = q if reference is None else lined(reference)
-    block = None if block is None else (lined(block[0]), lined(block[1]))
-    if part is not None:
-        part = replace(
-            part, page_table=part.page_table.contiguous(), page_lengths=part.page_lengths.contiguous(),
-            mask=lined(part.mask), active=part.active.contiguous(),
-        )
-    parts = _parts(q, block, part, scale, kv_heads, later=later, ragged=ragged)
-    shared = parts.counts is not None
-    active = q if part is None else bytes_of(part.active)
-    several = not shared and parts.splits <= 8 and batch * q_heads * tokens >= MANY_ROWS
-    rows = min(power_of_two(tokens, 1), FINISHED) if several else 1
-    finish_kernel[(triton.cdiv(tokens, rows), q_heads, batch)](
-        q, active, parts.out, parts.lse, *(parts.firsts, parts.lasts, parts.counts) if shared else (q, q, q),
-        *old, before, out, state_out, state_lse, kept,
-        *q.stride()[:3], *old[0].stride()[:3], *old[1].stride()[:2], *before.stride()[:3], q_heads,
-        parts.block_slots,
-        TOKENS=tokens, GROUP=q_heads // kv_heads, SPLITS=parts.splits, SLOTS=parts.slots, HEAD_DIM=head_dim,
-        BLOCK_R=rows, BLOCK_S=8 if shared else power_of_two(parts.splits, 1),
-        BLOCK_D=padded_dim(head_dim),
-        CONTEXT=part is not None, CACHED=cached is not None, BLOCK=block is not None, SHARED=shared,
-        KEEP=keep, num_warps=rows, **launched(q.device),
-    )  # fmt: skip
+    old = None if cached is None else (lined(cached[0]), lined(cached[1]))
+    reference = None if reference is None else lined(reference)
+    k, v = (q, q) if block is None else (lined(block[0]), lined(block[1]))
+    has_context = part is not None
+    part = _no_part(q) if part is None else part.lined()
+    sizes = _Sizes(
+        q.device, q.dtype, layout(q), None if block is None else layout(k), None if block is None else layout(v),
+        layout(part.k_pages) if has_context else None, layout(part.v_pages) if has_context else None,
+        layout(part.mask) if has_context else None, part.span, part.most_active,
+        part.k_pages.shape[1] if has_context else k.shape[1], scale,
+        None if old is None else (old[0].stride(), old[1].stride()),
+        None if reference is None else reference.stride(), keep, later, ragged,
+    )
+    plan = _planned(sizes, settings.epoch())
+    part_out, part_lse, firsts, lasts, counts = plan.run(q, part, k, v)
+    plan.finish(
+        q, part.active, part_out, part_lse, firsts, lasts, counts, *((q, state_lse) if old is None else old),
+        q if reference is None else reference, out, state_out, state_lse, kept,
+    )
     return out, state_out, state_lse, kept
+
+
+@functools.cache
+def _nothing(device: torch.device) -> tuple[Tensor, Tensor]:
+    return torch.empty(1, dtype=torch.int32, device=device), torch.empty(1, dtype=torch.bool, device=device)
+
+
+def _no_part(q: Tensor) -> Part:
+    """Return tensors to launch with where no context part is asked for; none of them is read."""
+    table, mask = _nothing(q.device)
+    return Part(q, q, table, table, mask, 1, mask, q.shape[2])

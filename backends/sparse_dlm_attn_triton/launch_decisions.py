@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 
 from sparse_dlm_attn_triton.common import (
+    Launch,
     bytes_of,
-    launched,
+    layout,
     lined,
     power_of_two,
     precision,
@@ -48,58 +49,59 @@ def page_bounds(k_pages: Tensor, page_table: Tensor, page_lengths: Tensor) -> tu
 
 def page_scores(q: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
     """Return the QUEST bound of every row and page, float32 ``(batch, q_heads, tokens, pages)``."""
-    return _scores(lined(q), lined(lower), lined(upper), None, q.shape[2])
-
-
-@dataclass(frozen=True, eq=False)
-class _Ranking:
-    """What `_scores` needs beside queries and bounds to decide for a ranked pass, and where it writes it."""
-
-    rule: str
-    count: int
-    mass: Tensor
-    changes: Tensor
-    active: Tensor
-    order: Tensor
-    union: Tensor
-    unions: int
-
-
-def _scores(q: Tensor, lower: Tensor, upper: Tensor, ranking: _Ranking | None, rows: int) -> Tensor:
-    (batch, q_heads, tokens, head_dim), (_, kv_heads, pages, _) = q.shape, lower.shape
-    scores = torch.empty((batch, q_heads, rows, pages), dtype=torch.float32, device=q.device)
-    if q.numel() == 0 or (ranking is None and pages == 0):
-        return scores
-    group, wide = q_heads // kv_heads, q.dtype == torch.float32
-    side = 32 if wide or head_dim > 128 else 64
-    if wide and head_dim > 128 and shared_memory(q.device) < WIDE_ROOM:
-        side = 16
-    block_m, block_p = min(power_of_two(group * tokens), side if wide else 64), min(power_of_two(pages), side)
-    tiles, parts = max(triton.cdiv(pages, block_p), 1), triton.cdiv(group * tokens, block_m)
-    grid = (tiles, parts, batch * kv_heads)
-    ranks = ranking or _Ranking("", 0, scores, scores, scores, scores, scores, 0)
-    scores_kernel[grid](
-        q, lower, upper, ranks.changes, ranks.mass, scores, bytes_of(ranks.active), ranks.order,
-        bytes_of(ranks.union), *q.stride()[:3], *lower.stride()[:3], *upper.stride()[:3],
-        kv_heads, pages, ranks.unions, ranks.count,
-        TOKENS=tokens, GROUP=group, ROWS=rows, HEAD_DIM=head_dim, BLOCK_M=block_m, BLOCK_P=block_p,
-        BLOCK_T=power_of_two(tokens, 1), BLOCK_D=padded_dim(head_dim), PRECISION=precision(q),
-        RULE=ranks.rule, num_warps=4, **launched(q.device),
-    )  # fmt: skip
+    q, lower, upper = lined(q), lined(lower), lined(upper)
+    (batch, q_heads, tokens, _), pages = q.shape, lower.shape[2]
+    scores = torch.empty((batch, q_heads, tokens, pages), dtype=torch.float32, device=q.device)
+    if scores.numel():
+        launch = _scores(
+            q.device, q.dtype, layout(q), layout(lower), layout(upper), tokens, "", 0, 0,
+        )
+        launch(q, lower, upper, scores, scores, scores, scores, scores, scores)
     return scores
 
 
-def _changes(q: Tensor, reference: Tensor) -> Tensor:
-    """Return the mean squared change of each row, float32 ``(batch, tokens)``."""
-    batch, q_heads, tokens, head_dim = q.shape
-    changes = torch.empty((batch, tokens), dtype=torch.float32, device=q.device)
-    block_d = padded_dim(head_dim)
-    changes_kernel[(tokens, batch)](
-        q, reference, changes, *q.stride()[:3], *reference.stride()[:3], q_heads, q_heads * head_dim,
-        HEAD_DIM=head_dim, BLOCK_H=min(power_of_two(q_heads, 1), 8192 // block_d), BLOCK_D=block_d,
-        num_warps=8, **launched(q.device),
+@functools.lru_cache(maxsize=1024)
+def _scores(
+    device: torch.device, dtype: torch.dtype, q: Any, lower: Any, upper: Any, rows: int, rule: str, unions: int,
+    count: int,
+) -> Launch:  # fmt: skip
+    """Settle the launch of scores, by themselves or with the decisions of a ranked pass."""
+    (batch, q_heads, tokens, head_dim), (_, kv_heads, pages, _) = q[0], lower[0]
+    group, wide = q_heads // kv_heads, dtype == torch.float32
+    side = 32 if wide or head_dim > 128 else 64
+    if wide and head_dim > 128 and shared_memory(device) < WIDE_ROOM:
+        side = 16
+    block_m, block_p = min(power_of_two(group * tokens), side if wide else 64), min(power_of_two(pages), side)
+    tiles, parts = max(triton.cdiv(pages, block_p), 1), triton.cdiv(group * tokens, block_m)
+    return Launch(
+        scores_kernel, (tiles, parts, batch * kv_heads), *q[1][:3], *lower[1][:3], *upper[1][:3], kv_heads, pages,
+        unions, count, device=device, TOKENS=tokens, GROUP=group, ROWS=rows, HEAD_DIM=head_dim, BLOCK_M=block_m,
+        BLOCK_P=block_p, BLOCK_T=power_of_two(tokens, 1), BLOCK_D=padded_dim(head_dim),
+        PRECISION=precision(dtype), RULE=rule, num_warps=4,
     )  # fmt: skip
-    return changes
+
+
+@functools.lru_cache(maxsize=1024)
+def _changes(device: torch.device, q: Any, reference: Any) -> Launch:
+    """Settle the launch of the mean squared change of each row."""
+    batch, q_heads, tokens, head_dim = q[0]
+    block_d = padded_dim(head_dim)
+    return Launch(
+        changes_kernel, (tokens, batch), *q[1][:3], *reference[1][:3], q_heads, q_heads * head_dim, device=device,
+        HEAD_DIM=head_dim, BLOCK_H=min(power_of_two(q_heads, 1), 8192 // block_d), BLOCK_D=block_d, num_warps=8,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1024)
+def _select(
+    device: torch.device, grid: tuple[int, int, int], tokens: int, pages: int, unions: int, budget: int, bought: int
+) -> Launch:
+    """Settle the launch of the choice of pages."""
+    rows, q_heads, _ = grid
+    return Launch(
+        select_kernel, grid, q_heads, pages, unions, budget, bought, device=device, TOKENS=tokens, ROWS=rows,
+        **search_sizes(pages),
+    )  # fmt: skip
 
 
 def top_pages(scores: Tensor, count: Tensor, eligible: Tensor) -> Tensor:
@@ -148,22 +150,26 @@ def rank(
     """
     (batch, q_heads, tokens, _), (_, kv_heads, pages, _) = q.shape, bounds[0].shape
     spans = tokens if union == "row" else 1
-    heads = kv_heads if union == "kv_head" else q_heads
-    mask = torch.empty((batch, heads, spans, pages), dtype=torch.bool, device=q.device)
-    active = torch.empty((batch, tokens), dtype=torch.bool, device=q.device)
+    heads, device = kv_heads if union == "kv_head" else q_heads, q.device
+    mask = torch.empty((batch, heads, spans, pages), dtype=torch.bool, device=device)
+    active = torch.empty((batch, tokens), dtype=torch.bool, device=device)
     rule = "all" if reference is None else "mass" if count is None else "count"
     rows = min(max(count, 1), tokens) if rule == "count" and count is not None else tokens
-    order = torch.empty((batch, rows), dtype=torch.int32, device=q.device)
+    order = torch.empty((batch, rows), dtype=torch.int32, device=device)
+    scores = torch.empty((batch, q_heads, rows, pages), dtype=torch.float32, device=device)
     # Copies before the first launch: see `attend_ranked`.
-    q, bounds, page_lengths = lined(q), (lined(bounds[0]), lined(bounds[1])), page_lengths.contiguous()
-    changes = order if reference is None else _changes(q, lined(reference))
-    limit = _constant(float(mass or 0.0), q.device)
-    ranking = _Ranking(rule, count or 0, limit, changes, active, order, mask, heads * spans)
-    scores = _scores(q, *bounds, ranking, rows)
-    select_kernel[(rows, q_heads, batch)](
-        scores, order, page_lengths, bytes_of(mask), q_heads, pages, heads * spans, budget,
-        bought, TOKENS=tokens, ROWS=rows, **search_sizes(pages), **launched(q.device),
-    )  # fmt: skip
+    q, lower, upper, page_lengths = lined(q), lined(bounds[0]), lined(bounds[1]), page_lengths.contiguous()
+    changes = order
+    if reference is not None:
+        reference = lined(reference)
+        changes = torch.empty((batch, tokens), dtype=torch.float32, device=device)
+        _changes(device, layout(q), layout(reference))(q, reference, changes)
+    limit, unions = _constant(float(mass or 0.0), device), heads * spans
+    scored = _scores(
+        device, q.dtype, layout(q), layout(lower), layout(upper), rows, rule, unions, count or 0
+    )
+    scored(q, lower, upper, changes, limit, scores, active, order, mask)
+    _select(device, (rows, q_heads, batch), tokens, pages, unions, budget, bought)(scores, order, page_lengths, mask)
     return active, mask
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from sparse_dlm_attn.torch_operators import custom_operator
 from sparse_dlm_attn_triton import full_sequence, launch, pooled
 
 __all__ = [
@@ -32,9 +33,9 @@ def _cached(out: Tensor | None, lse: Tensor | None) -> tuple[Tensor, Tensor] | N
     return None if out is None or lse is None else (launch.lined(out), launch.lined(lse))
 
 
-@torch.library.custom_op(
-    "sparse_dlm_attn_triton::page_bounds", mutates_args=(),
-    schema="(Tensor k_pages, Tensor page_table, Tensor page_lengths) -> (Tensor, Tensor)",
+@custom_operator(
+    "sparse_dlm_attn_triton::page_bounds",
+    "(Tensor k_pages, Tensor page_table, Tensor page_lengths) -> (Tensor, Tensor)",
 )
 def page_bounds(k_pages: Tensor, page_table: Tensor, page_lengths: Tensor) -> tuple[Tensor, Tensor]:
     """Return minimum and maximum of each page's valid keys (clause BOUNDS-1).
@@ -54,9 +55,9 @@ def page_bounds(k_pages: Tensor, page_table: Tensor, page_lengths: Tensor) -> tu
     return launch.page_bounds(k_pages, page_table, page_lengths)
 
 
-@torch.library.custom_op(
-    "sparse_dlm_attn_triton::page_scores", mutates_args=(),
-    schema="(Tensor q, Tensor lower, Tensor upper) -> Tensor",
+@custom_operator(
+    "sparse_dlm_attn_triton::page_scores",
+    "(Tensor q, Tensor lower, Tensor upper) -> Tensor",
 )
 def page_scores(q: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
     """Return the largest q.k that a page's box allows (clause SCORES-1).
@@ -76,9 +77,9 @@ def page_scores(q: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
     return launch.page_scores(q, lower, upper)
 
 
-@torch.library.custom_op(
-    "sparse_dlm_attn_triton::top_pages", mutates_args=(),
-    schema="(Tensor scores, Tensor count, Tensor eligible) -> Tensor",
+@custom_operator(
+    "sparse_dlm_attn_triton::top_pages",
+    "(Tensor scores, Tensor count, Tensor eligible) -> Tensor",
 )
 def top_pages(scores: Tensor, count: Tensor, eligible: Tensor) -> Tensor:
     """Return the mask of the ``count`` best eligible pages (clause TOP-1).
@@ -100,9 +101,9 @@ def top_pages(scores: Tensor, count: Tensor, eligible: Tensor) -> Tensor:
     return launch.top_pages(scores, count, eligible)
 
 
-@torch.library.custom_op(
-    "sparse_dlm_attn_triton::attend_pages", mutates_args=(),
-    schema=f"(Tensor q, {CONTEXT}, {CHOSEN}, float scale, bool ragged=False) -> (Tensor, Tensor)",
+@custom_operator(
+    "sparse_dlm_attn_triton::attend_pages",
+    f"(Tensor q, {CONTEXT}, {CHOSEN}, float scale, bool ragged=False) -> (Tensor, Tensor)",
 )
 def attend_pages(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, page_lengths: Tensor, mask: Tensor,
@@ -140,9 +141,9 @@ def attend_pages(
     return launch.attend(q, None, part, None, scale, ragged=ragged)[1:3]
 
 
-@torch.library.custom_op(
-    "sparse_dlm_attn_triton::attend_block", mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)",
+@custom_operator(
+    "sparse_dlm_attn_triton::attend_block",
+    "(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)",
 )
 def attend_block(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Attend within the block (clause BLOCK-1).
@@ -164,9 +165,9 @@ def attend_block(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor,
     return launch.attend(q, (k, v), None, None, scale)[1:3]
 
 
-@torch.library.custom_op(
-    "sparse_dlm_attn_triton::attend", mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, {CONTEXT}, {CHOSEN}, float scale, {CACHED}, "
+@custom_operator(
+    "sparse_dlm_attn_triton::attend",
+    f"(Tensor q, Tensor k, Tensor v, {CONTEXT}, {CHOSEN}, float scale, {CACHED}, "
     "bool ragged=False) -> (Tensor, Tensor, Tensor)",
 )
 def attend(
@@ -194,9 +195,9 @@ def attend(
     return launch.attend(q, (k, v), part, _cached(cached_out, cached_lse), scale, ragged=ragged)[:3]
 
 
-@torch.library.custom_op(
-    "sparse_dlm_attn_triton::attend_ranked", mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, {CONTEXT}, Tensor lower, Tensor upper, Tensor? reference, "
+@custom_operator(
+    "sparse_dlm_attn_triton::attend_ranked",
+    f"(Tensor q, Tensor k, Tensor v, {CONTEXT}, Tensor lower, Tensor upper, Tensor? reference, "
     f"SymInt? count, float? mass, SymInt budget, SymInt pages, str union, str keep, float scale, {CACHED}, "
     "bool ragged=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
@@ -245,9 +246,9 @@ def attend_ranked(
     return out, state[0], state[1], active, mask, kept
 
 
-@torch.library.custom_op(
-    "sparse_dlm_attn_triton::pooled_scores", mutates_args=(),
-    schema="(Tensor q, Tensor k_pages, Tensor page_table, Tensor page_lengths, SymInt span, float scale, "
+@custom_operator(
+    "sparse_dlm_attn_triton::pooled_scores",
+    "(Tensor q, Tensor k_pages, Tensor page_table, Tensor page_lengths, SymInt span, float scale, "
     "Tensor? lse=None) -> Tensor",
 )
 def pooled_scores(

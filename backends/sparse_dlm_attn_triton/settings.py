@@ -24,7 +24,7 @@ from sparse_dlm_attn.errors import DataFileError, InvalidArgumentError, Unavaila
 from sparse_dlm_attn.values import check_int
 
 __all__ = [
-    "Entry", "Kind", "Machine", "Settings", "cache_file", "chosen", "forced", "load", "make_room", "store",
+    "Entry", "Kind", "Machine", "Settings", "cache_file", "chosen", "epoch", "forced", "load", "make_room", "store",
     "use_tuned", "watched",
 ]
 
@@ -246,6 +246,7 @@ def store(path: Path, entries: Sequence[Entry]) -> None:
     write_atomically(path, f"{text}\n".encode(), "--file")
 
 
+_epoch = [0]  # changes of what follows, so that plans made before are not used after
 _tuned: dict[Machine, tuple[Entry, ...]] = {}  # what this process was told to use
 _forced: list[Settings] = []  # what a tuner tries
 _watching: list[list[Settings]] = []  # where a tuner looks for the defaults
@@ -283,6 +284,7 @@ def use_tuned(device: Any = None) -> tuple[Entry, ...]:
             "Run: sparse-dlm-attn tune (its options name your shape), or leave tuned out.",
         )
     _tuned[machine] = found
+    _epoch[0] += 1
     nearest.cache_clear()
     return found
 
@@ -291,20 +293,28 @@ def use_tuned(device: Any = None) -> tuple[Entry, ...]:
 def forced(settings: Settings) -> Iterator[None]:
     """Launch with these settings within the body; for tuners, on one thread."""
     _forced.append(settings)
+    _epoch[0] += 1
     try:
         yield
     finally:
         _forced.pop()
+        _epoch[0] += 1
 
 
 @contextmanager
 def watched() -> Iterator[list[Settings]]:
     """Yield a list that gets the defaults of the launches within the body; for tuners."""
     _watching.append([])
+    _epoch[0] += 1
     try:
         yield _watching[-1]
     finally:
         _watching.pop()
+
+
+def epoch() -> int:
+    """Return a number that changes whenever settings may have changed."""
+    return _epoch[0]
 
 
 def chosen(default: Settings, device: Any, dtype: Any, *sizes: int) -> Settings:

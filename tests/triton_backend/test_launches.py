@@ -23,7 +23,7 @@ class Recorder:
 
 
 @pytest.fixture
-def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def events(fresh_plans: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return what happens from now on: launches, and copies of tensors that are not contiguous."""
     found: list[str] = []
     for module in (launch, launch_decisions):

@@ -15,7 +15,7 @@ from sparse_dlm_attn_conformance import test_attention, test_pass, test_ranked  
 from sparse_dlm_attn_conformance.cases import Case  # noqa: E402
 from sparse_dlm_attn_conformance.subjects import Subject  # noqa: E402
 from sparse_dlm_attn_conformance.tables import RankedRule  # noqa: E402
-from sparse_dlm_attn_triton import TritonBackend, launch  # noqa: E402
+from sparse_dlm_attn_triton import TritonBackend  # noqa: E402
 
 # The interpreter computes with NumPy, which warns where a GPU has NaN and infinity as results.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -87,21 +87,6 @@ def test_it_computes_what_fixed_splits_compute(policy: str) -> None:
             out, memory = attention(q, values["k"], values["v"], values["context"], memory, PassInfo(index))
         outs.append(out)
     torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-5)
-
-
-def test_it_launches_its_own_kernels_only_for_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    launched: list[str] = []
-    for name in ("_shares", "_splits"):
-        real = getattr(launch, name)
-        monkeypatch.setattr(launch, name, lambda *a, real=real, name=name: launched.append(name) or real(*a))
-    values = batch(4)
-    for backend in (BACKEND, TritonBackend()):
-        PrefixAttention("dense", backend)(*values.values())
-    alone = {name: value[:1] for name, value in values.items() if name != "context"}
-    whole = values["context"]
-    first = Context(whole.k_pages, whole.v_pages, whole.page_table[:1], whole.page_lengths[:1])
-    PrefixAttention("dense", BACKEND)(*alone.values(), first)
-    assert launched == ["_shares", "_splits", "_splits"]
 
 
 def test_it_is_an_option_of_the_name() -> None:
