@@ -13,7 +13,7 @@ import typer
 from sparse_dlm_attn import Backend, InvalidArgumentError, Problem, UnavailableError, UnsupportedError
 from sparse_dlm_attn import get_backend as find_backend
 from sparse_dlm_attn.cli.console import note, print_json, progress, result_console
-from sparse_dlm_attn.cli.files import check_target, write_atomically
+from sparse_dlm_attn.files import check_target, write_atomically
 from sparse_dlm_attn_bench.shape import Shape, with_budget
 
 if TYPE_CHECKING:

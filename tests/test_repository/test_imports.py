@@ -147,6 +147,13 @@ def test_arrows_between_packages_point_one_way(package: str) -> None:
     assert not wrong
 
 
+def test_only_commands_import_the_command_line() -> None:
+    files = [path for package in packages() for path in (ROOT / package).rglob("*.py")]
+    importing = {path for path in files if "sparse_dlm_attn.cli" in path.read_text("utf-8")}
+    commands = {path for path in files if path.stem == "command" or path.parent.name in ("commands", "cli")}
+    assert importing <= commands | {ROOT / "sparse_dlm_attn" / "__main__.py"}
+
+
 @pytest.mark.parametrize("package", packages())
 def test_the_package_declares_its_types(package: str) -> None:
     assert (ROOT / package / "py.typed").is_file()

@@ -12,7 +12,7 @@ import typer
 
 from sparse_dlm_attn import InvalidArgumentError, UnknownNameError
 from sparse_dlm_attn.cli.console import note, print_json, progress, result_console
-from sparse_dlm_attn.cli.files import check_target, write_atomically
+from sparse_dlm_attn.files import check_target, write_atomically
 from sparse_dlm_attn.policy import check_count, check_fraction
 from sparse_dlm_attn_tiny.commands import options
 

@@ -9,7 +9,7 @@ import typer
 
 from sparse_dlm_attn import InvalidArgumentError
 from sparse_dlm_attn.cli.console import note, result_console
-from sparse_dlm_attn.cli.files import check_target, write_atomically
+from sparse_dlm_attn.files import check_target, write_atomically
 from sparse_dlm_attn.policy import check_count
 from sparse_dlm_attn_tiny.commands import options
 from sparse_dlm_attn_tiny.commands.decode import compare_with_progress

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparse_dlm_attn import InvalidArgumentError
 from sparse_dlm_attn.cli.console import note, print_json, progress, result_console
-from sparse_dlm_attn.cli.files import write_atomically
+from sparse_dlm_attn.files import write_atomically
 from sparse_dlm_attn_tiny.commands import options
 
 if TYPE_CHECKING:
