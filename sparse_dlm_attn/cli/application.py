@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -179,7 +180,10 @@ def application() -> typer.Typer:
     """Return the application with the commands of the core."""
     from sparse_dlm_attn.cli import doctor, listings
 
-    app = typer.Typer(cls=CommandGroup, no_args_is_help=True, callback=_options)
+    app = typer.Typer(
+        cls=CommandGroup, no_args_is_help=True, callback=_options,
+        context_settings={"help_option_names": ["-h", "--help"]},  # commands inherit them
+    )
     app.command("backends")(listings.backends)
     app.command("policies")(listings.policies)
     app.command("doctor")(doctor.doctor)
@@ -199,11 +203,30 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return BAD_INPUT
     command = typer.main.get_command(application())
     try:
-        code = _run(command, None if arguments is None else list(arguments))
+        with _working_directory_on_path():
+            code = _run(command, None if arguments is None else list(arguments))
         _flush_results()
     except OSError as error:  # --version and --help print before any command is invoked
         return _report(error)
     return code
+
+
+@contextlib.contextmanager
+def _working_directory_on_path() -> Iterator[None]:
+    """Let ``module:attr`` name a module of the current directory, as under ``python -m``."""
+    try:
+        here = os.getcwd()
+    except FileNotFoundError:  # it was deleted meanwhile
+        here = ""
+    if not here or sys.flags.safe_path or sys.path[:1] in ([here], [""]):
+        yield
+        return
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):  # foreign code may have taken it away
+            sys.path.remove(here)
 
 
 def _run(command: Any, arguments: list[str] | None) -> int:

@@ -114,10 +114,34 @@ def test_the_demonstration_tells_its_story(call: Call) -> None:
     assert shares["losa"] < 0.5 and shares["quest"] < 0.5
 
 
+@pytest.mark.usefixtures("outsider")
+@pytest.mark.parametrize("command", ["decode", "show", "evaluate"])
+def test_policies_and_backends_of_the_current_directory_are_found(command: str, call: Call) -> None:
+    own = {"decode": ("--steps", "1"), "show": ("--ascii",), "evaluate": ("--prompts", "1", "--workers", "1")}
+    before = list(sys.path)
+    chosen = ("--policy", "outsider:make_policy", "--policy", "outsider:POLICY")
+    out, _ = call(command, *SHORT, *chosen, "--backend", "outsider:Backend", *own[command])
+    assert "outsider:make_policy:budget=" in out and "outsider:POLICY" in out
+    assert sys.path == before
+
+
+@pytest.mark.usefixtures("outsider")
+def test_processes_of_an_evaluation_find_them_too(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "program.py"  # as an installed one, which has its own folder on the path
+    program.write_text("from sparse_dlm_attn.cli import main\nif __name__ == '__main__':\n    main()\n")
+    result = subprocess.run(
+        [sys.executable, str(program), "evaluate", "--length", "256", "--task", "single-key", "--prompts",
+         "8", "--policy", "outsider:POLICY", "--steps", "1", "--workers", "2"],
+        capture_output=True, text=True,
+    )
+    assert "outsider:POLICY" in result.stdout, result.stderr
+
+
 BAD_OPTIONS: list[tuple[list[str], str]] = [
     (["--policy", "lossa"], "did you mean 'losa'?"),
     (["--policy", "losa:buget=3"], "did you mean 'budget'?"),
-    (["--policy", "losa:budget=0"], "budget must be at least 1; got 0"),
+    (["--policy", "losa:budget=0"], "policy 'losa': budget must be at least 1; got 0"),
     (["--policy", "losa:budget=many"], "budget must be an int"),
     (["--policy", "losa:active=-1"], "active must be at least 0; got -1"),
     (["--policy", "losa:budget"], "--policy"),
