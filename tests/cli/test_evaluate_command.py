@@ -55,7 +55,11 @@ def test_a_table_of_a_paper_is_numbers_json_and_a_picture(
     ("options", "message"),
     [(["--table", "quest"], "unknown table 'quest'"), (["--table", "losa", "--policy", "dense"], "--policy"),
      (["--table", "losa", "--full"], "--full"), (["--table", "losa", "--budget", "8"], "--budget"),
-     (["--table", "sparsed", "--length", "7"], "length")],
+     (["--table", "losa", "--page-size", "16"], "--page-size"),
+     (["--table", "losa", "--block-length", "8"], "--block-length"),
+     (["--table", "losa", "--workers", "2"], "--workers"),
+     (["--table", "sparsed", "--length", "7"], "length"),
+     (["--table", "losa", "--plot", "."], "--plot: '.' is a directory")],
 )
 def test_a_table_fixes_what_it_compares(call: Call, tmp_path: Path, options: list[str], message: str) -> None:
     out, err = call("evaluate", *options, code=2)

@@ -148,22 +148,28 @@ BAD_OPTIONS: list[tuple[list[str], str]] = [
     (["--policy", ""], "--policy"),
     (["--policy", "no_such_module:Policy"], "no_such_module"),
     (["--backend", "referense"], "did you mean 'reference'?"),
+    (["--device", "cuda"], "leave --device out, or name another --backend"),
+    (["--backend", "torch:device=cpu", "--device", "cpu"], "--device must not be given together with"),
     (["--budget", "0"], "--budget must be at least 1; got 0"),
     (["--budget", "-5"], "--budget must be at least 1; got -5"),
     (["--budget", "much"], "--budget"),
     (["--task", "multi_key"], "did you mean 'multi-key'?"),
+    (["--task", ""], "unknown task ''"),
+    (["--device", ""], "--device must be one device"),
+    (["--full-sequence", "--length", "16384"], "--length must leave prompt and answer within 16384 bytes"),
+    (["--full-sequence", "--max-blocks", "1024"], "--max-blocks must leave prompt and answer within"),
     (["--length", "100"], "--length"),
     (["--length", "-16"], "--length"),
     (["--length", "32"], "--length"),
     (["--length", "16400"], "at most 16384"),
     (["--length", "99999999999999999999"], "--"),
     (["--steps", "4", "--threshold", "0.9"], "--steps must not be given together with --threshold"),
-    (["--steps", "0"], "steps must be at least 1; got 0"),
-    (["--steps", "-3"], "steps must be at least 1; got -3"),
-    (["--steps", "17"], "steps must be at most 16"),
+    (["--steps", "0"], "--steps must be at least 1; got 0"),
+    (["--steps", "-3"], "--steps must be at least 1; got -3"),
+    (["--steps", "17"], "--steps must be at most 16"),
     (["--threshold", "1.5"], "--threshold must lie in 0..1; got 1.5"),
     (["--threshold", "nan"], "--threshold must lie in 0..1; got nan"),
-    (["--block-length", "7"], "block_length must be one of 8, 16, 32"),
+    (["--block-length", "7"], "--block-length must be one of 8, 16, 32"),
     (["--block-length", "-8"], "--block-length must be at least 1; got -8"),
     (["--page-size", "0"], "--page-size must be at least 1; got 0"),
     (["--page-size", "1000000000"], "--page-size must be at most 16384"),
@@ -176,6 +182,7 @@ BAD_OPTIONS: list[tuple[list[str], str]] = [
     (["--question", "Who?"], "--question needs --prompt"),
     (["--prompt", "missing.txt"], "cannot read 'missing.txt'"),
     (["--prompt", "."], "directory"),
+    (["--prompt", ""], "cannot read '': No such file"),
     (["--prompt", "empty.txt"], "at least 1 byte"),
     (["--prompt", "latin.txt"], "not UTF-8 text (byte 0xe9 at offset 3)"),
     (["--prompt", "long.txt"], "at most 16384 bytes"),
@@ -256,7 +263,10 @@ def test_show_draws_in_the_terminal_without_writing_anything(call: Call, tmp_pat
 
 
 def test_show_refuses_a_block_that_was_never_decoded(call: Call) -> None:
-    call("show", *SHORT, "--ascii", "--block", "-1", code=2)
+    assert "--block must be at least 0" in call("show", *SHORT, "--ascii", "--block", "-1", code=2)[1]
+    assert "--block must be below 1024" in call("show", *SHORT, "--ascii", "--block", "1024", code=2)[1]
+    short = ("--policy", "dense", "--steps", "1")
+    assert "--block must be below 1: the answer" in call("show", *SHORT, *short, "--block", "5", code=2)[1]
 
 
 def test_missing_matplotlib_is_named_with_its_remedy_before_any_work(

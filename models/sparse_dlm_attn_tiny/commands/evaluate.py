@@ -30,6 +30,7 @@ FULL_BUDGETS, DEFAULT_BUDGETS = (16, 32, 64, 128, 256), (64, 256)
 
 
 def evaluate(
+    context: typer.Context,
     prompts: Annotated[
         int | None, typer.Option(help="Prompts a task.", show_default="4, with --full 20")
     ] = None,
@@ -90,8 +91,8 @@ def evaluate(
         from sparse_dlm_attn_tiny.tables import table_named
 
         check_alone(
-            task=task, policy=policy, budget=budget, steps=steps, threshold=threshold, full=full,
-            workers=workers, require=require,
+            context, "task", "policy", "budget", "block_length", "steps", "threshold", "page_size", "full",
+            "workers", "require",
         )
         table_named(table)
         evaluate_table(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -55,17 +56,24 @@ def show(
 
     check_count("--block", block)
     backend = options.placed(backend, device)
-    settings = options.check_settings(block_length, steps, threshold, page_size, block + 1)
+    settings = options.check_settings(block_length, steps, threshold, page_size, None)
     choices = choose_policies(policy or SHOWN_POLICIES, budget, page_size, baseline=False)
     picture = out if out is not None or as_text else DEFAULT_PICTURE
     if picture is not None:
         plots.require_matplotlib()
         check_target(picture, "--out")
     model = options.load_model(backend, weights, settings)
+    most = model.config.max_context // block_length
+    if block >= most:
+        raise InvalidArgumentError(
+            "--block", f"must be below {most}, so that the blocks before it fit the model's context", block
+        )
     asked = options.pick_prompt(
         prompt, question, None, task, length, seed, block_length, model.config.max_context
     )
-    comparison = compare_with_progress(model, asked, choices, settings)
+    comparison = compare_with_progress(
+        model, asked, choices, dataclasses.replace(settings, max_blocks=block + 1)
+    )
     panels = _panels(comparison, block)
     marked = sorted({start // page_size for start, _ in asked.facts})
     if as_text:
