@@ -262,6 +262,16 @@ def test_show_draws_in_the_terminal_without_writing_anything(call: Call, tmp_pat
     assert os.listdir(tmp_path) == []
 
 
+def test_show_marks_every_page_of_the_facts_that_the_answer_needs(call: Call) -> None:
+    facts = json.loads(call("decode", *SHORT, "--policy", "dense", "--json")[0])["prompt"]["facts"]
+    pages = {byte // 16 for fact in facts for byte in range(fact["start"], fact["end"])}
+    assert len(pages) > 1
+    lines = call("show", *SHORT, "--policy", "dense", "--ascii")[0].splitlines()
+    (marks,) = (line for line in lines if line.strip() and set(line) <= {" ", "^"})
+    first = next(line.index("|") + 1 for line in lines if "|" in line)
+    assert {place - first for place, mark in enumerate(marks) if mark == "^"} == pages
+
+
 def test_show_refuses_a_block_that_was_never_decoded(call: Call) -> None:
     assert "--block must be at least 0" in call("show", *SHORT, "--ascii", "--block", "-1", code=2)[1]
     assert "--block must be below 1024" in call("show", *SHORT, "--ascii", "--block", "1024", code=2)[1]

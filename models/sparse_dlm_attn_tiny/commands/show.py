@@ -75,7 +75,9 @@ def show(
         model, asked, choices, dataclasses.replace(settings, max_blocks=block + 1)
     )
     panels = _panels(comparison, block)
-    marked = sorted({start // page_size for start, _ in asked.facts})
+    marked = sorted({
+        page for start, end in asked.facts for page in range(start // page_size, -(-end // page_size))
+    })
     if as_text:
         _print(panels, marked, asked)
     if picture is not None:
