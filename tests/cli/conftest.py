@@ -27,7 +27,7 @@ def run(tmp_path: Path) -> Run:
         options.setdefault("stdout", subprocess.PIPE)
         result: subprocess.CompletedProcess[str] = subprocess.run(  # type: ignore[call-overload]
             [sys.executable, "-m", "sparse_dlm_attn", *arguments], stderr=subprocess.PIPE, text=True,
-            cwd=options.pop("cwd", tmp_path), env=environment, timeout=120, **options,
+            cwd=options.pop("cwd", tmp_path), env=environment, **options,
         )
         if code is not None:
             assert result.returncode == code, result.stderr
