@@ -1,9 +1,10 @@
-"""What the runner of these tests is told: limits of time."""
+"""What the runner of these tests is told: limits of time, and warnings that are none."""
 
 from __future__ import annotations
 
 import ast
 import tomllib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,3 +31,11 @@ def test_no_test_gives_a_process_more_time_than_it_has_itself() -> None:
         if own >= runner
     ]
     assert not wrong
+
+
+def test_benchmarks_that_do_not_run_beside_xdist_are_no_error() -> None:
+    # Words of pytest-benchmark before 5.3, in a class that is there only where it is installed.
+    warnings.warn(
+        "Benchmarks are automatically disabled because xdist plugin is active.Benchmarks cannot be performed "
+        "reliably in a parallelized environment.", stacklevel=1,
+    )
