@@ -19,7 +19,7 @@ from sparse_dlm_attn.arrays import (
 )
 from sparse_dlm_attn.errors import InvalidArgumentError, InvalidTypeError
 from sparse_dlm_attn.runs import check_valid, shifted_pages
-from sparse_dlm_attn.values import PageBounds, check_array, check_int, check_same_place
+from sparse_dlm_attn.values import PageBounds, check_array, check_int, check_same_place, short_repr
 
 __all__ = ["GENERATED", "PROMPT", "SUFFIX", "Context"]
 
@@ -62,6 +62,8 @@ class Context:
     bounds: PageBounds | None = None
     version: int = 0
     _of_pages: ClassVar[tuple[str, ...]] = ("page_table", "page_lengths", "page_segments")
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         check_array("k_pages", self.k_pages, ("num_pages", "kv_heads", "page_size", "head_dim"))

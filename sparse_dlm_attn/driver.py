@@ -18,12 +18,7 @@ from sparse_dlm_attn.policy import PassInputs, PrefixAttentionPolicy, certain
 from sparse_dlm_attn.registry import get_backend, get_policy
 from sparse_dlm_attn.selection import Selection
 from sparse_dlm_attn.traffic import RecordingOperators, Traffic
-from sparse_dlm_attn.values import (
-    AttentionState,
-    PageBounds,
-    PassInfo,
-    softmax_scale,
-)
+from sparse_dlm_attn.values import AttentionState, PageBounds, PassInfo, short_repr, softmax_scale
 
 __all__ = ["LayerMemory", "PrefixAttention"]
 
@@ -63,6 +58,8 @@ class LayerMemory:
     selection: Selection
     active: Array
     traffic: Traffic
+
+    __repr__ = short_repr
 
     def between_blocks(self) -> LayerMemory:
         """Return it without states and metadata, which no later block may see (clause MEMORY-1)."""

@@ -59,6 +59,19 @@ class InvalidArgumentError(SparseAttentionError, ValueError):
         self.hint = hint
         super().__init__(f"{argument} {rule}; got {got}." + (f" {hint}" if hint else ""))
 
+    def said_of(self, argument: str, hint: str = "") -> InvalidArgumentError:
+        """Return the same error about an argument by another name.
+
+        Parameters
+        ----------
+        argument : str
+            What the caller wrote in place of the argument.
+        hint : str, optional
+            The next step; default: that of this error.
+        """
+        kind = InvalidTypeError if isinstance(self, InvalidTypeError) else InvalidArgumentError
+        return kind(argument, self.rule, self.got, hint or self.hint)
+
 
 class InvalidTypeError(InvalidArgumentError, TypeError):
     """An argument has the wrong type or dtype."""
@@ -83,7 +96,8 @@ class UnknownNameError(SparseAttentionError, LookupError, ValueError):
         self.kind = kind
         self.name = name
         self.known = sorted(known)
-        nearest = difflib.get_close_matches(name, self.known, n=1)
+        lower = {each.lower(): each for each in self.known}
+        nearest = [lower[each] for each in difflib.get_close_matches(name.lower(), lower, n=1)]
         message = f"unknown {kind} {name!r}"
         message += f"; did you mean {nearest[0]!r}?" if nearest else "."
         message += f" Known: {', '.join(self.known) or 'none'}."

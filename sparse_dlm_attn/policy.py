@@ -18,7 +18,7 @@ from sparse_dlm_attn.context import Context
 from sparse_dlm_attn.errors import InvalidArgumentError, InvalidTypeError
 from sparse_dlm_attn.ranked import RankedPass
 from sparse_dlm_attn.selection import Selection
-from sparse_dlm_attn.values import AttentionState, PassInfo
+from sparse_dlm_attn.values import AttentionState, PassInfo, short_repr
 
 __all__ = [
     "PassInputs",
@@ -76,6 +76,8 @@ class PassInputs(Generic[MemoryT]):
     whole: bool = False
     state: AttentionState | None = None
     kept: Array | None = None
+
+    __repr__ = short_repr
 
     @property
     def xp(self) -> Any:

@@ -16,7 +16,14 @@ from sparse_dlm_attn.context import Context
 from sparse_dlm_attn.errors import InvalidArgumentError, InvalidTypeError
 from sparse_dlm_attn.operators import check_change_rule
 from sparse_dlm_attn.selection import Selection
-from sparse_dlm_attn.values import AttentionState, PageBounds, check_array, check_int, softmax_scale
+from sparse_dlm_attn.values import (
+    AttentionState,
+    PageBounds,
+    check_array,
+    check_int,
+    short_repr,
+    softmax_scale,
+)
 
 if TYPE_CHECKING:
     from sparse_dlm_attn.backend import Backend
@@ -66,6 +73,8 @@ class RankedPass:
     mass: float | None = None
     keep: Keep = "nothing"
 
+    __repr__ = short_repr
+
     def __post_init__(self) -> None:
         check_int("budget", self.budget, 0)
         check_int("pages", self.pages, 0)
@@ -105,6 +114,8 @@ class RankedResult:
     active: Array
     selection: Selection
     kept: Array | None
+
+    __repr__ = short_repr
 
 
 def check_ranked_pass(

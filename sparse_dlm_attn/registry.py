@@ -239,6 +239,11 @@ def _build(kind: str, group: str, base: type, name: Any, options: dict[str, Any]
     _check_options(kind, name, target, options)
     try:
         built = target(**options)
+    except InvalidArgumentError as error:
+        if not options:
+            raise
+        # Commands have options of the same names.
+        raise error.said_of(f"{kind} {name!r}: {error.argument}") from error
     except SparseAttentionError:
         raise
     except ImportError as error:
@@ -269,30 +274,37 @@ def _find(kind: str, group: str, name: str) -> Any:
                 f"Ask for one of {plugin.target} by 'module:attr', or uninstall the other.",
             )
         return plugin.load()
-    head, colon, _ = name.partition(":")
-    if colon:
+    head, colon, attribute = name.partition(":")
+    if head and not head.startswith(".") and attribute:
         try:
-            return _import_target(f"{kind} {name!r}", name, "your Python path")
+            return _import_target(f"{kind} {name!r}", name, repr(head))
         except UnavailableError as error:
             if head not in _plugins(kind, group):
                 raise
-            raise InvalidArgumentError(
-                kind, "must be written name:key=value,key=value", repr(name),
-                f"{head!r} is registered; its parameters: `sparse-dlm-attn {_plural(kind)}`.",
-            ) from error
+            raise _unparsed(kind, name, head) from error
+    if colon and head in _plugins(kind, group):
+        raise _unparsed(kind, name, head)
     raise UnknownNameError(
         kind, name, _plugins(kind, group), f"A {kind} of your own is named 'module:attr'."
+    )
+
+
+def _unparsed(kind: str, name: str, head: str) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        kind, "must be written name:key=value,key=value", repr(name),
+        f"{head!r} is registered; its parameters: `sparse-dlm-attn {_plural(kind)} {head}`.",
     )
 
 
 def _import_target(what: str, target: str, source: str) -> Any:
     """Import ``module:attr``, turning any failure of foreign code into `UnavailableError`."""
     module, _, attribute = target.partition(":")
+    loaded: Any = None
     try:
         loaded = importlib.import_module(module)
         for part in attribute.split("."):
             loaded = getattr(loaded, part)
-    except SparseAttentionError:
+    except (SparseAttentionError, KeyboardInterrupt):
         raise
     except ModuleNotFoundError as error:
         missing = error.name or module
@@ -302,11 +314,9 @@ def _import_target(what: str, target: str, source: str) -> Any:
             else f"Install {missing!r}, which {source} needs."
         )
         raise UnavailableError(what, [str(error)], remedy) from error
-    except AttributeError as error:
-        raise UnavailableError(what, [str(error)], f"Check the name after ':' in {target!r}.") from error
     except BaseException as error:  # foreign code may raise anything while it is imported
-        if isinstance(error, KeyboardInterrupt):
-            raise
+        if isinstance(error, AttributeError) and loaded is not None:
+            raise UnavailableError(what, [str(error)], f"Check the name after ':' in {target!r}.") from error
         reason = f"importing {module!r} raised {type(error).__name__}: {error}"
         raise UnavailableError(what, [reason], f"Repair or uninstall {source}.") from error
     return loaded
@@ -321,7 +331,10 @@ def _check_options(kind: str, name: str, target: Any, options: dict[str, Any]) -
         return
     for option in options:
         if option not in parameters:
-            raise UnknownNameError(f"parameter of {kind} {name!r}", option, parameters)
+            hint = "It has no device to choose: leave --device out, or name another --backend."
+            raise UnknownNameError(
+                f"parameter of {kind} {name!r}", option, parameters, hint if option == "device" else ""
+            )
 
 
 def split_parameters(kind: str, text: str) -> tuple[str, dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Any
 from sparse_dlm_attn.arrays import Array, namespace, shape_of, to_numpy
 from sparse_dlm_attn.context import Context
 from sparse_dlm_attn.errors import InvalidArgumentError, InvalidTypeError
-from sparse_dlm_attn.values import check_array, check_int, check_same_place
+from sparse_dlm_attn.values import check_array, check_int, check_same_place, short_repr
 
 __all__ = ["Selection"]
 
@@ -28,6 +28,8 @@ class Selection:
 
     mask: Array
     span: int
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         check_array("mask", self.mask, ("batch", "heads", "spans", "pages"), ("bool", "bool_"))

@@ -11,7 +11,7 @@ from sparse_dlm_attn.backend import Backend
 from sparse_dlm_attn.context import Context
 from sparse_dlm_attn.ranked import RankedResult
 from sparse_dlm_attn.selection import Selection
-from sparse_dlm_attn.values import PageBounds
+from sparse_dlm_attn.values import PageBounds, short_repr
 
 __all__ = ["RecordingOperators", "Traffic"]
 
@@ -43,6 +43,8 @@ class Traffic:
     token_bytes: int
     metadata_reads: int = 0
     key_reads: int = 0
+
+    __repr__ = short_repr
 
     @cached_property
     def loaded(self) -> Array:

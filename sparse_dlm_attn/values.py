@@ -6,8 +6,10 @@ Shapes are logical; strides are free, except that the last axis is contiguous.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import operator
+import reprlib
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -33,6 +35,7 @@ __all__ = [
     "check_array",
     "check_int",
     "check_same_place",
+    "short_repr",
     "softmax_scale",
 ]
 
@@ -127,6 +130,47 @@ def softmax_scale(head_dim: int, scale: float | None) -> float:
     return number
 
 
+class _ShortRepr(reprlib.Repr):
+    """Shows an array by dtype, shape and device, and what is unknown or lies too deep by its type."""
+
+    repr_bytes = reprlib.Repr.repr_str
+
+    def repr_instance(self, x: Any, level: int) -> str:
+        """Show a value for whose type there is no other method."""
+        name = type(x).__name__
+        if is_array(x):
+            return f"{dtype_name(x)}{list(shape_of(x))} on {device_of(x)}"
+        if dataclasses.is_dataclass(x):
+            if level <= 0:
+                return f"{name}(...)"
+            shown = (f"{each.name}={self.repr1(getattr(x, each.name), level - 1)}"
+                     for each in dataclasses.fields(x) if each.repr)
+            return f"{name}({', '.join(shown)})"
+        return repr(x) if x is None or isinstance(x, bool | int | float) else f"<{name}>"
+
+
+_SHORT_REPR = _ShortRepr()
+_SHORT_REPR.maxlevel, _SHORT_REPR.maxtuple, _SHORT_REPR.maxstring = 2, 4, 60
+
+
+def short_repr(value: object) -> str:
+    """Return how a value that holds arrays is shown; reads no array, so it never waits for a device.
+
+    Parameters
+    ----------
+    value : object
+        A dataclass, which takes this function for its ``__repr__``.
+
+    Examples
+    --------
+    >>> from sparse_dlm_attn import Selection
+    >>> import numpy as np
+    >>> Selection(np.ones((1, 2, 1, 64), dtype=bool), 16)
+    Selection(mask=bool[1, 2, 1, 64] on cpu, span=16)
+    """
+    return _SHORT_REPR.repr(value)
+
+
 @dataclass(frozen=True, eq=False)
 class AttentionState:
     """Softmax attention over one set of keys, in a form that can be merged (clause STATE-1).
@@ -142,6 +186,8 @@ class AttentionState:
 
     out: Array
     lse: Array
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         check_array("out", self.out, ("batch", "q_heads", "tokens", "head_dim"))
@@ -170,6 +216,8 @@ class PageBounds:
 
     lower: Array
     upper: Array
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         check_array("lower", self.lower, ("batch", "kv_heads", "pages", "head_dim"))
@@ -218,6 +266,8 @@ class PassInfo:
     window_index: int | Array | None = None
     planned: Array | None = None
     planned_order: Array | None = None
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "index", _pass_number("index", self.index))

@@ -13,7 +13,8 @@ import typer
 from sparse_dlm_attn import Backend, InvalidArgumentError, Problem, UnavailableError, UnsupportedError
 from sparse_dlm_attn import get_backend as find_backend
 from sparse_dlm_attn.cli.console import note, print_json, progress, result_console
-from sparse_dlm_attn.cli.files import check_target, write_atomically
+from sparse_dlm_attn.cli.options import named_as_options
+from sparse_dlm_attn.files import check_target, write_atomically
 from sparse_dlm_attn_bench.shape import Shape, with_budget
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ def break_even(
     _check_targets(json_file, plot)
     _check_count("--repeats", repeats, MOST_REPEATS)
     shapes = _shapes(lengths, batch, tokens, q_heads, kv_heads, head_dim, page_size, dtype)
-    with_budget(policy, page_size)
+    with named_as_options():
+        with_budget(policy, page_size)
     _need_gpu("break-even")
     from sparse_dlm_attn_bench import break_even as work
 
@@ -125,7 +127,8 @@ def tune(
     _check_count("--limit", limit, MOST_FORMS)
     _check_count("--repeats", repeats, MOST_REPEATS)
     shapes = _shapes(lengths, batch, tokens, q_heads, kv_heads, head_dim, page_size, dtype)
-    with_budget(policy, page_size)
+    with named_as_options():
+        with_budget(policy, page_size)
     _need_gpu("tune")
     from sparse_dlm_attn_bench.tuning import tune_shape
     from sparse_dlm_attn_triton import settings
@@ -217,11 +220,8 @@ def _check_targets(json_file: Path | None, plot: Path | None) -> None:
 
 def _shapes(lengths: list[int], batch: int, *sizes: Any) -> list[Shape]:
     """Return the shapes; what is wrong with one is said of the option that gave it."""
-    try:
+    with named_as_options(context="--contexts"):
         return [Shape(batch, length, *sizes) for length in lengths]
-    except InvalidArgumentError as error:
-        option = "--contexts" if error.argument == "context" else f"--{error.argument.replace('_', '-')}"
-        raise InvalidArgumentError(option, error.rule, error.got, error.hint) from error
 
 
 def _need_torch(command: str) -> Any:

@@ -19,8 +19,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from sparse_dlm_attn.cli.files import check_target, write_atomically
 from sparse_dlm_attn.errors import DataFileError, InvalidArgumentError, UnavailableError
+from sparse_dlm_attn.files import check_target, write_atomically
 from sparse_dlm_attn.values import check_int
 
 __all__ = [

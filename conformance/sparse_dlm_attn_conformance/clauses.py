@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["CLAUSES", "matches"]
+from collections.abc import Iterable
+
+from sparse_dlm_attn import UnknownNameError
+
+__all__ = ["CLAUSES", "check_clauses", "matches"]
 
 CLAUSES: dict[str, str] = {
     "STATE-1": "(out, lse) of a softmax over a key set: out normalised, lse natural log, scale included",
@@ -87,3 +91,20 @@ def matches(clause: str, wanted: tuple[str, ...]) -> bool:
     (True, False, True)
     """
     return not wanted or any(clause == item or clause.split("-")[0] == item for item in wanted)
+
+
+def check_clauses(wanted: Iterable[str], argument: str) -> None:
+    """Raise `UnknownNameError` for what is neither a clause nor a group of clauses.
+
+    Parameters
+    ----------
+    wanted : iterable of str
+        What was asked for.
+    argument : str
+        Name of the option or argument, for messages.
+    """
+    groups = {clause.split("-")[0] for clause in CLAUSES}
+    for name in wanted:
+        if name not in CLAUSES and name not in groups:
+            group = [clause for clause in CLAUSES if clause.split("-")[0] == name.split("-")[0].upper()]
+            raise UnknownNameError(f"clause or group in {argument}", name, group or groups)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from sparse_dlm_attn import DataFileError, InvalidArgumentError, UnavailableError
+from sparse_dlm_attn import InvalidArgumentError, UnavailableError
+from sparse_dlm_attn.cli.console import discard_rest, note, show_error
+from sparse_dlm_attn.files import check_target, write_atomically
 
 __all__ = ["conformance"]
 
@@ -88,13 +93,12 @@ def conformance(
     workers = check_environment(workers)
     if profile not in PROFILES:
         raise InvalidArgumentError("--profile", f"must be one of {', '.join(PROFILES)}", repr(profile))
-    if not share > 0:
-        raise InvalidArgumentError("--share", "must be above 0", share)
-    if seconds < 0:
-        raise InvalidArgumentError("--seconds", "must be 0 (no limit) or more", seconds)
+    if not 0 < share < math.inf:
+        raise InvalidArgumentError("--share", "must be above 0 and finite", share)
+    if not 0 <= seconds < math.inf:
+        raise InvalidArgumentError("--seconds", "must be 0 (no limit) or more, and finite", seconds)
     for path in report or []:
-        if not path.absolute().parent.is_dir():
-            raise DataFileError(f"--report: the folder of {str(path)!r} does not exist.")
+        check_target(path, "--report")
     options: list[tuple[str, object]] = [
         ("--sda-profile", profile),
         ("--sda-share", share),
@@ -102,7 +106,6 @@ def conformance(
     ]
     for name, values in (("backend", backend), ("policy", policy), ("dtype", dtype), ("clause", clause)):
         options += [(f"--sda-{name}", value) for value in values or []]
-    options += [("--sda-report", path.absolute()) for path in report or []]
     if device is not None:
         options.append(("--sda-device", device))
     if known_failures is not None:
@@ -110,7 +113,7 @@ def conformance(
     if seed is not None:
         options.append(("--hypothesis-seed", seed))
     options.append(("--sda-database", Path(".hypothesis/sda-nightly").absolute()))
-    code = run_pytest([f"{name}={value}" for name, value in options], workers)
+    code = run_pytest([f"{name}={value}" for name, value in options], workers, report or ())
     if code:
         raise typer.Exit(code)
 
@@ -134,14 +137,15 @@ def check_environment(workers: int | None) -> int:
     return workers
 
 
-def run_pytest(options: list[str], workers: int) -> int:
-    """Run the laws in a process of their own and return our exit code.
+def run_pytest(options: list[str], workers: int, reports: Sequence[Path] = ()) -> int:
+    """Run the laws in a process of their own, write the reports and return our exit code.
 
     A backend that takes its process down cannot take the command down. Neither settings nor plug-ins
     of pytest in the current folder have a say; the folder is on the path, so ``module:attr`` finds a
     module there.
     """
     with tempfile.TemporaryDirectory() as empty:
+        made = [Path(empty, f"report-{number}{path.suffix}") for number, path in enumerate(reports)]
         settings = Path(empty, "pytest.ini")
         settings.write_text("[pytest]\n", encoding="utf-8")
         over = Path(empty, "finished")
@@ -168,22 +172,46 @@ def run_pytest(options: list[str], workers: int) -> int:
             "sparse_dlm_attn_conformance",
             f"--sda-finished={over}",
             *options,
+            *(f"--sda-report={path}" for path in made),
         ]
         if workers > 1:
             command += ["-p", "xdist", "-n", str(workers)]
         environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         environment.pop("PYTEST_ADDOPTS", None)
+        environment.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", empty)  # nightly's database has its own place
         if workers > 1:  # or each process starts a thread a core, and they wait for each other
             threads = str(max(1, (os.cpu_count() or 1) // workers))
             for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
                 environment.setdefault(name, threads)
-        finished = subprocess.run(command, env=environment, check=False)
-        ended = finished.returncode in (0, 1, 5) and not over.exists()  # os._exit(0) is no success
-    if finished.returncode in EXIT_CODES and not ended:
-        return EXIT_CODES[finished.returncode]
-    print(
-        f"error: the code under test ended the process (status {finished.returncode}); the stack above "
-        "shows where. Enter it in a ledger with crash = true to go on without it.",
-        file=sys.stderr,
+        code = _relay(command, environment)
+        ended = code in (0, 1, 5) and not over.exists()  # os._exit(0) is no success
+        for path, found in zip(reports, made, strict=True):
+            if found.exists():
+                write_atomically(path, found.read_bytes(), "--report")
+                note(f"wrote {path}")
+    if code in EXIT_CODES and not ended:
+        return EXIT_CODES[code]
+    show_error(
+        f"the code under test ended the process (status {code}); the stack above shows where. Enter it in a "
+        "ledger with crash = true to go on without it."
     )
     return 1
+
+
+def _relay(command: Sequence[str], environment: dict[str, str]) -> int:
+    """Run a process, pass its output on and return its status; it ends where nobody can take the output."""
+    if sys.stdout.isatty():  # what pytest would see itself if it wrote there
+        environment = {"FORCE_COLOR": "1", **environment}
+        environment.setdefault("COLUMNS", str(shutil.get_terminal_size().columns))
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, bufsize=0) as process:
+        assert process.stdout is not None
+        try:
+            while piece := process.stdout.read(1 << 16):
+                typer.echo(piece, nl=False)
+        except BaseException as error:
+            process.kill()
+            if isinstance(error, BrokenPipeError):  # whoever reads has seen enough; nothing is proven
+                discard_rest(sys.stdout)
+                raise typer.Exit(1) from error
+            raise
+    return process.returncode

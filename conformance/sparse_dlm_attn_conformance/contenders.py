@@ -11,6 +11,7 @@ from sparse_dlm_attn import PrefixAttentionPolicy, SparseAttentionError, get_pol
 from sparse_dlm_attn.registry import policies
 from sparse_dlm_attn_conformance.process import restored
 from sparse_dlm_attn_conformance.strategies import choice
+from sparse_dlm_attn_conformance.subjects import names_nothing
 from sparse_dlm_attn_conformance.timing import time_limit
 
 __all__ = ["VARIANTS", "Contender", "contenders", "policy_texts"]
@@ -99,13 +100,15 @@ def contenders(wanted: list[str], seconds: float = 120.0) -> list[Contender]:
 
 
 def load(spec: str, seconds: float = 120.0) -> Contender:
-    """Load one policy, whatever foreign code does meanwhile."""
+    """Load one policy, whatever foreign code does meanwhile; raise for what is not there at all."""
     try:
         with restored(), time_limit(seconds, f"loading policy {spec}"):
             return Contender(spec, get_policy(spec))
     except KeyboardInterrupt:
         raise
-    except SparseAttentionError as error:
-        return Contender(spec, None, str(error))
     except BaseException as error:  # foreign code may raise anything
+        if names_nothing(spec, error):
+            raise
+        if isinstance(error, SparseAttentionError):
+            return Contender(spec, None, str(error))
         return Contender(spec, None, f"{type(error).__name__}: {error}")

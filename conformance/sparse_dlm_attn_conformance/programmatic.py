@@ -14,7 +14,7 @@ from hypothesis import settings
 import sparse_dlm_attn_conformance
 from sparse_dlm_attn import Backend, InvalidArgumentError, get_policy
 from sparse_dlm_attn_conformance.checks import ConformanceFailure
-from sparse_dlm_attn_conformance.clauses import matches
+from sparse_dlm_attn_conformance.clauses import check_clauses, matches
 from sparse_dlm_attn_conformance.contenders import Contender
 from sparse_dlm_attn_conformance.laws import OPTIONS, clauses_of
 from sparse_dlm_attn_conformance.session import register_profiles
@@ -92,8 +92,11 @@ def check_backend(
     Raises
     ------
     InvalidArgumentError
-        If the backend does not load, or nothing ran.
+        If the backend does not load.
+    UnknownNameError
+        If there is no such backend, clause or policy.
     """
+    check_clauses(clauses, "clauses")
     instance, error = load_backend(backend)
     if instance is None:
         raise InvalidArgumentError("backend", "must load", error)

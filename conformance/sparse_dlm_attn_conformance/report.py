@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
-import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -16,7 +14,7 @@ from typing import Any
 import numpy as np
 
 import sparse_dlm_attn
-from sparse_dlm_attn import DataFileError
+from sparse_dlm_attn.files import write_atomically
 from sparse_dlm_attn_conformance.clauses import CLAUSES
 
 __all__ = ["Report", "Result", "write_report"]
@@ -198,13 +196,4 @@ def write_report(report: Report, path: str | Path) -> None:
     """
     target = Path(path)
     text = report.as_markdown() if target.suffix == ".md" else json.dumps(report.as_dict(), indent=1) + "\n"
-    temporary = ""
-    try:
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, target)
-    except OSError as error:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
-        raise DataFileError(f"report {str(path)!r} cannot be written: {error}") from error
+    write_atomically(target, text.encode(), "--sda-report")

@@ -7,14 +7,25 @@ from typing import Any
 
 import numpy as np
 
-from sparse_dlm_attn import AttentionState, Backend, Context, PageBounds, Selection, get_backend
+from sparse_dlm_attn import (
+    AttentionState,
+    Backend,
+    Context,
+    InvalidArgumentError,
+    InvalidTypeError,
+    PageBounds,
+    Selection,
+    UnavailableError,
+    UnknownNameError,
+    get_backend,
+)
 from sparse_dlm_attn.arrays import Array, device_of, is_array, namespace, to_numpy
 from sparse_dlm_attn_conformance.cases import Arrays, Host, transport
 from sparse_dlm_attn_conformance.process import restored
 from sparse_dlm_attn_conformance.tables import HostState
 from sparse_dlm_attn_conformance.timing import time_limit
 
-__all__ = ["DTYPES", "Loaded", "Subject", "load_backend"]
+__all__ = ["DTYPES", "Loaded", "Subject", "load_backend", "names_nothing"]
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 
@@ -185,7 +196,8 @@ def load_backend(
 ) -> tuple[Backend | None, str]:
     """Return ``(backend, "")``, or ``(None, why)``, whatever foreign code does while it loads.
 
-    A backend loads if it can be built and says what it supports, within ``seconds``.
+    A backend loads if it can be built and says what it supports, within ``seconds``. A request for what is
+    not there at all raises its typed error.
     """
     try:
         with restored(), time_limit(seconds, f"loading {spec}"):
@@ -197,5 +209,17 @@ def load_backend(
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # foreign code may raise anything, SystemExit included
+        if isinstance(spec, str) and names_nothing(spec, error):
+            raise
         return None, f"{type(error).__name__}: {error}"
     return backend, ""
+
+
+def names_nothing(text: str, error: BaseException) -> bool:
+    """Return whether a request is wrong, rather than what it names: no such name, module or parameter."""
+    if isinstance(error, UnavailableError):
+        cause, module = error.__cause__, text.partition(":")[0]
+        missing = isinstance(cause, ModuleNotFoundError) and f"{module}.".startswith(f"{cause.name}.")
+        return missing or isinstance(cause, AttributeError)
+    written = "=" in text or not isinstance(error, InvalidTypeError)
+    return isinstance(error, UnknownNameError) or (isinstance(error, InvalidArgumentError) and written)

@@ -112,8 +112,8 @@ class PolicyScore:
 
     Parameters
     ----------
-    policy, name : str
-        With and without parameters.
+    policy, specification, name : str
+        With all parameters, without the common budget, and without parameters.
     parameters : dict
         Every parameter with its value.
     budget : int or None
@@ -136,6 +136,7 @@ class PolicyScore:
     """
 
     policy: str
+    specification: str
     name: str
     parameters: dict[str, Any]
     budget: int | None
@@ -337,7 +338,8 @@ def _score(results: Sequence[tuple[str, PolicyResult]]) -> PolicyScore:
         return total(part, top) / below if below else 0.0
 
     return PolicyScore(
-        policy=choice.label, name=choice.name, parameters=choice.parameters, budget=choice.budget,
+        policy=choice.label, specification=choice.specification, name=choice.name,
+        parameters=choice.parameters, budget=choice.budget,
         prompts=count, exact=sum(bool(result.exact) for _, result in results), tasks=tasks,
         agreement=math.fsum(result.agreement for _, result in results) / count,
         passes=sum(result.passes for _, result in results) / count,

@@ -31,7 +31,7 @@ from sparse_dlm_attn_tiny.records import Decoded, PassRecord, text_before_stop
 from sparse_dlm_attn_tiny.schedule import Schedule, confidences
 from sparse_dlm_attn_tiny.sequence import SequenceCache
 
-__all__ = ["computed_rows", "decode_full_sequence"]
+__all__ = ["check_new_tokens", "computed_rows", "decode_full_sequence"]
 
 Order = Literal["confidence", "random"]
 HostArray = np.ndarray[Any, Any]
@@ -103,12 +103,7 @@ def decode_full_sequence(
     """
     known = as_tokens("prompt", prompt)
     model.check_prompt(known)
-    check_count("new_tokens", new_tokens, 1)
-    if len(known) + new_tokens > model.config.max_context:
-        raise InvalidArgumentError(
-            "new_tokens", f"must leave prompt and answer within {model.config.max_context} bytes",
-            f"{len(known)} + {new_tokens}", "Shorten the prompt.",
-        )
+    check_new_tokens(model, len(known), new_tokens)
     window = new_tokens if block_length is None else block_length
     check_count("block_length", window, 1)
     if new_tokens % window:
@@ -158,6 +153,29 @@ def computed_rows(attention: PrefixAttention, info: PassInfo, count: int) -> Hos
     """
     every = attention.backend.asarray(np.ones((1, count), dtype=bool), dtype="bool")
     return np.flatnonzero(to_numpy(attention.policy.computed_tokens(info, every))[0])
+
+
+def check_new_tokens(model: TinyModel, known: int, new_tokens: int) -> None:
+    """Raise unless a prompt and what is to be decoded fit the model's context.
+
+    Parameters
+    ----------
+    model : TinyModel
+        The model.
+    known, new_tokens : int
+        Bytes of the prompt, and masks behind it.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If they do not fit, or there is no mask.
+    """
+    check_count("new_tokens", new_tokens, 1)
+    if known + new_tokens > model.config.max_context:
+        raise InvalidArgumentError(
+            "new_tokens", f"must leave prompt and answer within {model.config.max_context} bytes",
+            f"{known} + {new_tokens}", "Shorten the prompt.",
+        )
 
 
 @dataclass(frozen=True, eq=False)

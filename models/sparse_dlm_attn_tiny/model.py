@@ -20,6 +20,7 @@ from sparse_dlm_attn import (
 )
 from sparse_dlm_attn.arrays import Array, namespace
 from sparse_dlm_attn.policy import check_count
+from sparse_dlm_attn.values import short_repr
 from sparse_dlm_attn_tiny.cache import DEFAULT_PAGE_SIZE, PrefixCache
 from sparse_dlm_attn_tiny.config import TinyConfig
 from sparse_dlm_attn_tiny.layers import (
@@ -61,6 +62,8 @@ class BlockPass:
     keys: tuple[Array, ...]
     values: tuple[Array, ...]
     memories: tuple[LayerMemory, ...]
+
+    __repr__ = short_repr
 
 
 class TinyModel:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
 import importlib.util
 import io
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -19,19 +19,22 @@ if TYPE_CHECKING:
     from sparse_dlm_attn_tiny.tables import Cell
 
 __all__ = [
+    "accuracy_lines",
     "accuracy_picture",
     "ascii_heatmap",
     "heatmap",
     "heatmap_picture",
     "pass_name",
-    "picture_path",
     "require_matplotlib",
     "table_picture",
 ]
 
 SHADES = " .:-=+*#%@"
 MARKERS = "osD^vP*X"
+SHARE_LIMITS = (-6, 110)
+"""Range of an axis from 0 to 100 % that leaves room for numbers beside its points."""
 HostArray = np.ndarray[Any, Any]
+Lines: TypeAlias = dict[str, list[tuple[float, float, int | None]]]
 
 
 def require_matplotlib() -> None:
@@ -88,7 +91,7 @@ def ascii_heatmap(
     pages = values.shape[1]
     margin = 8
     columns = max(min(pages, width - margin - 2), 1)
-    edges = [column * pages // columns for column in range(columns + 1)]
+    edges = [column * pages // columns for column in range(columns + 1)]  # first page of each column
     lines = []
     for record, row in zip(passes, values, strict=True):
         cells = [row[left:right].mean() for left, right in pairwise(edges)]
@@ -98,7 +101,7 @@ def ascii_heatmap(
     if marked_pages:
         marks = [" "] * columns
         for page in marked_pages:
-            marks[min(page * columns // pages, columns - 1)] = "^"
+            marks[bisect.bisect_right(edges, page) - 1] = "^"
         lines.append((" " * (margin + 1) + "".join(marks)).rstrip())
     return lines
 
@@ -132,17 +135,33 @@ def heatmap_picture(
         image = axis.imshow(
             heatmap(passes), aspect="auto", interpolation="nearest", cmap="viridis", vmin=0, vmax=1
         )
-        axis.set_title(label, loc="left", fontsize=10)
+        axis.set_title(label, loc="left", fontsize=10, pad=12 if marked_pages else None)
         axis.set_yticks(range(len(passes)), [pass_name(record) for record in passes], fontsize=7)
-        for page in marked_pages:
-            axis.axvline(page, color="red", linewidth=0.8, linestyle=":")
-    axes[-1].set_xlabel("page of the context (dotted: a fact that the answer needs)")
+        for first, last in _runs(marked_pages):  # a frame around the pages, and a pointer above them
+            axis.axvspan(first - 0.5, last + 0.5, fill=False, edgecolor="red", linewidth=1.2)
+            axis.plot(
+                (first + last) / 2, 1.05, marker="v", markersize=7, color="red", clip_on=False,
+                transform=axis.get_xaxis_transform(),
+            )
+    marked = " (red: facts that the answer needs)" if marked_pages else ""
+    axes[-1].set_xlabel(f"page of the context{marked}")
     figure.colorbar(image, ax=axes, label="share of layers and KV heads that loaded it", fraction=0.03)
     return _png(figure)
 
 
+def _runs(pages: Sequence[int]) -> list[tuple[int, int]]:
+    """Return first and last page of every run of consecutive pages."""
+    runs: list[tuple[int, int]] = []
+    for page in sorted(pages):
+        if runs and page <= runs[-1][1] + 1:
+            runs[-1] = (runs[-1][0], page)
+        else:
+            runs.append((page, page))
+    return runs
+
+
 def accuracy_picture(scores: Sequence[PolicyScore], title: str) -> bytes:
-    """Draw exact answers against bytes read, one line a policy, as PNG.
+    """Draw exact answers against bytes read, as PNG: one line a policy with its parameters, over budgets.
 
     Parameters
     ----------
@@ -159,34 +178,72 @@ def accuracy_picture(scores: Sequence[PolicyScore], title: str) -> bytes:
     require_matplotlib()
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    figure = Figure(figsize=(10, 5.6), layout="constrained")
     figure.suptitle(title)
     left, right = figure.subplots(1, 2, sharey=True)
-    whole, later = "pass 0 and metadata included", "without pass 0 of each block"
+    whole, later = "all passes, metadata included", "without pass 0 of each block"
     for axis, label in ((left, whole), (right, later)):
-        _draw_accuracy(axis, scores, label == later)
-        axis.set_xlabel(f"bytes read, % of dense ({label})")
+        _draw_lines(axis, accuracy_lines(scores, later=label == later))
+        axis.set_title(label, fontsize=10)
+        axis.set_xlabel("bytes read, % of dense")
+        axis.set_xlim(left=-5)
         axis.grid(alpha=0.3)
-        axis.set_xlim(left=0)
     left.set_ylabel("exact answers, %")
-    left.set_ylim(-3, 103)
-    figure.legend(*left.get_legend_handles_labels(), fontsize=8, loc="outside right upper")
+    left.set_ylim(*SHARE_LIMITS)
+    figure.legend(
+        *left.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3,
+        title=_legend_title(scores), title_fontsize=8,
+    )
     return _png(figure)
 
 
-def _draw_accuracy(axis: Any, scores: Sequence[PolicyScore], later: bool) -> None:
-    by_name: dict[str, list[PolicyScore]] = {}
+def _legend_title(points: Sequence[PolicyScore | Cell]) -> str | None:
+    """Say what the numbers beside points are, if there are any."""
+    budgeted = any(point.budget is not None for point in points)
+    return "numbers: budget in tokens" if budgeted else None
+
+
+def accuracy_lines(scores: Sequence[PolicyScore], *, later: bool = False) -> Lines:
+    """Return what an accuracy picture draws: a line for each policy and its parameters, over budgets.
+
+    Parameters
+    ----------
+    scores : sequence of PolicyScore
+        Results of an evaluation.
+    later : bool
+        Whether to leave out pass 0 of each block.
+
+    Returns
+    -------
+    dict
+        Points ``(bytes read in % of dense, exact answers in %, common budget or None)`` by label.
+    """
+    lines: Lines = {}
     for score in scores:
-        by_name.setdefault(score.name, []).append(score)
-    for number, (name, group) in enumerate(by_name.items()):
-        shares = [score.later_byte_share if later else score.byte_share for score in group]
-        exact = [100 * score.exact / score.prompts for score in group]
-        points = sorted(zip((100 * share for share in shares), exact, strict=True))
-        axis.plot(
-            *zip(*points, strict=True), label=name, alpha=0.8, marker=MARKERS[number % len(MARKERS)],
+        share = score.later_byte_share if later else score.byte_share
+        point = (100 * share, 100 * score.exact / score.prompts, score.budget)
+        lines.setdefault(score.specification, []).append(point)
+    return lines
+
+
+def _draw_lines(axis: Any, lines: Lines) -> None:
+    """Draw labelled lines through points ``(x, y, budget)``, each with its budget beside it."""
+    below = True  # in turn, since lines run side by side
+    for number, (label, points) in enumerate(lines.items()):
+        points = sorted(points, key=lambda point: point[2] or 0)
+        below = not below if points[0][2] is not None else below
+        (line,) = axis.plot(
+            [x for x, _, _ in points], [y for _, y, _ in points], label=label, alpha=0.8,
+            marker=MARKERS[number % len(MARKERS)], linestyle="-" if len(points) > 1 else "none",
             # Large markers first, so that policies with the same figures stay visible.
-            markersize=max(10 - number, 4),
+            markersize=10 - 6 * number / len(lines),
         )
+        for x, y, budget in points:
+            if budget is not None:
+                axis.annotate(
+                    str(budget), (x, y), (0, -7 if below else 7), textcoords="offset points", ha="center",
+                    va="top" if below else "bottom", fontsize=7, color=line.get_color(),
+                )
 
 
 def table_picture(cells: Sequence[Cell], title: str) -> bytes:
@@ -214,19 +271,20 @@ def table_picture(cells: Sequence[Cell], title: str) -> bytes:
     for cell in cells:
         by_label.setdefault(cell.label, []).append(cell)
     if any(cell.budget is not None for cell in cells):
-        for number, (label, group) in enumerate(by_label.items()):
-            points = [(100 * cell.later_density, 100 * cell.exact / cell.prompts) for cell in group]
-            axis.plot(
-                *zip(*points, strict=True), label=label, alpha=0.8, marker=MARKERS[number % len(MARKERS)],
-                markersize=max(10 - number, 4), linestyle="-" if len(points) > 1 else "none",
-            )
+        _draw_lines(axis, {
+            label: [(100 * c.later_density, 100 * c.exact / c.prompts, c.budget) for c in group]
+            for label, group in by_label.items()
+        })
         axis.set_xlabel("context tokens loaded, % of dense (without pass 0 of each block)")
         axis.set_ylabel("exact answers, %")
-        axis.set_ylim(-3, 103)
+        axis.set_ylim(*SHARE_LIMITS)
     else:
         _draw_bars(axis, by_label)
     axis.grid(alpha=0.3)
-    figure.legend(*axis.get_legend_handles_labels(), fontsize=8, loc="outside right upper")
+    figure.legend(
+        *axis.get_legend_handles_labels(), fontsize=8, loc="outside right upper",
+        title=_legend_title(cells), title_fontsize=8,
+    )
     return _png(figure)
 
 
@@ -249,14 +307,3 @@ def _png(figure: Any) -> bytes:
     # Without metadata the same figures give the same bytes, whatever the version of matplotlib says.
     figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
     return buffer.getvalue()
-
-
-def picture_path(path: Path) -> Path:
-    """Return where the picture that belongs to a JSON file goes.
-
-    Parameters
-    ----------
-    path : pathlib.Path
-        The JSON file.
-    """
-    return path.with_suffix(".png")

@@ -7,8 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sparse_dlm_attn import InvalidArgumentError, PrefixAttentionPolicy, get_policy, policies
+from sparse_dlm_attn import (
+    InvalidArgumentError,
+    InvalidTypeError,
+    PrefixAttentionPolicy,
+    UnknownNameError,
+    get_policy,
+    policies,
+)
 from sparse_dlm_attn.policy import check_count
+from sparse_dlm_attn.registry import split_parameters
 
 __all__ = ["BASELINE", "DEFAULT_POLICIES", "PolicyChoice", "choose_policies", "choose_policy"]
 
@@ -33,16 +41,19 @@ class PolicyChoice:
         The policy itself.
     budget : int or None
         The common budget that was given to it, in tokens; None if it has no budget or its own.
+    specification : str
+        The label without the common budget: what was asked for.
     """
 
     label: str
     policy: PrefixAttentionPolicy[Any]
     budget: int | None
+    specification: str
 
     @property
     def name(self) -> str:
         """What stands before the parameters."""
-        return _name_of(self.label)
+        return split_parameters("policy", self.label)[0]
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -105,11 +116,14 @@ def choose_policy(text: str, budget: int, page_size: int) -> PolicyChoice:
         raise InvalidArgumentError("--policy", "must be written name:key=value,key=value", repr(text))
     policy = get_policy(text)
     parameter, given = _budget_parameter(policy, budget, page_size)
-    if parameter is None or parameter in _written_parameters(text):
-        return PolicyChoice(text, policy, None)
-    separator = "," if _written_parameters(text) else ":"
-    label = f"{text}{separator}{parameter}={given}"
-    return PolicyChoice(label, get_policy(text, **{parameter: given}), budget)
+    written = split_parameters("policy", text)[1]
+    if parameter is None or parameter in written:
+        return PolicyChoice(text, policy, None, text)
+    try:
+        policy = get_policy(text, **{parameter: given})
+    except (UnknownNameError, InvalidTypeError):  # an instance, or what a factory without it makes
+        return PolicyChoice(text, policy, None, text)
+    return PolicyChoice(f"{text}{',' if written else ':'}{parameter}={given}", policy, budget, text)
 
 
 def _budget_parameter(
@@ -128,14 +142,3 @@ def _budget_parameter(
 def _fields_of(policy: Any) -> list[str]:
     """Return the names of a policy's parameters; a foreign policy need not be a dataclass."""
     return [field.name for field in dataclasses.fields(policy)] if dataclasses.is_dataclass(policy) else []
-
-
-def _written_parameters(text: str) -> set[str]:
-    _, colon, tail = text.rpartition(":")
-    if not colon or "=" not in tail:
-        return set()
-    return {item.partition("=")[0].strip() for item in tail.split(",")}
-
-
-def _name_of(text: str) -> str:
-    return text.rpartition(":")[0] if _written_parameters(text) else text

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparse_dlm_attn import InvalidArgumentError, SparseAttentionError, UnknownNameError
-from sparse_dlm_attn.cli.files import read_text
+from sparse_dlm_attn.files import read_text
 from sparse_dlm_attn_tiny import retrieval
 
 __all__ = [

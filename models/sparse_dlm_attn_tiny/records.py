@@ -11,6 +11,7 @@ import numpy as np
 
 from sparse_dlm_attn import LayerMemory, Selection, Traffic
 from sparse_dlm_attn.arrays import to_numpy
+from sparse_dlm_attn.values import short_repr
 from sparse_dlm_attn_tiny.config import STOP_BYTE
 
 __all__ = ["Decoded", "PassRecord", "TrafficTotal", "text_before_stop"]
@@ -68,6 +69,8 @@ class PassRecord:
     rows: int
     loaded: HostArray
     seconds: float
+
+    __repr__ = short_repr
 
     @property
     def density(self) -> float:
@@ -231,6 +234,8 @@ class Decoded:
     build_bytes: float
     prefill_seconds: float
     seconds: float
+
+    __repr__ = short_repr
 
     @property
     def blocks(self) -> int:

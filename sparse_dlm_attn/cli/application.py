@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from sparse_dlm_attn.cli.console import show_error
+from sparse_dlm_attn.cli.console import discard_rest, show_error
 from sparse_dlm_attn.errors import InvalidTypeError, SparseAttentionError, UnknownNameError
 from sparse_dlm_attn.registry import Plugin, commands
 
@@ -124,15 +125,15 @@ def _report(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         show_error("interrupted; nothing was written.")
         return INTERRUPTED
-    if isinstance(error, BrokenPipeError):  # whoever read our output has seen enough
-        _discard_results()
+    if BrokenPipeError in (type(error), type(error.__cause__)):  # whoever read our output has seen enough
+        discard_rest(sys.stdout)
         return 0
     if isinstance(error, SparseAttentionError):
         show_error(str(error))
     elif isinstance(error, MemoryError):
         show_error("not enough memory. Shorten the prompt or use fewer workers.")
     elif isinstance(error, OSError):
-        _discard_results()
+        discard_rest(sys.stdout)
         show_error(f"cannot read or write: {error}.")
     else:
         show_error(
@@ -146,14 +147,6 @@ def _flush_results() -> None:
     """Let a full disk behind standard output fail here, where it can still be reported."""
     if sys.stdout is not None:
         sys.stdout.flush()
-
-
-def _discard_results() -> None:
-    """Keep the interpreter from flushing a broken standard output once more at exit."""
-    try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError, AttributeError):  # not a real file, as in tests
-        return
 
 
 def _print_version(wanted: bool) -> None:
@@ -179,7 +172,10 @@ def application() -> typer.Typer:
     """Return the application with the commands of the core."""
     from sparse_dlm_attn.cli import doctor, listings
 
-    app = typer.Typer(cls=CommandGroup, no_args_is_help=True, callback=_options)
+    app = typer.Typer(
+        cls=CommandGroup, no_args_is_help=True, callback=_options,
+        context_settings={"help_option_names": ["-h", "--help"]},  # commands inherit them
+    )
     app.command("backends")(listings.backends)
     app.command("policies")(listings.policies)
     app.command("doctor")(doctor.doctor)
@@ -198,12 +194,33 @@ def run(arguments: Sequence[str] | None = None) -> int:
         show_error("standard output is closed. Redirect it to a file or to /dev/null.")
         return BAD_INPUT
     command = typer.main.get_command(application())
+    code = 0
     try:
-        code = _run(command, None if arguments is None else list(arguments))
+        with _working_directory_on_path():
+            code = _run(command, None if arguments is None else list(arguments))
         _flush_results()
     except OSError as error:  # --version and --help print before any command is invoked
-        return _report(error)
+        reported = _report(error)
+        return code or reported
     return code
+
+
+@contextlib.contextmanager
+def _working_directory_on_path() -> Iterator[None]:
+    """Let ``module:attr`` name a module of the current directory, as under ``python -m``."""
+    try:
+        here = os.getcwd()
+    except FileNotFoundError:  # it was deleted meanwhile
+        here = ""
+    if not here or sys.flags.safe_path or sys.path[:1] in ([here], [""]):
+        yield
+        return
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):  # foreign code may have taken it away
+            sys.path.remove(here)
 
 
 def _run(command: Any, arguments: list[str] | None) -> int:

@@ -7,13 +7,16 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-__all__ = ["error_console", "note", "print_json", "progress", "result_console", "show_error"]
+__all__ = [
+    "discard_rest", "error_console", "note", "print_json", "progress", "result_console", "show_error",
+]
 
 PIPED_WIDTH = 150
 """Columns of a table that is not printed on a terminal, unless COLUMNS says otherwise."""
@@ -25,7 +28,24 @@ def _console(stderr: bool) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     terminal = stream is not None and stream.isatty()
     width = None if terminal or os.environ.get("COLUMNS") else PIPED_WIDTH
-    return Console(stderr=stderr, width=width, highlight=False)
+    console = Console(stderr=stderr, width=width, highlight=False)
+    # A reader that leaves early ends the output, not the command, whose exit code may matter.
+    console.on_broken_pipe = partial(discard_rest, stream)  # type: ignore[method-assign]
+    return console
+
+
+def discard_rest(stream: TextIO | None) -> None:
+    """Send what is still to come on a standard stream nowhere, since nobody can take it.
+
+    Parameters
+    ----------
+    stream : file or None
+        Standard output or standard error; nothing happens to what is no file of the system.
+    """
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # type: ignore[union-attr]
+    except (OSError, ValueError, AttributeError):  # not a real file, as in tests
+        return
 
 
 def result_console() -> Console:
@@ -46,7 +66,7 @@ def print_json(value: Any) -> None:
     value : object
         Dictionaries, lists, strings, finite numbers, booleans and None.
     """
-    print(json.dumps(value, indent=2, allow_nan=False))
+    result_console().out(json.dumps(value, indent=2, allow_nan=False))
 
 
 def note(message: str) -> None:

@@ -4,23 +4,39 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 import typer
 
 from sparse_dlm_attn import registry
+from sparse_dlm_attn.backend import Backend
 from sparse_dlm_attn.cli.console import print_json, result_console
-from sparse_dlm_attn.errors import SparseAttentionError, UnknownNameError
+from sparse_dlm_attn.errors import InvalidTypeError
 from sparse_dlm_attn.registry import Plugin
 
-__all__ = ["backend_record", "backends", "policies", "policy_record"]
+__all__ = ["backends", "choice_record", "policies"]
 
+CHOICES: dict[str, Any] = {
+    "backend": (registry.backends, registry.get_backend),
+    "policy": (registry.policies, registry.get_policy),
+}
+WRITTEN = "NAME[:key=value,...]"
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
-def backends(as_json: AsJson = False) -> None:
-    """List the backends: what each supports, where it comes from, why it is not available."""
-    records = [backend_record(plugin) for plugin in registry.backends().values()]
+def backends(
+    name: Annotated[
+        str | None, typer.Argument(help="Show one backend with all its parameters.", metavar=WRITTEN)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the backends, or explain one: what it supports, its parameters, why it is not available."""
+    if name is not None:
+        _explain("backend", name, as_json)
+        return
+    records = list(_records("backend"))
     if as_json:
         print_json(records)
         return
@@ -36,98 +52,122 @@ def backends(as_json: AsJson = False) -> None:
             record["name"], record["distribution"], _status(record), ", ".join(facts.get("dtypes", ())),
             ", ".join(facts.get("devices", ())), about,
         )
-    result_console().print(table)
+    console = result_console()
+    console.print(table)
+    console.print("Details: sparse-dlm-attn backends NAME. Use: --backend NAME:key=value,key=value")
 
 
 def policies(
     name: Annotated[
-        str | None, typer.Argument(help="Show one policy with all its parameters.")
+        str | None, typer.Argument(help="Show one policy with all its parameters.", metavar=WRITTEN)
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """List the policies, or explain one: what it does, its parameters and their defaults."""
-    plugins = registry.policies()
-    if name is not None and name not in plugins and ":" not in name:
-        raise UnknownNameError("policy", name, plugins)
     if name is not None:
-        plugin = plugins.get(name, Plugin("policy", name, name, "your Python path"))
-        record = policy_record(plugin)
-        if record["reason"]:
-            plugin.load()  # raises the typed error
-        print_json(record) if as_json else _print_policy(record)
+        _explain("policy", name, as_json)
         return
-    records = [policy_record(plugin) for plugin in plugins.values()]
-    print_json(records) if as_json else _print_policies(records)
+    records = list(_records("policy"))
+    if as_json:
+        print_json(records)
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("policy", "what it does", "parameters", "from")
+    for record in records:
+        settings = ", ".join(f"{p['name']}={_written(p['default'])}" for p in record["parameters"])
+        about = _status(record) if record["reason"] else Text(record["summary"])
+        table.add_row(record["name"], about, Text(settings), record["distribution"])
+    console = result_console()
+    console.print(table)
+    console.print("Details: sparse-dlm-attn policies NAME. Use: --policy NAME:key=value,key=value")
 
 
-def backend_record(plugin: Plugin) -> dict[str, Any]:
-    """Describe a backend: name, source, capabilities, or the reason why it is not available.
-
-    Parameters
-    ----------
-    plugin : Plugin
-        A registered backend.
-    """
-    record: dict[str, Any] = {**_source(plugin), "summary": "", "reason": "", "capabilities": {}}
-    try:
-        backend = registry.get_backend(plugin.name)
-        record["capabilities"] = dataclasses.asdict(backend.capabilities)
-    except SparseAttentionError as error:
-        record["reason"] = str(error)
-    except Exception as error:  # a foreign backend may fail in any way
-        record["reason"] = f"{type(error).__name__}: {error}"
-    else:
-        record["summary"] = _summary(type(backend))
-    return record
-
-
-def policy_record(plugin: Plugin) -> dict[str, Any]:
-    """Describe a policy: name, source, parameters, or the reason why it is not available.
+def choice_record(kind: str, text: str) -> dict[str, Any]:
+    """Describe a backend or policy: where it comes from, its parameters, what a backend supports.
 
     Parameters
     ----------
-    plugin : Plugin
-        A registered policy, or one named ``"module:attr"``.
+    kind : {"backend", "policy"}
+        What is chosen.
+    text : str
+        A registered name, ``"name:key=value,..."`` or ``"module:attr"``.
+
+    Raises
+    ------
+    SparseAttentionError
+        If there is no such choice, it is not available here, or a parameter is wrong.
     """
-    record: dict[str, Any] = {**_source(plugin), "summary": "", "text": "", "reason": "", "parameters": []}
-    try:
-        target = plugin.load()
-        registry.get_policy(plugin.name)
-    except SparseAttentionError as error:
-        record["reason"] = str(error)
-        return record
-    record["summary"] = _summary(target)
-    record["text"] = inspect.getdoc(target) or ""
-    record["parameters"] = _parameters(target)
+    plugins, get = CHOICES[kind]
+    made = get(text)
+    name, written = registry.split_parameters(kind, text)
+    plugin = plugins().get(name, Plugin(kind, name, name, "your Python path"))
+    target = plugin.load()
+    about = inspect.getdoc(target) or inspect.getdoc(type(made)) or ""
+    if about.startswith(f"{type(made).__name__}("):  # a dataclass without a docstring gets its signature
+        about = ""
+    record = {
+        **_source(plugin), "name": text, "summary": about.split("\n\n", 1)[0].replace("\n", " "),
+        "text": about, "reason": "", "parameters": _parameters(target, written),
+    }
+    if isinstance(made, Backend):
+        try:
+            record["capabilities"] = dataclasses.asdict(made.capabilities)
+        except Exception as error:  # a foreign backend may fail in any way
+            raise InvalidTypeError(
+                f"backend {text!r}", "must declare its capabilities", f"{type(error).__name__}: {error}"
+            ) from error
     return record
 
 
-def _source(plugin: Plugin) -> dict[str, str]:
+def _records(kind: str) -> Iterator[dict[str, Any]]:
+    """Describe what is registered, or say why it is not available; one broken choice spoils no other."""
+    for plugin in CHOICES[kind][0]().values():
+        try:
+            yield choice_record(kind, plugin.name)
+        except Exception as error:  # a foreign choice may fail in any way
+            yield {
+                **_source(plugin), "summary": "", "text": "", "reason": str(error), "parameters": [],
+                **({"capabilities": {}} if kind == "backend" else {}),
+            }
+
+
+def _source(plugin: Plugin) -> dict[str, Any]:
     return {"name": plugin.name, "target": plugin.target, "distribution": plugin.distribution}
 
 
-def _summary(target: Any) -> str:
-    return (inspect.getdoc(target) or "").split("\n\n", 1)[0].replace("\n", " ")
-
-
-def _parameters(target: Any) -> list[dict[str, Any]]:
-    """Return name, default and help of each parameter; a factory shows its signature only."""
-    if dataclasses.is_dataclass(target):
-        return [
-            {"name": field.name, "default": _plain(field.default), "help": field.metadata.get("help", "")}
+def _parameters(target: Any, written: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return name, default, value and help of each parameter; only dataclasses can say the help."""
+    if isinstance(target, type) and dataclasses.is_dataclass(target):
+        found = [
+            (field.name, _default_of(field), field.metadata.get("help", ""))
             for field in dataclasses.fields(target) if field.init
         ]
+    elif callable(target):
+        variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        given = inspect.signature(target).parameters.values()
+        found = [(each.name, each.default, "") for each in given if each.kind not in variable]
+    else:  # an instance, which takes none
+        found = []
     return [
-        {"name": name, "default": _plain(parameter.default), "help": ""}
-        for name, parameter in inspect.signature(target).parameters.items()
+        {"name": name, "default": _plain(default), "value": _plain(written.get(name, default)), "help": about}
+        for name, default, about in found
     ]
 
 
+def _default_of(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
+
+
 def _plain(value: Any) -> Any:
-    """Return a default as JSON can say it; a required parameter has the text "required"."""
-    if value in (dataclasses.MISSING, inspect.Parameter.empty):
+    """Return a value as JSON can say it; a required parameter has the text "required"."""
+    if value is inspect.Parameter.empty:
         return "required"
-    return value if isinstance(value, bool | int | float | str | None) else repr(value)
+    finite = not isinstance(value, float) or math.isfinite(value)
+    return value if finite and isinstance(value, bool | int | float | str | None) else repr(value)
 
 
 def _written(value: Any) -> str:
@@ -142,36 +182,40 @@ def _status(record: dict[str, Any]) -> Any:
     return Text(f"not available: {reason}", style="yellow") if reason else Text("available", style="green")
 
 
-def _print_policies(records: list[dict[str, Any]]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table("policy", "what it does", "parameters", "from")
-    for record in records:
-        settings = ", ".join(f"{p['name']}={_written(p['default'])}" for p in record["parameters"])
-        about = _status(record) if record["reason"] else Text(record["summary"])
-        table.add_row(record["name"], about, Text(settings), record["distribution"])
-    console = result_console()
-    console.print(table)
-    console.print("Details: sparse-dlm-attn policies NAME. Use: --policy NAME:key=value,key=value")
-
-
-def _print_policy(record: dict[str, Any]) -> None:
+def _explain(kind: str, text: str, as_json: bool) -> None:
+    """Print one choice with all its parameters."""
+    record = choice_record(kind, text)
+    if as_json:
+        print_json(record)
+        return
     from rich.table import Table
     from rich.text import Text
 
     console = result_console()
-    console.print(Text(f"{record['name']} (from {record['distribution']}: {record['target']})", style="bold"))
+    console.print(Text(f"{text} (from {record['distribution']}: {record['target']})", style="bold"))
     console.print()
     console.print(Text(record["text"]))
+    console.print()
+    facts = {key: value for key, value in record.get("capabilities", {}).items() if value not in (None, "")}
+    if facts:
+        supports = Table("capability", "value")
+        for key, value in facts.items():
+            listed = isinstance(value, tuple)
+            supports.add_row(key, Text(", ".join(map(str, value)) if listed else _written(value)))
+        console.print(supports)
     if not record["parameters"]:
-        console.print("\nIt has no parameters.")
+        console.print("It has no parameters.")
+        console.print(Text(f"Use: --{kind} {text}"))
         return
-    table = Table("parameter", "default", "meaning")
+    table = Table("parameter", "value", "default")
+    if any(parameter["help"] for parameter in record["parameters"]):
+        table.add_column("meaning")
     for parameter in record["parameters"]:
-        table.add_row(parameter["name"], _written(parameter["default"]), Text(parameter["help"]))
+        value, default = _written(parameter["value"]), _written(parameter["default"])
+        changed = Text(value, style="bold" if value != default else "")
+        cells = (changed, Text(default), Text(parameter["help"]))
+        table.add_row(parameter["name"], *cells[: len(table.columns) - 1])
     console.print(table)
     first = record["parameters"][0]
-    console.print(
-        f"Use: --policy {record['name']}:{first['name']}={_written(first['default'])}", markup=False
-    )
+    example = text if "=" in text else f"{text}:{first['name']}={_written(first['default'])}"
+    console.print(Text(f"Use: --{kind} {example}"))

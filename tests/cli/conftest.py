@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -27,7 +27,7 @@ def run(tmp_path: Path) -> Run:
         options.setdefault("stdout", subprocess.PIPE)
         result: subprocess.CompletedProcess[str] = subprocess.run(  # type: ignore[call-overload]
             [sys.executable, "-m", "sparse_dlm_attn", *arguments], stderr=subprocess.PIPE, text=True,
-            cwd=options.pop("cwd", tmp_path), env=environment, timeout=120, **options,
+            cwd=options.pop("cwd", tmp_path), env=environment, **options,
         )
         if code is not None:
             assert result.returncode == code, result.stderr
@@ -60,6 +60,30 @@ def in_an_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.delenv("SDA_TRACEBACK", raising=False)
+
+
+OUTSIDER = """\
+from sparse_dlm_attn.policies.quest import Quest
+from sparse_dlm_attn_reference import ReferenceBackend
+POLICY, NUMBER = Quest(budget=16), 3
+def make_policy(budget=32):
+    'Make it.'
+    return Quest(budget=budget)
+def make_number():
+    return NUMBER
+class Backend(ReferenceBackend):
+    def __init__(self, speed: int = 1):
+        self.speed = speed
+"""
+
+
+@pytest.fixture
+def outsider(in_an_empty_directory: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Put a module `outsider` with policies and a backend into the current directory, not on the path."""
+    Path("outsider.py").write_text(OUTSIDER)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", os.getcwd())])
+    yield
+    sys.modules.pop("outsider", None)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from typing import Any
 
@@ -109,6 +110,16 @@ def test_the_map_shows_the_share_of_layers_and_heads_that_loaded_a_page() -> Non
     assert lines == [f" pass 0 | {quarter}@ |", f"   save | {quarter}@ |", " " * 11 + "^"]
 
 
+@pytest.mark.parametrize(("pages", "width"), [(5, 13), (8, 13), (1000, 60), (7, 80)])
+def test_a_mark_points_at_the_column_that_shows_its_page(pages: int, width: int) -> None:
+    for page in range(pages):
+        loaded = np.zeros((1, 1, pages), dtype=bool)
+        loaded[0, 0, page] = True
+        shown, marks = plots.ascii_heatmap([record(loaded)], width, [page])
+        (column,) = (place for place, shade in enumerate(shown.partition("|")[2]) if shade not in " |")
+        assert marks.index("^") == shown.index("|") + 1 + column
+
+
 def test_a_page_read_once_stays_visible_where_pages_share_a_column() -> None:
     loaded = np.zeros((8, 2, 1000), dtype=bool)
     loaded[3, 1, 500] = True
@@ -141,6 +152,20 @@ def test_scores_add_up_bytes_before_they_divide() -> None:
     assert score.later_byte_share == pytest.approx(300 / 800)
     assert score.seconds == pytest.approx(0.5)
     assert scores_of([]) == []
+
+
+def test_a_picture_has_a_line_for_each_policy_with_its_parameters_and_a_point_for_each_budget() -> None:
+    evaluation = Evaluation(
+        ("single-key",), 1, 256, 0, ("losa", "losa:active=2", "losa:budget=16", "losa:budget=32"), (64, 128)
+    )
+    results = tuple(
+        dataclasses.replace(result(True, 10.0), choice=choice) for choice in choices_of(evaluation)
+    )
+    lines = plots.accuracy_lines(scores_of([Sample("single-key", 0, "48213.", 0.1, results)]))
+    assert {label: [budget for _, _, budget in points] for label, points in lines.items()} == {
+        "dense": [None], "losa": [64, 128], "losa:active=2": [64, 128], "losa:budget=16": [None],
+        "losa:budget=32": [None],
+    }
 
 
 def test_an_accuracy_picture_is_a_png_and_reproducible() -> None:

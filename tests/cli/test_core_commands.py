@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 import sparse_dlm_attn
+from sparse_dlm_attn.cli import main
+from sparse_dlm_attn.registry import commands
 
+Call = Callable[..., tuple[str, str]]
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 Plugins = Callable[..., dict[str, str]]
 
@@ -31,7 +34,7 @@ def test_light_commands_import_neither_the_model_nor_heavy_packages(arguments: l
         "heavy = {'torch', 'triton', 'matplotlib', 'hypothesis', 'pytest', 'sparse_dlm_attn_tiny.model'}\n"
         "print(code, sorted(heavy & set(sys.modules)), file=sys.stderr)\n"
     )
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.stderr.splitlines()[-1] == "0 []"
 
 
@@ -39,7 +42,7 @@ def test_the_console_script_is_the_same_program() -> None:
     script = Path(sys.executable).with_name("sparse-dlm-attn")
     if not script.exists():
         pytest.skip("the project is not installed in this environment, so it has no console script")
-    result = subprocess.run([script, "--version"], capture_output=True, text=True, timeout=60)
+    result = subprocess.run([script, "--version"], capture_output=True, text=True)
     assert (result.returncode, result.stdout.split()[:1]) == (0, ["sparse-dlm-attn"])
 
 
@@ -115,6 +118,12 @@ def test_doctor_is_content_with_this_installation(run: Run) -> None:
     ("arguments", "message"),
     [
         (["policies", "lossa"], "did you mean 'losa'?"),
+        (["policies", "LoSA"], "did you mean 'losa'?"),
+        (["policies", "quest:budgit=64"], "did you mean 'budget'?"),
+        (["policies", "quest:budget=0"], "policy 'quest': budget must be at least 1; got 0"),
+        (["policies", "quest:budget"], "its parameters: `sparse-dlm-attn policies quest`"),
+        (["backends", "refrence"], "did you mean 'reference'?"),
+        (["backends", "reference:device=cuda"], "leave --device out, or name another --backend"),
         (["policies", "no_such_module:Policy"], "no_such_module"),
         (["decoed"], "did you mean 'decode'?"),
         (["--no-such-option"], "--no-such-option"),
@@ -125,6 +134,83 @@ def test_bad_input_gives_one_message_and_exit_code_2(run: Run, arguments: list[s
     result = run(*arguments, code=2)
     assert message in result.stderr
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize("command", ["", "backends", "policies", "doctor", *commands()])
+def test_every_command_takes_the_short_option_for_help(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, "-h"] if command else ["-h"]) == 0
+    short = capsys.readouterr().out
+    assert main([command, "--help"] if command else ["--help"]) == 0
+    assert short == capsys.readouterr().out
+    assert "Usage: sparse-dlm-attn" in short
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (("policies", "quest:budget=64"), {"budget": (64, 256), "min_pages": (1, 1)}),
+        (("policies", "sparse_dlm_attn.policies.quest:Quest:budget=64"), {"budget": (64, 256)}),
+        (("policies", "outsider:make_policy"), {"budget": (32, 32)}),
+        (("policies", "outsider:make_policy:budget=8"), {"budget": (8, 32)}),
+        (("policies", "outsider:POLICY"), {}),
+        (("backends", "outsider:Backend:speed=3"), {"speed": (3, 1)}),
+        (("backends", "reference"), {}),
+    ],
+)
+@pytest.mark.usefixtures("outsider")
+def test_a_choice_is_explained_with_the_parameters_that_are_written(
+    call: Call, arguments: tuple[str, ...], shown: dict[str, tuple[int, int]]
+) -> None:
+    record = json.loads(call(*arguments, "--json")[0])
+    found = {each["name"]: (each["value"], each["default"]) for each in record["parameters"]}
+    assert found.items() >= shown.items() and bool(found) == bool(shown)
+    assert ("float32" in record["capabilities"]["dtypes"]) if arguments[0] == "backends" else "text" in record
+    text, _ = call(*arguments)
+    assert arguments[1] in text and all(name in text for name in shown)
+
+
+@pytest.mark.parametrize("command", ["policies", "backends"])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("outsider:make_number", "must give a "),
+        ("outsider:NUMBER", "must name a "),
+        ("outsider:Mising", "Check the name after ':' in 'outsider:Mising'"),
+        ("outsidr:POLICY", "Check the spelling of 'outsidr'"),
+        ("os.path:join", "must be constructible with these options"),
+        (":x", "is named 'module:attr'"),
+        ("outsider:", "is named 'module:attr'"),
+        ("", "is named 'module:attr'"),
+    ],
+)
+@pytest.mark.usefixtures("outsider")
+def test_what_is_no_choice_is_a_typed_error(call: Call, command: str, name: str, message: str) -> None:
+    out, err = call(command, name, code=2)
+    assert message in err and len(err.splitlines()) == 1
+    assert out == ""
+
+
+@pytest.mark.usefixtures("outsider")
+def test_commands_find_modules_of_the_current_directory_and_leave_the_path_alone(call: Call) -> None:
+    before = list(sys.path)
+    call("policies", "outsider:make_policy")
+    call("backends", "outsider:Backend")
+    call("policies", "outsider:missing", code=2)
+    assert sys.path == before
+    del sys.modules["outsider"]
+    with pytest.raises(sparse_dlm_attn.UnavailableError):  # a library does not care where it runs
+        sparse_dlm_attn.get_policy("outsider:make_policy")
+
+
+@pytest.mark.usefixtures("outsider")
+def test_the_safe_path_of_python_is_respected() -> None:
+    result = subprocess.run(
+        [sys.executable, "-P", "-m", "sparse_dlm_attn", "policies", "outsider:make_policy"],
+        capture_output=True, text=True,
+    )
+    assert result.returncode == 2 and "Check the spelling of 'outsider'" in result.stderr
 
 
 def test_a_defect_is_one_message_and_a_traceback_only_on_request(run: Run, plugins: Plugins) -> None:
@@ -147,26 +233,37 @@ def test_an_interrupt_ends_with_130(run: Run, plugins: Plugins) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, the disk that is always full")
-@pytest.mark.parametrize("arguments", [("policies", "--json"), ("--version",), ("--help",)])
+@pytest.mark.parametrize(
+    "arguments", [("policies", "--json"), ("policies",), ("backends",), ("doctor",), ("--version",), ("-h",)]
+)
 def test_a_full_disk_behind_standard_output_is_reported(run: Run, arguments: tuple[str, ...]) -> None:
     with open("/dev/full", "w") as full:
         result = run(*arguments, code=2, stdout=full)
-    assert "No space left" in result.stderr
+    assert "No space left" in result.stderr and len(result.stderr.splitlines()) == 1
 
 
 def test_closed_standard_output_is_reported(run: Run) -> None:
     command = f"exec {sys.executable} -m sparse_dlm_attn policies >&-"
-    result = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, timeout=60)
+    result = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True)
     assert result.returncode == 2
     assert "standard output is closed" in result.stderr
 
 
-def test_a_reader_that_leaves_early_is_no_error() -> None:
+@pytest.mark.parametrize("arguments", [("policies", "--json"), ("policies",), ("policies", "losa")])
+def test_a_reader_that_leaves_early_is_no_error(run: Run, arguments: tuple[str, ...]) -> None:
     read, write = os.pipe()
     os.close(read)
-    result = subprocess.run(
-        [sys.executable, "-m", "sparse_dlm_attn", "policies", "--json"], stdout=write,
-        stderr=subprocess.PIPE, text=True, timeout=60,
-    )
+    result = run(*arguments, stdout=write)
     os.close(write)
-    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stderr == ""
+
+
+def test_the_exit_code_is_right_although_nobody_reads_the_output(run: Run, plugins: Plugins) -> None:
+    environment = plugins(
+        "[sparse_dlm_attn.backends]\ncrooked = outsider_broken:Backend\n",
+        outsider_broken="raise RuntimeError('half installed')\n",
+    )
+    read, write = os.pipe()
+    os.close(read)
+    assert run("doctor", code=1, stdout=write, environment=environment).stderr == ""
+    os.close(write)

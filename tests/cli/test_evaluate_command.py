@@ -29,7 +29,7 @@ def test_a_table_of_a_paper_is_numbers_json_and_a_picture(
 ) -> None:
     whole = tables.TABLES[name]
     monkeypatch.setitem(tables.TABLES, name, replace(whole, tasks=("single-key",)))
-    options = ("--table", name, "--prompts", "1", "--length", "128", "--out", "t.json")
+    options = ("--table", name, "--prompts", "1", "--length", "128", "--out", "t.json", "--plot", "p.png")
     out, _ = call("evaluate", *options, "--json")
     cells = json.loads(out)
     assert len(cells) == lines
@@ -40,7 +40,8 @@ def test_a_table_of_a_paper_is_numbers_json_and_a_picture(
     report = json.loads((tmp_path / "t.json").read_text())
     assert report["cells"] == cells
     assert report["table"]["tasks"] == ["single-key"] and report["environment"]["numpy"]
-    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(os.listdir(tmp_path)) == ["p.png", "t.json"]
     if name == "losa":
         never = by_label["dense pass 0, never refreshed"]
         assert never["later_density"] == 0 and never["density"] == pytest.approx(1 / 9, rel=0.02)
@@ -55,7 +56,11 @@ def test_a_table_of_a_paper_is_numbers_json_and_a_picture(
     ("options", "message"),
     [(["--table", "quest"], "unknown table 'quest'"), (["--table", "losa", "--policy", "dense"], "--policy"),
      (["--table", "losa", "--full"], "--full"), (["--table", "losa", "--budget", "8"], "--budget"),
-     (["--table", "sparsed", "--length", "7"], "length")],
+     (["--table", "losa", "--page-size", "16"], "--page-size"),
+     (["--table", "losa", "--block-length", "8"], "--block-length"),
+     (["--table", "losa", "--workers", "2"], "--workers"),
+     (["--table", "sparsed", "--length", "7"], "length"),
+     (["--table", "losa", "--plot", "."], "--plot: '.' is a directory")],
 )
 def test_a_table_fixes_what_it_compares(call: Call, tmp_path: Path, options: list[str], message: str) -> None:
     out, err = call("evaluate", *options, code=2)
@@ -76,6 +81,7 @@ def test_evaluate_writes_scores_parameters_and_versions(call: Call, tmp_path: Pa
     assert report["evaluation"]["seed"] == 0 and report["environment"]["numpy"]
     assert len(report["prompts"]) == 1 and len(report["prompts"][0]["results"]) == 3
     assert "seeds from 0" in err
+    assert os.listdir(tmp_path) == ["evaluation.json"], "a picture is drawn on request only"
 
 
 def test_evaluate_gives_the_same_scores_with_several_processes(call: Call, tmp_path: Path) -> None:
@@ -118,6 +124,7 @@ def test_evaluate_exits_with_1_below_what_was_required(call: Call, tmp_path: Pat
         (["--require", "sparse=0.5"], "unknown policy in --require 'sparse'"),
         (["--out", "missing/evaluation.json"], "does not exist"),
         (["--out", "."], "is a directory"),
+        (["--plot", "missing/picture.png"], "--plot: the directory of"),
         (["--weights", "missing.safetensors"], "no such file"),
         (["--steps", "2", "--threshold", "0.5"], "must not be given together"),
     ],

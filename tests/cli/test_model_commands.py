@@ -114,32 +114,62 @@ def test_the_demonstration_tells_its_story(call: Call) -> None:
     assert shares["losa"] < 0.5 and shares["quest"] < 0.5
 
 
+@pytest.mark.usefixtures("outsider")
+@pytest.mark.parametrize("command", ["decode", "show", "evaluate"])
+def test_policies_and_backends_of_the_current_directory_are_found(command: str, call: Call) -> None:
+    own = {"decode": ("--steps", "1"), "show": ("--ascii",), "evaluate": ("--prompts", "1", "--workers", "1")}
+    before = list(sys.path)
+    chosen = ("--policy", "outsider:make_policy", "--policy", "outsider:POLICY")
+    out, _ = call(command, *SHORT, *chosen, "--backend", "outsider:Backend", *own[command])
+    assert "outsider:make_policy:budget=" in out and "outsider:POLICY" in out
+    assert sys.path == before
+
+
+@pytest.mark.usefixtures("outsider")
+def test_processes_of_an_evaluation_find_them_too(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "program.py"  # as an installed one, which has its own folder on the path
+    program.write_text("from sparse_dlm_attn.cli import main\nif __name__ == '__main__':\n    main()\n")
+    result = subprocess.run(
+        [sys.executable, str(program), "evaluate", "--length", "256", "--task", "single-key", "--prompts",
+         "8", "--policy", "outsider:POLICY", "--steps", "1", "--workers", "2"],
+        capture_output=True, text=True,
+    )
+    assert "outsider:POLICY" in result.stdout, result.stderr
+
+
 BAD_OPTIONS: list[tuple[list[str], str]] = [
     (["--policy", "lossa"], "did you mean 'losa'?"),
     (["--policy", "losa:buget=3"], "did you mean 'budget'?"),
-    (["--policy", "losa:budget=0"], "budget must be at least 1; got 0"),
+    (["--policy", "losa:budget=0"], "policy 'losa': budget must be at least 1; got 0"),
     (["--policy", "losa:budget=many"], "budget must be an int"),
     (["--policy", "losa:active=-1"], "active must be at least 0; got -1"),
     (["--policy", "losa:budget"], "--policy"),
     (["--policy", ""], "--policy"),
     (["--policy", "no_such_module:Policy"], "no_such_module"),
     (["--backend", "referense"], "did you mean 'reference'?"),
+    (["--device", "cuda"], "leave --device out, or name another --backend"),
+    (["--backend", "torch:device=cpu", "--device", "cpu"], "--device must not be given together with"),
     (["--budget", "0"], "--budget must be at least 1; got 0"),
     (["--budget", "-5"], "--budget must be at least 1; got -5"),
     (["--budget", "much"], "--budget"),
     (["--task", "multi_key"], "did you mean 'multi-key'?"),
+    (["--task", ""], "unknown task ''"),
+    (["--device", ""], "--device must be one device"),
+    (["--full-sequence", "--length", "16384"], "--length must leave prompt and answer within 16384 bytes"),
+    (["--full-sequence", "--max-blocks", "1024"], "--max-blocks must leave prompt and answer within"),
     (["--length", "100"], "--length"),
     (["--length", "-16"], "--length"),
     (["--length", "32"], "--length"),
     (["--length", "16400"], "at most 16384"),
     (["--length", "99999999999999999999"], "--"),
     (["--steps", "4", "--threshold", "0.9"], "--steps must not be given together with --threshold"),
-    (["--steps", "0"], "steps must be at least 1; got 0"),
-    (["--steps", "-3"], "steps must be at least 1; got -3"),
-    (["--steps", "17"], "steps must be at most 16"),
+    (["--steps", "0"], "--steps must be at least 1; got 0"),
+    (["--steps", "-3"], "--steps must be at least 1; got -3"),
+    (["--steps", "17"], "--steps must be at most 16"),
     (["--threshold", "1.5"], "--threshold must lie in 0..1; got 1.5"),
     (["--threshold", "nan"], "--threshold must lie in 0..1; got nan"),
-    (["--block-length", "7"], "block_length must be one of 8, 16, 32"),
+    (["--block-length", "7"], "--block-length must be one of 8, 16, 32"),
     (["--block-length", "-8"], "--block-length must be at least 1; got -8"),
     (["--page-size", "0"], "--page-size must be at least 1; got 0"),
     (["--page-size", "1000000000"], "--page-size must be at most 16384"),
@@ -152,6 +182,7 @@ BAD_OPTIONS: list[tuple[list[str], str]] = [
     (["--question", "Who?"], "--question needs --prompt"),
     (["--prompt", "missing.txt"], "cannot read 'missing.txt'"),
     (["--prompt", "."], "directory"),
+    (["--prompt", ""], "cannot read '': No such file"),
     (["--prompt", "empty.txt"], "at least 1 byte"),
     (["--prompt", "latin.txt"], "not UTF-8 text (byte 0xe9 at offset 3)"),
     (["--prompt", "long.txt"], "at most 16384 bytes"),
@@ -202,7 +233,7 @@ def test_corrupt_weights_are_refused(call: Call, tmp_path: Path, damage: str) ->
 
 def test_closed_standard_input_is_reported() -> None:
     command = f"exec {sys.executable} -m sparse_dlm_attn decode --prompt - <&-"
-    result = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60)
+    result = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
     assert result.returncode == 2
     assert "cannot read standard input: it is closed" in result.stderr
 
@@ -231,8 +262,21 @@ def test_show_draws_in_the_terminal_without_writing_anything(call: Call, tmp_pat
     assert os.listdir(tmp_path) == []
 
 
+def test_show_marks_every_page_of_the_facts_that_the_answer_needs(call: Call) -> None:
+    facts = json.loads(call("decode", *SHORT, "--policy", "dense", "--json")[0])["prompt"]["facts"]
+    pages = {byte // 16 for fact in facts for byte in range(fact["start"], fact["end"])}
+    assert len(pages) > 1
+    lines = call("show", *SHORT, "--policy", "dense", "--ascii")[0].splitlines()
+    (marks,) = (line for line in lines if line.strip() and set(line) <= {" ", "^"})
+    first = next(line.index("|") + 1 for line in lines if "|" in line)
+    assert {place - first for place, mark in enumerate(marks) if mark == "^"} == pages
+
+
 def test_show_refuses_a_block_that_was_never_decoded(call: Call) -> None:
-    call("show", *SHORT, "--ascii", "--block", "-1", code=2)
+    assert "--block must be at least 0" in call("show", *SHORT, "--ascii", "--block", "-1", code=2)[1]
+    assert "--block must be below 1024" in call("show", *SHORT, "--ascii", "--block", "1024", code=2)[1]
+    short = ("--policy", "dense", "--steps", "1")
+    assert "--block must be below 1: the answer" in call("show", *SHORT, *short, "--block", "5", code=2)[1]
 
 
 def test_missing_matplotlib_is_named_with_its_remedy_before_any_work(

@@ -20,11 +20,8 @@ from command_runs import run
         ("broken:LeavesWhenMade", "SystemExit"),
         ("broken:BadCapabilities", "AttributeError"),
         ("broken:Unknown", "float8"),
-        ("broken:Missing", "Missing"),
         ("raises:Backend", "no driver"),
         ("leaves:Backend", "bye"),
-        ("nowhere:Backend", "nowhere"),
-        ("nosuchname", "unknown backend"),
     ],
 )
 def test_a_backend_that_does_not_load_gives_a_report(folder: Path, target: str, said: str) -> None:

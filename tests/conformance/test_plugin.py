@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,19 +11,21 @@ from pathlib import Path
 import pytest
 from command_runs import run
 
+from sparse_dlm_attn import InvalidArgumentError, UnavailableError, UnknownNameError
+from sparse_dlm_attn_conformance import check_backend
+from sparse_dlm_attn_conformance.contenders import contenders
+from sparse_dlm_attn_conformance.subjects import load_backend
 
-def test_a_device_that_is_not_there_is_refused_with_a_reason(folder: Path) -> None:
+
+def test_a_device_that_is_not_there_is_a_failure_with_a_reason(folder: Path) -> None:
     torch = pytest.importorskip("torch", reason="torch is not installed")
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    for backend, said in (
-        ("sparse_dlm_attn_torch:TorchBackend", "UnavailableError: "),
-        ("reference", "UnknownNameError: "),
-    ):
-        done = run(folder, "--backend", backend, "--device", "cuda", "--clause", "TOP-2")
-        assert done.returncode == 1
-        assert f"must load; {said}" in done.stdout and "device" in done.stdout
-        assert "Traceback" not in done.stdout + done.stderr
+    done = run(folder, "--backend", "sparse_dlm_attn_torch:TorchBackend", "--device", "cuda", "--clause",
+               "TOP-2")  # fmt: skip
+    assert done.returncode == 1
+    assert "must load; UnavailableError: " in done.stdout and "device" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 def test_share_draws_fewer_problems(folder: Path) -> None:
@@ -66,37 +69,108 @@ def test_a_ledger_turns_failures_into_known_ones(folder: Path) -> None:
     assert "known failure: does not compile" in done.stdout
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (("--backend", "reference", "--clause", "NOPE-1"), "clause or group"),
-        (("--backend", "reference", "--dtype", "int4"), "must be one of float64"),
-        (("--backend", "reference", "--profile", "endless"), "must be one of quick"),
-        (("--backend", "reference", "--known-failures", "missing.toml"), "cannot be read"),
-        (("--backend", "reference", "--report", "no/such/folder/out.json"), "does not exist"),
-        (("--backend", "reference", "--workers", "0"), "at least 1"),
-        (("--backend", "reference", "--share", "0"), "above 0"),
-        ((), "--backend"),
-    ],
-)
-def test_bad_options_are_refused_with_exit_code_2(
+REFERENCE = ("--backend", "reference")
+BAD_OPTIONS = [
+    (("--backend", "nope"), "unknown backend 'nope'. Known: "),
+    (("--backend", "nowhere:Backend"), "Check the spelling of 'nowhere'"),
+    (("--backend", "broken:Missing"), "Check the name after ':' in 'broken:Missing'"),
+    ((*REFERENCE, "--device", "cuda"), "leave --device out, or name another --backend"),
+    ((*REFERENCE, "--policy", "lossa"), "did you mean 'losa'?"),
+    ((*REFERENCE, "--policy", "losa:budget=0"), "policy 'losa': budget must be at least 1; got 0"),
+    ((*REFERENCE, "--clause", "FOO"), "unknown clause or group in --clause 'FOO'. Known: ACCURACY, "),
+    ((*REFERENCE, "--dtype", "flaot32"), "unknown dtype in --dtype 'flaot32'; did you mean 'float32'?"),
+    ((*REFERENCE, "--profile", "endless"), "--profile must be one of quick"),
+    ((*REFERENCE, "--known-failures", "missing.toml"), "cannot be read"),
+    ((*REFERENCE, "--report", "no/such/folder/out.json"), "--report: the directory of"),
+    ((*REFERENCE, "--report", "."), "--report: '.' is a directory"),
+    ((*REFERENCE, "--report", "/dev/null/x.json"), "--report: cannot write '/dev/null/x.json'"),
+    ((*REFERENCE, "--workers", "0"), "--workers must be at least 1"),
+    ((*REFERENCE, "--share", "0"), "--share must be above 0"),
+    ((*REFERENCE, "--share", "inf"), "--share must be above 0 and finite"),
+    ((*REFERENCE, "--seconds", "nan"), "--seconds must be 0 (no limit) or more"),
+    ((), "--backend"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "said"), BAD_OPTIONS, ids=[" ".join(a) for a, _ in BAD_OPTIONS])
+def test_bad_options_are_refused_before_anything_runs(
     folder: Path, arguments: tuple[str, ...], said: str
 ) -> None:
+    before = sorted(folder.iterdir())
     done = run(folder, *arguments)
     assert done.returncode == 2
-    assert said in done.stdout + done.stderr
+    assert done.stdout == "" and said in done.stderr
     assert "Traceback" not in done.stderr
+    assert sorted(folder.iterdir()) == before
 
 
-def test_a_report_that_cannot_be_written_fails_the_run() -> None:
-    done = run(Path.cwd(), "--backend", "reference", "--clause", "TOP-2", "--report", "/dev/full/x.json")
+@pytest.mark.parametrize("text", ["nope", "nowhere:Thing", "math:Thing", "nope:key=3"])
+def test_what_is_not_there_at_all_is_a_wrong_request(text: str) -> None:
+    with pytest.raises((UnknownNameError, UnavailableError)):
+        load_backend(text)
+    with pytest.raises((UnknownNameError, UnavailableError)):
+        contenders([text])
+
+
+@pytest.mark.parametrize("text", ["losa:buget=3", "losa:budget", "losa:budget=0", "losa:budget=many"])
+def test_parameters_that_a_policy_does_not_take_are_a_wrong_request(text: str) -> None:
+    with pytest.raises((UnknownNameError, InvalidArgumentError)):
+        contenders([text])
+
+
+def test_an_unknown_clause_is_refused_with_those_of_its_group() -> None:
+    with pytest.raises(UnknownNameError, match=r"'merge-9'; did you mean 'MERGE-4'\? Known: MERGE-1, "):
+        check_backend("reference", clauses=("merge-9",))
+
+
+ONE_LAW = (*REFERENCE, "--clause", "TOP-2", "--dtype", "float32")
+
+
+@pytest.mark.parametrize(("target", "code"), [("/dev/full", 2), ("/dev/null", 0), ("/dev/stdout", 0)])
+def test_a_report_goes_to_a_device_and_never_replaces_it(folder: Path, target: str, code: int) -> None:
+    if not Path(target).exists():
+        pytest.skip(f"there is no {target} here")
+    before = os.lstat(target)
+    done = run(folder, *ONE_LAW, "--report", target)
+    assert done.returncode == code
+    assert done.stderr.splitlines() == [
+        f"error: --report: cannot write '{target}': No space left on device." if code else f"wrote {target}"
+    ]
+    assert os.path.samestat(os.lstat(target), before)
+    assert ('"specification": ' in done.stdout) == (target == "/dev/stdout")
+
+
+def test_a_report_is_written_as_every_other_file_and_nothing_else_is(folder: Path) -> None:
+    (folder / "real.json").write_text("old")
+    (folder / "real.json").chmod(0o640)
+    (folder / "link.json").symlink_to("real.json")
+    before = sorted(folder.iterdir())
+    assert run(folder, *ONE_LAW, "--report", "link.json").returncode == 0
+    assert sorted(folder.iterdir()) == before
+    assert (folder / "link.json").is_symlink() and (folder / "real.json").stat().st_mode & 0o777 == 0o640
+    assert json.loads((folder / "real.json").read_text("utf-8"))["counts"]["passed"] >= 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, the disk that is always full")
+def test_output_that_cannot_be_written_is_one_line(folder: Path) -> None:
+    with open("/dev/full", "w") as full:
+        done = run(folder, *ONE_LAW, stdout=full)
     assert done.returncode == 2
+    assert done.stderr.splitlines() == ["error: cannot read or write: [Errno 28] No space left on device."]
+
+
+def test_a_run_whose_reader_leaves_ends_quietly_and_proves_nothing(folder: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed:
+        done = run(folder, *ONE_LAW, stdout=closed)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def run_pytest(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     (folder / "pytest.ini").unlink()
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
-    return subprocess.run(command, cwd=folder, text=True, capture_output=True, timeout=120, check=False)
+    return subprocess.run(command, cwd=folder, text=True, capture_output=True, check=False)
 
 
 SUITE = ("--pyargs", "sparse_dlm_attn_conformance")

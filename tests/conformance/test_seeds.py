@@ -44,7 +44,7 @@ def test_seeds_run_from_a_plain_checkout(tmp_path: Path, checkout: tuple[str, di
          "--backend", "sparse_dlm_attn_reference:ReferenceBackend", "--profile", "quick",
          "--clause", "MERGE-2",
          "--dtype", "float32", "--policy", "losa:budget=3", "--logs", str(tmp_path / "logs")],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200, check=False,
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
@@ -64,7 +64,7 @@ def test_a_run_that_fails_is_named(tmp_path: Path) -> None:
         [sys.executable, "-m", "sparse_dlm_attn_conformance.seeds", "--seeds", "1", "--first", "3",
          "--profile", "quick", "--backend", "wrong:Wrong", "--clause", "MERGE-2", "--dtype", "float32",
          "--policy", "dense"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False,
+        cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 1
     assert "FAILED test_merge_is_commutative on wrong:Wrong float32: MERGE-2" in done.stdout

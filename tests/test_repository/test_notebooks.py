@@ -36,7 +36,7 @@ def test_the_first_notebook_answers_with_each_policy_and_draws_what_was_read(tmp
     pytest.importorskip("ipykernel", reason="ipykernel is not installed")
     notebook = read(ROOT / "examples" / "what_a_policy_reads.ipynb")
     # An empty folder: it needs what is installed, not this checkout.
-    nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    nbclient.NotebookClient(notebook, resources={"metadata": {"path": str(tmp_path)}}).execute()
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     rows = {line.split()[0]: line for line in printed(code[1]).splitlines()}
     assert len(rows) == 4

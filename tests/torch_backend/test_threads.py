@@ -210,7 +210,7 @@ def test_an_operator_works_while_the_interpreter_ends() -> None:
         "compute()\n"
         "atexit.register(compute)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "[0, 1, 2, 3, 4, 5, 6, 7]\n" * 2
 
@@ -231,5 +231,5 @@ def test_a_process_forked_before_the_import_does_not_wait_for_threads_it_has_not
         "    os._exit(0 if len(done) == 8 else 1)\n"
         "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "0\n"

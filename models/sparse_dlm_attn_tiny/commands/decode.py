@@ -9,6 +9,7 @@ import typer
 
 from sparse_dlm_attn import InvalidArgumentError
 from sparse_dlm_attn.cli.console import print_json, progress, result_console
+from sparse_dlm_attn.cli.options import named_as_options
 from sparse_dlm_attn_tiny.commands import options
 
 if TYPE_CHECKING:
@@ -67,7 +68,12 @@ def decode(
     )
     environment = options.environment_record(backend, weights, model, page_size)
     if full_sequence:
+        from sparse_dlm_attn_tiny.full_sequence import check_new_tokens
+
         chosen = choose_policies(policy or ("dense",), budget, page_size, baseline=False)[0]
+        long = "--prompt" if prompt is not None else "--length"
+        with named_as_options(new_tokens=long if max_blocks is None else "--max-blocks"):
+            check_new_tokens(model, len(asked.text), settings.blocks_for(asked.answer) * block_length)
         _decode_full_sequence(model, asked, settings, chosen, environment, as_json)
         return
     comparison = compare_with_progress(model, asked, choices, settings)

@@ -12,7 +12,7 @@ import typer
 
 from sparse_dlm_attn import InvalidArgumentError, UnknownNameError
 from sparse_dlm_attn.cli.console import note, print_json, progress, result_console
-from sparse_dlm_attn.cli.files import check_target, write_atomically
+from sparse_dlm_attn.files import check_target, write_atomically
 from sparse_dlm_attn.policy import check_count, check_fraction
 from sparse_dlm_attn_tiny.commands import options
 
@@ -30,6 +30,7 @@ FULL_BUDGETS, DEFAULT_BUDGETS = (16, 32, 64, 128, 256), (64, 256)
 
 
 def evaluate(
+    context: typer.Context,
     prompts: Annotated[
         int | None, typer.Option(help="Prompts a task.", show_default="4, with --full 20")
     ] = None,
@@ -67,9 +68,7 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="Results (JSON).", metavar="FILE")] = Path("evaluation.json"),
     plot: Annotated[
         Path | None,
-        typer.Option(
-            help="Picture (PNG).", metavar="FILE", show_default="beside --out, if matplotlib is installed"
-        ),
+        typer.Option(help="Draw a picture too (PNG).", metavar="FILE", show_default="none"),
     ] = None,
     require: Annotated[
         list[str] | None,
@@ -90,13 +89,14 @@ def evaluate(
         from sparse_dlm_attn_tiny.tables import table_named
 
         check_alone(
-            task=task, policy=policy, budget=budget, steps=steps, threshold=threshold, full=full,
-            workers=workers, require=require,
+            context, "task", "policy", "budget", "block_length", "steps", "threshold", "page_size", "full",
+            "workers", "require",
         )
         table_named(table)
+        _check_targets(out, plot)
         evaluate_table(
             table, prompts=prompts, length=length, seed=seed, backend=backend, weights=weights, out=out,
-            picture=_check_targets(out, plot), as_json=as_json,
+            picture=plot, as_json=as_json,
         )
         return
     evaluation = Evaluation(
@@ -110,7 +110,7 @@ def evaluate(
     )
     labels = [choice.label for choice in choices_of(evaluation)]
     wanted = _requirements(require or (), labels)
-    picture = _check_targets(out, plot)
+    _check_targets(out, plot)
     model = _check_prompts(evaluation, weights)
     environment = options.environment_record(backend, weights, model, page_size)
     samples = _run(evaluation, workers or os.cpu_count() or 1, len(labels))
@@ -118,8 +118,8 @@ def evaluate(
     record = _record(evaluation, samples, scores, environment)
     write_atomically(out, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode(), "--out")
     note(f"wrote {out}")
-    if picture is not None:
-        _draw(picture, evaluation, scores)
+    if plot is not None:
+        _draw(plot, evaluation, scores)
     _print(scores, as_json)
     _judge(scores, wanted)
 
@@ -148,21 +148,14 @@ def _requirements(texts: Any, labels: list[str]) -> dict[str, float]:
     return wanted
 
 
-def _check_targets(out: Path, plot: Path | None) -> Path | None:
-    """Return where the picture goes, None for nowhere; refuse what could not be written later."""
-    import importlib.util
-
-    from sparse_dlm_attn_tiny.plots import picture_path, require_matplotlib
+def _check_targets(out: Path, plot: Path | None) -> None:
+    """Refuse now what could not be written later."""
+    from sparse_dlm_attn_tiny.plots import require_matplotlib
 
     check_target(out, "--out")
     if plot is not None:
         require_matplotlib()
         check_target(plot, "--plot")
-        return plot
-    if importlib.util.find_spec("matplotlib") is None:
-        note("no picture: matplotlib is not installed (pip install 'sparse_dlm_attn[plot]').")
-        return None
-    return picture_path(out) if out.resolve().parent.is_dir() and not out.is_char_device() else None
 
 
 def _check_prompts(evaluation: Evaluation, weights: Path | None) -> TinyModel:

@@ -9,7 +9,9 @@ import numpy as np
 import typer
 
 from sparse_dlm_attn import InvalidArgumentError, Problem
-from sparse_dlm_attn.policy import check_count, check_fraction
+from sparse_dlm_attn.cli.options import named_as_options
+from sparse_dlm_attn.policy import check_count
+from sparse_dlm_attn.registry import split_parameters
 
 if TYPE_CHECKING:
     from sparse_dlm_attn_tiny.comparison import DecodeSettings
@@ -90,8 +92,7 @@ def check_settings(
     from sparse_dlm_attn_tiny.model import check_block_length
     from sparse_dlm_attn_tiny.schedule import Schedule
 
-    counts = {"--page-size": page_size, "--block-length": block_length, "--max-blocks": max_blocks}
-    for name, value in counts.items():
+    for name, value in (("--page-size", page_size), ("--max-blocks", max_blocks)):
         if value is not None:
             check_count(name, value, 1)
     if steps is not None and threshold is not None:
@@ -99,9 +100,8 @@ def check_settings(
             "--steps", "must not be given together with --threshold", f"{steps} and {threshold}",
             "Leave one of them out.",
         )
-    if threshold is not None:
-        check_fraction("--threshold", threshold)
-    Schedule(check_block_length(block_length), steps, threshold)
+    with named_as_options():
+        Schedule(check_block_length(block_length), steps, threshold)
     return DecodeSettings(block_length, steps, threshold, page_size, max_blocks)
 
 
@@ -134,7 +134,7 @@ def pick_prompt(
     if file is not None:
         return prompts.read_prompt(file, question, answer, limit)
     return prompts.prompt_of_task(
-        task or prompts.DEFAULT_TASK,
+        prompts.DEFAULT_TASK if task is None else task,
         default_length if length is None else length,
         prompts.DEFAULT_SEED if seed is None else seed,
         block_length=block_length,
@@ -150,7 +150,19 @@ def placed(backend: str, device: str | None) -> str:
         ``"name"`` or ``"name:key=value,..."``.
     device : str or None
         What ``--device`` gave.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If ``device`` is no name, or ``backend`` names a device too.
     """
+    if device is not None and (not device.strip() or "," in device):
+        raise InvalidArgumentError("--device", "must be one device, such as cpu or cuda:1", repr(device))
+    if device is not None and "device" in split_parameters("backend", backend)[1]:
+        raise InvalidArgumentError(
+            "--device", "must not be given together with a device in --backend", f"{device} and {backend}",
+            "Leave one of them out.",
+        )
     return backend if device is None else f"{backend}{',' if '=' in backend else ':'}device={device}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +10,7 @@ import typer
 
 from sparse_dlm_attn import InvalidArgumentError
 from sparse_dlm_attn.cli.console import note, result_console
-from sparse_dlm_attn.cli.files import check_target, write_atomically
+from sparse_dlm_attn.files import check_target, write_atomically
 from sparse_dlm_attn.policy import check_count
 from sparse_dlm_attn_tiny.commands import options
 from sparse_dlm_attn_tiny.commands.decode import compare_with_progress
@@ -55,19 +56,28 @@ def show(
 
     check_count("--block", block)
     backend = options.placed(backend, device)
-    settings = options.check_settings(block_length, steps, threshold, page_size, block + 1)
+    settings = options.check_settings(block_length, steps, threshold, page_size, None)
     choices = choose_policies(policy or SHOWN_POLICIES, budget, page_size, baseline=False)
     picture = out if out is not None or as_text else DEFAULT_PICTURE
     if picture is not None:
         plots.require_matplotlib()
         check_target(picture, "--out")
     model = options.load_model(backend, weights, settings)
+    most = model.config.max_context // block_length
+    if block >= most:
+        raise InvalidArgumentError(
+            "--block", f"must be below {most}, so that the blocks before it fit the model's context", block
+        )
     asked = options.pick_prompt(
         prompt, question, None, task, length, seed, block_length, model.config.max_context
     )
-    comparison = compare_with_progress(model, asked, choices, settings)
+    comparison = compare_with_progress(
+        model, asked, choices, dataclasses.replace(settings, max_blocks=block + 1)
+    )
     panels = _panels(comparison, block)
-    marked = sorted({start // page_size for start, _ in asked.facts})
+    marked = sorted({
+        page for start, end in asked.facts for page in range(start // page_size, -(-end // page_size))
+    })
     if as_text:
         _print(panels, marked, asked)
     if picture is not None:

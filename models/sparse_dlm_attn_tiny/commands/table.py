@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from sparse_dlm_attn import InvalidArgumentError
 from sparse_dlm_attn.cli.console import note, print_json, progress, result_console
-from sparse_dlm_attn.cli.files import write_atomically
+from sparse_dlm_attn.files import write_atomically
 from sparse_dlm_attn_tiny.commands import options
 
 if TYPE_CHECKING:
@@ -17,14 +19,14 @@ if TYPE_CHECKING:
 __all__ = ["check_alone", "evaluate_table"]
 
 
-def check_alone(**others: object) -> None:
-    """Raise `InvalidArgumentError` if an option is given that a table fixes itself."""
-    for name, value in others.items():
-        if value not in (None, False):
-            option = f"--{name.replace('_', '-')}"
+def check_alone(context: typer.Context, *names: str) -> None:
+    """Raise `InvalidArgumentError` if one of these options was given: a table fixes them itself."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":
             raise InvalidArgumentError(
-                option, "must not be given together with --table, which fixes it", repr(value),
-                "Leave one of them out.",
+                f"--{name.replace('_', '-')}", "must not be given together with --table, which fixes it",
+                repr(context.params[name]), "Leave one of them out.",
             )
 
 

@@ -1,13 +1,15 @@
-"""Files that commands read and write: bounded reads, atomic writes, typed errors."""
+"""Files that users name: bounded reads, atomic writes, typed errors."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import secrets
 import stat
 import sys
-import tempfile
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 from sparse_dlm_attn.errors import DataFileError, InvalidArgumentError
 
@@ -62,7 +64,7 @@ def read_text(source: str, limit: int, *, argument: str = "--prompt") -> bytes:
 
 def _read(source: str, limit: int) -> bytes:
     if source != "-":
-        with Path(source).open("rb") as stream:
+        with open(source, "rb") as stream:  # not by way of Path, which takes "" for the current folder
             return _read_all(stream, limit)
     if sys.stdin is None or sys.stdin.closed:
         raise OSError(None, "it is closed")
@@ -93,27 +95,33 @@ def check_target(path: Path, argument: str) -> None:
     DataFileError
         If its folder is missing or not writable, or if it is a folder itself.
     """
-    target = path.resolve()
-    if target.is_dir():
-        raise DataFileError(f"{argument}: {str(path)!r} is a directory. Name a file in it.")
-    if not target.parent.is_dir():
-        raise DataFileError(
-            f"{argument}: the directory of {str(path)!r} does not exist. Create it first."
-        )
-    if not os.access(target if _is_special(target) else target.parent, os.W_OK):
+    try:
+        special, target = _is_special(path), _resolved(path)
+        if target.is_dir():
+            raise DataFileError(f"{argument}: {str(path)!r} is a directory. Name a file in it.")
+        if not special and not target.parent.is_dir():
+            raise DataFileError(
+                f"{argument}: the directory of {str(path)!r} does not exist. Create it first."
+            )
+    except DataFileError:
+        raise
+    except OSError as error:  # a name that is too long, links that go in a circle
+        raise _not_written(path, argument, error) from error
+    if not os.access(path if special else target.parent, os.W_OK):
         raise DataFileError(f"{argument}: no permission to write {str(path)!r}.")
 
 
 def write_atomically(path: Path, data: bytes, argument: str) -> None:
     """Write a whole file or nothing: a temporary file beside it, then a rename.
 
-    A target that exists and is no regular file (a pipe, a device) is written in place, since a
-    rename would replace it.
+    A target that exists and is no regular file (a device, a pipe) is written in place, since a rename would
+    replace it. So is a file that standard output or standard error goes to, from where they stand.
 
     Parameters
     ----------
     path : pathlib.Path
-        File to write; symbolic links are followed.
+        File to write; symbolic links are followed. A new file gets the permissions that the umask allows,
+        one that exists keeps its own.
     data : bytes
         Its new content.
     argument : str
@@ -122,47 +130,65 @@ def write_atomically(path: Path, data: bytes, argument: str) -> None:
     Raises
     ------
     DataFileError
-        If it cannot be written (disk full, no permission); nothing is left behind then.
+        If it cannot be written (disk full, no permission, no such directory). The file is as it was then.
     """
-    target = path.resolve()
     try:
-        if _is_special(target):
-            with target.open("wb") as stream:
-                stream.write(data)
+        stream = _stream_to(path)
+        if stream is not None:
+            stream.flush()
+            stream.buffer.write(data)
+            stream.flush()
+        elif _is_special(path):
+            with path.open("wb") as device:
+                device.write(data)
         else:
-            _replace(target, data)
+            _replace(_resolved(path), data)
     except OSError as error:
-        raise DataFileError(
-            f"{argument}: cannot write {str(path)!r}: {error.strerror or error}. Nothing was kept."
-        ) from error
+        raise _not_written(path, argument, error) from error
 
 
-def _is_special(target: Path) -> bool:
+def _not_written(path: Path, argument: str, error: OSError) -> DataFileError:
+    return DataFileError(f"{argument}: cannot write {str(path)!r}: {error.strerror or error}.")
+
+
+def _is_special(path: Path) -> bool:
+    """Whether there is something behind all links that is neither a regular file nor a directory."""
     try:
-        return not stat.S_ISREG(target.stat().st_mode)
-    except OSError:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
         return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+
+
+def _resolved(path: Path) -> Path:
+    """Return what a path leads to, through all symbolic links."""
+    try:
+        return path.resolve()
+    except RuntimeError as error:  # before Python 3.13, for links that go in a circle
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP)) from error
+
+
+def _stream_to(path: Path) -> TextIO | None:
+    """Return the standard stream that goes to the file ``path``, such as /dev/stdout, or None."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if os.path.samefile(path, stream.fileno()):
+                return stream
+        except (OSError, ValueError, AttributeError):  # no such file; the stream is closed or no file
+            continue
+    return None
 
 
 def _replace(target: Path, data: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        with os.fdopen(handle, "wb") as stream:
+        with temporary.open("xb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        os.chmod(temporary, _mode(target))
-        os.replace(temporary, target)
+        with contextlib.suppress(FileNotFoundError):
+            temporary.chmod(stat.S_IMODE(target.stat().st_mode))
+        temporary.replace(target)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
-
-
-def _mode(target: Path) -> int:
-    """Permissions of the file to be replaced, or what the umask gives a new one."""
-    try:
-        return stat.S_IMODE(target.stat().st_mode)
-    except OSError:
-        mask = os.umask(0)
-        os.umask(mask)
-        return 0o666 & ~mask
