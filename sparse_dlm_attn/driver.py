@@ -8,7 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from sparse_dlm_attn.arrays import Array, device_of, dtype_name, is_host, namespace, shape_of, to_numpy
+from sparse_dlm_attn.arrays import (
+    Array,
+    copy_of,
+    device_of,
+    dtype_name,
+    is_host,
+    is_readable,
+    namespace,
+    shape_of,
+    to_numpy,
+    without_autocast,
+)
 from sparse_dlm_attn.backend import Backend
 from sparse_dlm_attn.capabilities import Problem
 from sparse_dlm_attn.checks import check_block, check_rows, check_rows_are_tokens, check_whole_sequence
@@ -128,6 +139,7 @@ class PrefixAttention:
     def __repr__(self) -> str:
         return f"PrefixAttention(policy={self.policy!r}, backend={self.backend.name!r})"
 
+    @without_autocast
     def __call__(
         self,
         q: Array,
@@ -264,7 +276,7 @@ class PrefixAttention:
         reasons = self.backend.why_not(Problem.of(q, context))
         if reasons:
             raise UnsupportedError(self.backend.name, reasons)
-        read = is_host(context.page_table) if self.check_contents is None else self.check_contents
+        read = is_readable(context.page_table) if self.check_contents is None else self.check_contents
         if read:
             context.check_contents()
             if k is None:
@@ -316,7 +328,7 @@ def _type_name(array: Array) -> str:
 
 def _kept(array: Array) -> Array:
     """Return what a later pass compares with: a copy on the host, where the owner may write into it."""
-    return namespace(array).asarray(array, copy=True) if is_host(array) else array
+    return copy_of(array) if is_host(array) else array
 
 
 def _check_info(info: PassInfo, q: Array) -> None:

@@ -126,12 +126,12 @@ def _facts(
     physical: torch.Tensor, lengths: torch.Tensor, bounds: list[int], page_size: int
 ) -> list[tuple[int, int, int, int, int]]:
     """Return first and last physical page, breaks, partial pages and last length of each list."""
-    places = torch.tensor(bounds)
+    places = torch.tensor(bounds, device=lengths.device)
     first, last = places[:-1].clamp(max=physical.shape[0] - 1), (places[1:] - 1).clamp(min=0)
     # Sums of everything before a place: what lies within a list is a difference.
-    breaks = torch.zeros(physical.shape[0], dtype=torch.int64)
+    breaks = physical.new_zeros(physical.shape[0], dtype=torch.int64)
     torch.cumsum(physical.diff() != 1, 0, out=breaks[1:])
-    partial = torch.zeros(physical.shape[0] + 1, dtype=torch.int64)
+    partial = physical.new_zeros(physical.shape[0] + 1, dtype=torch.int64)
     torch.cumsum(lengths < page_size, 0, out=partial[1:])
     columns = (
         physical[first], physical[last], breaks[last] - breaks[first],

@@ -50,6 +50,7 @@ CLAUSES: dict[str, str] = {
     "PURE-3": "same input, same bits (where declared deterministic)",
     "PURE-4": "a sequence's bits do not depend on the rest of the batch (where declared batch_invariant)",
     "PURE-5": "no operator changes a setting of its process, nor draws random numbers from it",
+    "PURE-6": "no setting of the process changes a result: default dtype and device, automatic precision",
     "ACCURACY-1": "half precision computes in float32; float64 computes in float64",
     "ACCURACY-2": "error <= 2 x (error of the low-precision simulation + rounding band)",
     "ACCURACY-3": "decisions are equal bit for bit on the dyadic grid",
