@@ -198,6 +198,29 @@ def test_a_forked_process_starts_workers_of_its_own() -> None:
     assert len(names()) > 1
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+@pytest.mark.parametrize("policy", ["dense", "losa:budget=1024"])
+def test_a_process_forked_after_the_import_computes_as_its_parent_does(layer: Layer, policy: str) -> None:
+    """Whatever threads its parent had, and in its own children too."""
+    wanted = layer.passes(policy)
+
+    def computes(generations: int) -> bool:
+        numbers = torch.ones(1 << 20).exp_()  # an operation that PyTorch shares out to OpenMP's threads
+        if not same_bits(layer.passes(policy), wanted) or numbers.isnan().any():
+            return False
+        if generations == 0:
+            return True
+        child = os.fork()
+        if child == 0:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # a handler in Python would not run if it hangs
+            signal.alarm(60)
+            os._exit(0 if computes(generations - 1) else 1)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+    assert computes(2)
+
+
 def test_an_operator_works_while_the_interpreter_ends() -> None:
     code = (
         "import atexit, torch\n"
