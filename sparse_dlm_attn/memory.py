@@ -118,10 +118,12 @@ def check_memory(
         The policy of this pass.
     q : array
         ``(batch, q_heads, tokens, head_dim)``.
-    context, info : Context, PassInfo
-        Of this pass.
+    context : Context
+        What it reads.
     memory : LayerMemory
         What was handed in.
+    info : PassInfo
+        Its place in the denoising.
     read : bool
         Whether tables and lengths may be read.
 
