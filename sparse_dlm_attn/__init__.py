@@ -14,7 +14,6 @@ from sparse_dlm_attn.capabilities import Problem as Problem
 from sparse_dlm_attn.context import Context as Context
 from sparse_dlm_attn.decoder import Decoder as Decoder
 from sparse_dlm_attn.decoder import DecoderPass as DecoderPass
-from sparse_dlm_attn.driver import LayerMemory as LayerMemory
 from sparse_dlm_attn.driver import PrefixAttention as PrefixAttention
 from sparse_dlm_attn.errors import CallOrderError as CallOrderError
 from sparse_dlm_attn.errors import DataFileError as DataFileError
@@ -25,6 +24,7 @@ from sparse_dlm_attn.errors import StaleMemoryError as StaleMemoryError
 from sparse_dlm_attn.errors import UnavailableError as UnavailableError
 from sparse_dlm_attn.errors import UnknownNameError as UnknownNameError
 from sparse_dlm_attn.errors import UnsupportedError as UnsupportedError
+from sparse_dlm_attn.memory import LayerMemory as LayerMemory
 from sparse_dlm_attn.policy import PassInputs as PassInputs
 from sparse_dlm_attn.policy import PrefixAttentionPolicy as PrefixAttentionPolicy
 from sparse_dlm_attn.ranked import RankedPass as RankedPass

@@ -7,7 +7,9 @@ recognises: NumPy, PyTorch, CuPy, JAX. Nothing here copies data between devices.
 from __future__ import annotations
 
 import functools
-from typing import Any, TypeAlias
+import sys
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import numpy as np
 from array_api_compat import array_namespace, device, is_array_api_obj
@@ -15,21 +17,29 @@ from array_api_compat import array_namespace, device, is_array_api_obj
 __all__ = [
     "Array",
     "compute_dtype",
+    "copy_of",
     "device_kind",
     "device_of",
     "dtype_name",
+    "dtype_of_host",
     "invert_permutation",
     "is_array",
     "is_host",
+    "is_readable",
     "namespace",
+    "records_gradient",
     "shape_of",
     "strided_view",
     "strides_of",
     "to_numpy",
+    "without_autocast",
 ]
 
 Array: TypeAlias = Any
+P = ParamSpec("P")
+R = TypeVar("R")
 
+AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 _namespaces: dict[type, Any] = {}  # of array types met so far: a type has one namespace
 
@@ -66,8 +76,38 @@ def device_kind(array: Array) -> str:
 
 
 def is_host(array: Array) -> bool:
-    """Return whether the values of ``array`` can be read without a device synchronisation."""
+    """Return whether ``array`` lies in host memory."""
     return isinstance(array, np.ndarray) or device_kind(array) == "cpu"
+
+
+def is_readable(array: Array) -> bool:
+    """Return whether values can be read now: without waiting for a device, and while no compiler traces."""
+    torch = sys.modules.get("torch")
+    return is_host(array) and not (torch is not None and torch.compiler.is_compiling())
+
+
+def records_gradient(array: Array) -> bool:
+    """Return whether PyTorch records what is computed from ``array``, for a derivative."""
+    return bool(getattr(array, "requires_grad", False)) and sys.modules["torch"].is_grad_enabled()
+
+
+def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
+    """Make a function multiply in the precision that it chooses, whatever ``torch.autocast`` says.
+
+    Scores in half precision would change decisions as well as results.
+    """
+
+    @functools.wraps(function)
+    def computed(*arguments: P.args, **options: P.kwargs) -> R:
+        torch = sys.modules.get("torch")
+        if torch is not None and torch._C._is_any_autocast_enabled():
+            for device in AUTOCAST_DEVICES:
+                if torch.is_autocast_enabled(device):
+                    with torch.autocast(device, enabled=False):
+                        return computed(*arguments, **options)
+        return function(*arguments, **options)
+
+    return computed
 
 
 def dtype_name(array: Array) -> str:
@@ -94,6 +134,13 @@ def compute_dtype(array: Array) -> Any:
     """
     xp = namespace(array)
     return xp.float64 if dtype_name(array) == "float64" else xp.float32
+
+
+def copy_of(array: Array) -> Array:
+    """Return a copy on the same device, whatever the library's default device is, without a gradient."""
+    if hasattr(array, "detach"):  # PyTorch, which would copy that a gradient is wanted
+        return array.detach().clone()
+    return namespace(array).asarray(array, device=device_of(array), copy=True)
 
 
 def strides_of(array: Array) -> tuple[int, ...] | None:
@@ -125,6 +172,16 @@ def to_numpy(array: Array) -> np.ndarray[Any, Any]:
     if hasattr(array, "detach"):  # PyTorch: off the graph and off the device first
         array = array.detach().cpu()
     return np.asarray(array)
+
+
+def dtype_of_host(values: Any) -> str | None:
+    """Return ``"float32"`` for Python's floats, None for values that have a dtype.
+
+    PyTorch would take floats in its default dtype, which is a setting of the process.
+    """
+    if hasattr(values, "dtype") or np.asarray(values).dtype != np.float64:
+        return None
+    return "float32"
 
 
 def invert_permutation(order: Array) -> Array:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from types import FunctionType
 from typing import Any, ClassVar
 
 from sparse_dlm_attn import operators, ranked
-from sparse_dlm_attn.arrays import Array
+from sparse_dlm_attn.arrays import Array, without_autocast
 from sparse_dlm_attn.capabilities import Capabilities, Problem
 from sparse_dlm_attn.checks import check_attend_block, check_attend_pages, check_cached
 from sparse_dlm_attn.context import Context
@@ -15,6 +16,12 @@ from sparse_dlm_attn.selection import Selection
 from sparse_dlm_attn.values import AttentionState, PageBounds
 
 __all__ = ["Backend"]
+
+OPERATORS = (
+    "page_bounds", "extend_bounds", "page_scores", "pooled_scores", "top_pages", "complete_scores",
+    "query_change", "largest_changes", "attend_pages", "attend_block", "merge", "reuse", "attend",
+    "attend_ranked",
+)
 
 
 class Backend(ABC):
@@ -27,6 +34,14 @@ class Backend(ABC):
     """
 
     name: ClassVar[str]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Let operators compute in the precision that they choose, whoever writes them (clause PURE-6)."""
+        super().__init_subclass__(**options)
+        for operator in OPERATORS:
+            own = vars(cls).get(operator)
+            if isinstance(own, FunctionType):
+                setattr(cls, operator, without_autocast(own))
 
     @property
     @abstractmethod
@@ -147,6 +162,7 @@ class Backend(ABC):
             Factor on q.k; default ``1 / sqrt(head_dim)``.
         """
 
+    @without_autocast
     def pooled_scores(
         self, q: Array, context: Context, *, span: int, scale: float | None = None, lse: Array | None = None
     ) -> Array:

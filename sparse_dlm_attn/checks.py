@@ -6,7 +6,7 @@ synchronise with a device nor launch anything. Rules that the driver shares are 
 
 from __future__ import annotations
 
-from sparse_dlm_attn.arrays import Array, dtype_name, shape_of, to_numpy
+from sparse_dlm_attn.arrays import Array, dtype_name, records_gradient, shape_of, to_numpy
 from sparse_dlm_attn.context import Context
 from sparse_dlm_attn.errors import InvalidArgumentError, InvalidTypeError
 from sparse_dlm_attn.selection import Selection
@@ -57,18 +57,42 @@ def check_library(name: str, value: Array, kind: type, backend: str) -> None:
 
 
 def check_context(context: object) -> None:
-    """Raise unless ``context`` is a `Context`."""
+    """Raise unless ``context`` is a `Context`, none of whose arrays records gradients."""
     if not isinstance(context, Context):
         raise InvalidTypeError(
             "context", "must be a Context", type(context).__name__,
             "Build one with Context.from_dense(k, v, page_size).",
+        )
+    _check_no_gradient("context.k_pages", context.k_pages)
+    _check_no_gradient("context.v_pages", context.v_pages)
+    if context.bounds is not None:
+        _check_no_gradient("context.bounds", context.bounds.lower, context.bounds.upper)
+
+
+def check_operand(
+    name: str, value: Array, axes: tuple[int | str, ...], dtypes: tuple[str, ...] = FLOATS
+) -> None:
+    """Raise unless ``value`` is an array of this form (see `check_array`) that records no gradient.
+
+    What is recorded would be kept alive from pass to pass, and nothing here has a derivative.
+    """
+    check_array(name, value, axes, dtypes)
+    _check_no_gradient(name, value)
+
+
+def _check_no_gradient(name: str, *arrays: Array) -> None:
+    if any(map(records_gradient, arrays)):
+        raise InvalidArgumentError(
+            name, "must not require a gradient where gradients are recorded: sparse attention serves "
+            "inference and has no derivative", "requires_grad=True",
+            "Run the model under torch.no_grad() or torch.inference_mode(), or detach it.",
         )
 
 
 def check_queries(q: Array, context: Context) -> None:
     """Raise unless ``q`` fits the context in batch, heads, channels, dtype and place."""
     check_context(context)
-    check_array("q", q, ("batch", "q_heads", "tokens", "head_dim"))
+    check_operand("q", q, ("batch", "q_heads", "tokens", "head_dim"))
     batch, q_heads, _, head_dim = shape_of(q)
     if head_dim != context.head_dim or dtype_name(q) != dtype_name(context.k_pages):
         raise InvalidArgumentError(
@@ -109,10 +133,10 @@ def check_attend_pages(
 
 def check_attend_block(q: Array, k: Array, v: Array, scale: float | None) -> None:
     """Check the arguments of `attend_block`."""
-    check_array("q", q, ("batch", "q_heads", "tokens", "head_dim"))
+    check_operand("q", q, ("batch", "q_heads", "tokens", "head_dim"))
     batch, q_heads, _, head_dim = shape_of(q)
-    check_array("k", k, (batch, "kv_heads", "keys", head_dim), (dtype_name(q),))
-    check_array("v", v, shape_of(k), (dtype_name(q),))
+    check_operand("k", k, (batch, "kv_heads", "keys", head_dim), (dtype_name(q),))
+    check_operand("v", v, shape_of(k), (dtype_name(q),))
     check_query_heads(q_heads, shape_of(k)[1])
     check_same_place("k", k, "q", q)
     check_same_place("v", v, "q", q)
@@ -121,13 +145,14 @@ def check_attend_block(q: Array, k: Array, v: Array, scale: float | None) -> Non
 
 def check_page_scores(q: Array, bounds: PageBounds, active: Array | None = None) -> None:
     """Check the arguments of `page_scores`."""
-    check_array("q", q, ("batch", "q_heads", "tokens", "head_dim"))
+    check_operand("q", q, ("batch", "q_heads", "tokens", "head_dim"))
     if not isinstance(bounds, PageBounds):
         raise InvalidTypeError(
             "bounds", "must be PageBounds", type(bounds).__name__, "Make them with page_bounds(context)."
         )
     batch, q_heads, _, head_dim = shape_of(q)
-    check_array("bounds.lower", bounds.lower, (batch, "kv_heads", "pages", head_dim), (dtype_name(q),))
+    check_operand("bounds.lower", bounds.lower, (batch, "kv_heads", "pages", head_dim), (dtype_name(q),))
+    _check_no_gradient("bounds.upper", bounds.upper)
     check_query_heads(q_heads, shape_of(bounds.lower)[1])
     check_same_place("bounds.lower", bounds.lower, "q", q)
     if active is not None:
@@ -144,7 +169,8 @@ def check_extend_bounds(context: Context, bounds: PageBounds, from_page: int) ->
     if check_int("from_page", from_page, 0) > context.pages:
         raise InvalidArgumentError("from_page", f"must lie in 0..pages = 0..{context.pages}", from_page)
     shape = (context.batch, context.kv_heads, "pages", context.head_dim)
-    check_array("bounds.lower", bounds.lower, shape, (dtype_name(context.k_pages),))
+    check_operand("bounds.lower", bounds.lower, shape, (dtype_name(context.k_pages),))
+    _check_no_gradient("bounds.upper", bounds.upper)
     held = shape_of(bounds.lower)[2]
     if held < from_page:
         raise InvalidArgumentError(
@@ -162,14 +188,14 @@ def check_pooled_scores(
     check_int("span", span, 1)
     softmax_scale(shape_of(q)[3], scale)
     if lse is not None:
-        check_array("lse", lse, shape_of(q)[:3], ("float32",))
+        check_operand("lse", lse, shape_of(q)[:3], ("float32",))
         check_same_place("lse", lse, "q", q)
 
 
 def check_top_pages(scores: Array, count: int | Array, eligible: Array) -> None:
     """Check the arguments of `top_pages`."""
     axes = len(getattr(scores, "shape", ())) or 1
-    check_array("scores", scores, (*("...",) * (axes - 1), "pages"), RANKED)
+    check_operand("scores", scores, (*("...",) * (axes - 1), "pages"), RANKED)
     shape = shape_of(scores)
     check_array("eligible", eligible, ("...",) * len(getattr(eligible, "shape", ())), BOOLS)
     _check_broadcasts("eligible", shape_of(eligible), shape)
@@ -196,14 +222,14 @@ def _check_broadcasts(name: str, shape: tuple[int, ...], target: tuple[int, ...]
 
 def check_query_change(q: Array, q_reference: Array) -> None:
     """Check the arguments of `query_change`."""
-    check_array("q", q, ("batch", "q_heads", "tokens", "head_dim"))
-    check_array("q_reference", q_reference, shape_of(q), (dtype_name(q),))
+    check_operand("q", q, ("batch", "q_heads", "tokens", "head_dim"))
+    check_operand("q_reference", q_reference, shape_of(q), (dtype_name(q),))
     check_same_place("q_reference", q_reference, "q", q)
 
 
 def check_row_changes(change: Array) -> None:
     """Check the array of `largest_changes`."""
-    check_array("change", change, ("batch", "tokens"), RANKED)
+    check_operand("change", change, ("batch", "tokens"), RANKED)
 
 
 def check_states(*states: AttentionState) -> None:
@@ -219,7 +245,8 @@ def check_state(name: str, state: AttentionState, like: AttentionState) -> None:
     for value in (like, state):
         if not isinstance(value, AttentionState):
             raise InvalidTypeError(name, "must be an AttentionState", type(value).__name__)
-    check_array(name, state.out, shape_of(like.out), (dtype_name(like.out),))
+    check_operand(name, state.out, shape_of(like.out), (dtype_name(like.out),))
+    _check_no_gradient(name, state.lse)
     check_same_place(name, state.out, "the first state", like.out)
 
 
@@ -227,7 +254,8 @@ def check_cached(cached: AttentionState, q: Array) -> None:
     """Raise unless ``cached`` is a state of queries like ``q``."""
     if not isinstance(cached, AttentionState):
         raise InvalidTypeError("cached", "must be an AttentionState or None", type(cached).__name__)
-    check_array("cached", cached.out, shape_of(q), (dtype_name(q),))
+    check_operand("cached", cached.out, shape_of(q), (dtype_name(q),))
+    _check_no_gradient("cached", cached.lse)
     check_same_place("cached", cached.out, "q", q)
 
 
@@ -249,10 +277,10 @@ def check_block(q: Array, k: Array, v: Array, context: Context) -> None:
         For a wrong shape, head count or device.
     """
     check_context(context)
-    check_array("q", q, ("batch", "q_heads", "tokens", "head_dim"))
+    check_operand("q", q, ("batch", "q_heads", "tokens", "head_dim"))
     batch, _, tokens, head_dim = shape_of(q)
-    check_array("k", k, (batch, context.kv_heads, tokens, head_dim), (dtype_name(q),))
-    check_array("v", v, shape_of(k), (dtype_name(q),))
+    check_operand("k", k, (batch, context.kv_heads, tokens, head_dim), (dtype_name(q),))
+    check_operand("v", v, shape_of(k), (dtype_name(q),))
     check_queries_fit(q, context)
     for name, array in (("k", k), ("v", v)):
         check_same_place(name, array, "q", q)
@@ -261,7 +289,7 @@ def check_block(q: Array, k: Array, v: Array, context: Context) -> None:
 def check_whole_sequence(q: Array, context: Context) -> None:
     """Raise unless queries of a whole sequence fit its context."""
     check_context(context)
-    check_array("q", q, ("batch", "q_heads", "tokens", "head_dim"))
+    check_operand("q", q, ("batch", "q_heads", "tokens", "head_dim"))
     check_queries_fit(q, context)
 
 

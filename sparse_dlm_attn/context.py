@@ -10,7 +10,7 @@ import numpy as np
 from sparse_dlm_attn.arrays import (
     Array,
     dtype_name,
-    is_host,
+    is_readable,
     namespace,
     shape_of,
     strided_view,
@@ -19,7 +19,15 @@ from sparse_dlm_attn.arrays import (
 )
 from sparse_dlm_attn.errors import InvalidArgumentError, InvalidTypeError
 from sparse_dlm_attn.runs import check_valid, shifted_pages
-from sparse_dlm_attn.values import PageBounds, check_array, check_int, check_same_place, short_repr
+from sparse_dlm_attn.values import (
+    PageBounds,
+    check_array,
+    check_int,
+    check_same_place,
+    check_sequences,
+    short_repr,
+    take_sequences,
+)
 
 __all__ = ["GENERATED", "PROMPT", "SUFFIX", "Context"]
 
@@ -176,6 +184,23 @@ class Context:
         cut = {name: value[:, first:] for name, value in values.items() if value is not None}
         return replace(self, **cut, bounds=None)
 
+    def reorder(self, indices: Any) -> Context:
+        """Return the same pages as the context of other sequences.
+
+        Parameters
+        ----------
+        indices : array or sequence of int
+            ``(sequences,)``: for each sequence of the new batch, its number in this one; any number of times.
+
+        Raises
+        ------
+        InvalidArgumentError, InvalidTypeError
+            If they are no numbers of sequences.
+        """
+        rows = check_sequences(indices, self.batch, self.page_table)
+        names = (*self._of_pages, "bounds")
+        return replace(self, **{name: take_sequences(getattr(self, name), rows) for name in names})
+
     def with_bounds(self, bounds: PageBounds) -> Context:
         """Return this context with metadata attached."""
         return replace(self, bounds=bounds)
@@ -316,7 +341,7 @@ def _page_lengths(
             "lengths", "must be an array or a list of ints, one a sequence", repr(lengths)
         ) from error
     check_array("lengths", lengths, (batch,), ("int32", "int64"))
-    if is_host(lengths):
+    if is_readable(lengths):
         host = to_numpy(lengths)
         if ((host < 0) | (host > pages * page_size)).any():
             raise InvalidArgumentError(

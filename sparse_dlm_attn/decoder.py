@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from sparse_dlm_attn.arrays import Array, namespace, shape_of
+from sparse_dlm_attn.arrays import Array, copy_of, namespace, shape_of
 from sparse_dlm_attn.backend import Backend
 from sparse_dlm_attn.context import Context
-from sparse_dlm_attn.driver import LayerMemory, PrefixAttention
+from sparse_dlm_attn.driver import PrefixAttention
 from sparse_dlm_attn.errors import CallOrderError, InvalidArgumentError, InvalidTypeError
+from sparse_dlm_attn.memory import LayerMemory
 from sparse_dlm_attn.policy import PrefixAttentionPolicy, check_count
 from sparse_dlm_attn.traffic import Traffic
-from sparse_dlm_attn.values import PassInfo, check_same_place
+from sparse_dlm_attn.values import PassInfo, check_same_place, check_sequences, take_sequences
 
 __all__ = ["Decoder", "DecoderPass"]
 
@@ -133,7 +134,7 @@ class Decoder:
     Three life-times. A *pass*: queries, outputs and decisions. A *block*, from `start_block` to
     `finish_block`: contexts, attention states, page bounds and the memory of policies, all of which
     `finish_block` lets go. A *sequence*, until `reset`: the memory of the few policies that say so
-    (``memory_scope = "sequence"``).
+    (``memory_scope = "sequence"``). `reorder` follows a batch whose sequences change.
 
     Examples
     --------
@@ -291,7 +292,7 @@ class Decoder:
             newly = decoded & ~before
         step = DecoderPass(self, replace(info, newly_decoded=newly))
         # A copy: the caller's loop may write into its own array.
-        self._decoded = None if decoded is None else namespace(decoded).asarray(decoded, copy=True)
+        self._decoded = None if decoded is None else copy_of(decoded)
         self.current = step
         self._passes += 1
         return step
@@ -305,8 +306,42 @@ class Decoder:
         else:
             self._memories = [memory and memory.between_blocks() for memory in self._memories]
 
+    def reorder(self, indices: Any) -> None:
+        """Go on with other sequences: some of these, each any number of times.
+
+        It follows a batch whose sequences change places, end, or split into several, as beams do, between
+        two passes or two blocks. Contexts that were given to `start_block` are reordered with their pages.
+
+        Parameters
+        ----------
+        indices : array or sequence of int
+            ``(sequences,)``: for each sequence of the new batch, its number in this one.
+
+        Raises
+        ------
+        CallOrderError
+            If layers of the pass under way have not run.
+        InvalidArgumentError, InvalidTypeError
+            If they are no numbers of sequences, or the policy's memory cannot be reordered; nothing has
+            changed then.
+        """
+        if self.current is not None and self.current.missing:
+            raise CallOrderError(
+                "reorder()", "must be called between passes", f"layers {list(self.current.missing)} missing",
+                "Run them, or call finish_block() to give the block up.",
+            )
+        memories = [memory and memory.reorder(indices) for memory in self._memories]
+        contexts = self._contexts and tuple(context.reorder(indices) for context in self._contexts)
+        decoded = self._decoded
+        if decoded is not None:
+            decoded = take_sequences(decoded, check_sequences(indices, shape_of(decoded)[0], decoded))
+        self._memories, self._contexts, self._decoded, self.current = memories, contexts, decoded, None
+
     def reset(self) -> None:
-        """End the sequence: let go of everything."""
+        """End the sequence: let go of everything, the memory of policies that spans blocks included.
+
+        Call it before the first block of another sequence or batch; it may be called at any time, and twice.
+        """
         self.finish_block()
         self._memories = [None] * self.layers
 

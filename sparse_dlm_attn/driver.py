@@ -3,74 +3,31 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
-from sparse_dlm_attn.arrays import Array, device_of, dtype_name, is_host, namespace, shape_of, to_numpy
+from sparse_dlm_attn.arrays import (
+    Array,
+    copy_of,
+    is_host,
+    is_readable,
+    namespace,
+    shape_of,
+    without_autocast,
+)
 from sparse_dlm_attn.backend import Backend
 from sparse_dlm_attn.capabilities import Problem
 from sparse_dlm_attn.checks import check_block, check_rows, check_rows_are_tokens, check_whole_sequence
 from sparse_dlm_attn.context import Context
-from sparse_dlm_attn.errors import InvalidArgumentError, InvalidTypeError, StaleMemoryError, UnsupportedError
+from sparse_dlm_attn.errors import InvalidArgumentError, InvalidTypeError, UnsupportedError
+from sparse_dlm_attn.memory import LayerMemory, check_memory
 from sparse_dlm_attn.policy import PassInputs, PrefixAttentionPolicy, certain
 from sparse_dlm_attn.registry import get_backend, get_policy
 from sparse_dlm_attn.selection import Selection
 from sparse_dlm_attn.traffic import RecordingOperators, Traffic
-from sparse_dlm_attn.values import AttentionState, PageBounds, PassInfo, short_repr, softmax_scale
+from sparse_dlm_attn.values import AttentionState, PassInfo, softmax_scale
 
-__all__ = ["LayerMemory", "PrefixAttention"]
-
-
-@dataclass(frozen=True, eq=False)
-class LayerMemory:
-    """What one layer carries from pass to pass; hand it back unchanged.
-
-    Parameters
-    ----------
-    policy : PrefixAttentionPolicy
-        The policy that made it.
-    layer, version : int
-        Layer and context version it belongs to.
-    page_table, page_lengths : array
-        Those of its context, to notice a changed one.
-    state : AttentionState
-        Context part of every row.
-    policy_memory : object
-        The policy's own value.
-    bounds : PageBounds or None
-        Metadata built in this block.
-    selection, active : Selection, array
-        What this pass selected, for reports.
-    traffic : Traffic
-        What this pass read.
-    """
-
-    policy: PrefixAttentionPolicy[Any]
-    layer: int
-    version: int
-    page_table: Array
-    page_lengths: Array
-    state: AttentionState
-    policy_memory: Any
-    bounds: PageBounds | None
-    selection: Selection
-    active: Array
-    traffic: Traffic
-
-    __repr__ = short_repr
-
-    def between_blocks(self) -> LayerMemory:
-        """Return it without states and metadata, which no later block may see (clause MEMORY-1)."""
-        xp = namespace(self.state.out)
-        batch, heads, _, head_dim = shape_of(self.state.out)
-        shape, device = (batch, heads, 0), device_of(self.state.out)
-        state = AttentionState(
-            xp.zeros((*shape, head_dim), dtype=self.state.out.dtype, device=device),
-            xp.zeros(shape, dtype=self.state.lse.dtype, device=device),
-        )
-        return replace(self, state=state, bounds=None)
+__all__ = ["PrefixAttention"]
 
 
 class PrefixAttention:
@@ -125,6 +82,7 @@ class PrefixAttention:
     def __repr__(self) -> str:
         return f"PrefixAttention(policy={self.policy!r}, backend={self.backend.name!r})"
 
+    @without_autocast
     def __call__(
         self,
         q: Array,
@@ -165,11 +123,13 @@ class PrefixAttention:
         Raises
         ------
         InvalidArgumentError, InvalidTypeError
-            If an argument breaks a rule; nothing has been computed then.
+            If an argument breaks a rule, such as that none may require a gradient where PyTorch records them;
+            nothing has been computed then.
         UnsupportedError
             If the backend does not support this problem.
         StaleMemoryError
-            If ``memory`` belongs to another policy, layer, block shape or context.
+            If ``memory`` belongs to another policy, layer, batch, block shape or context; or, where it spans
+            a sequence, if this context does not continue that of the block before.
         """
         info = self._checked(q, k, v, context, memory, info, scale)
         inputs, operators = self._inputs(q, context, memory, info, scale, k is None)
@@ -224,10 +184,11 @@ class PrefixAttention:
             selection, active, int(inputs.q.shape[1]), context.kv_heads, context.page_lengths,
             context.token_bytes, operators.metadata_reads, operators.key_reads,
         )
+        segments = context.page_segments
         return LayerMemory(
-            self.policy, info.layer, context.version, _kept(context.page_table),
-            _kept(context.page_lengths), inputs.state, remembered, operators.bounds, selection, active,
-            traffic,
+            self.policy, info.layer, context.version, context.page_size, _kept(context.page_table),
+            _kept(context.page_lengths), None if segments is None else _kept(segments), inputs.state,
+            remembered, operators.bounds, selection, active, traffic,
         )
 
     def _active(self, inputs: PassInputs[Any]) -> Array:
@@ -261,13 +222,13 @@ class PrefixAttention:
         reasons = self.backend.why_not(Problem.of(q, context))
         if reasons:
             raise UnsupportedError(self.backend.name, reasons)
-        read = is_host(context.page_table) if self.check_contents is None else self.check_contents
+        read = is_readable(context.page_table) if self.check_contents is None else self.check_contents
         if read:
             context.check_contents()
             if k is None:
                 check_rows_are_tokens(q, context)
         if memory is not None:
-            _check_memory(self.policy, q, context, memory, info, read)
+            check_memory(self.policy, q, context, memory, info, read)
         return info
 
     def _inputs(
@@ -286,7 +247,7 @@ class PrefixAttention:
         else:
             restarts = info.of_sequences("index", q) == 0
         # A whole sequence's keys are written anew in every pass, so bounds of the previous one are stale.
-        same_context = memory.version == context.version and restarts is False and not whole
+        same_context = memory.version in (None, context.version) and restarts is False and not whole
         operators = RecordingOperators(self.backend, memory.bounds if same_context else None)
         policy_memory = memory.policy_memory
         cached: AttentionState | None = memory.state
@@ -307,13 +268,9 @@ class PrefixAttention:
         return inputs, operators
 
 
-def _type_name(array: Array) -> str:
-    return f"{type(array).__module__}.{type(array).__qualname__}"
-
-
 def _kept(array: Array) -> Array:
     """Return what a later pass compares with: a copy on the host, where the owner may write into it."""
-    return namespace(array).asarray(array, copy=True) if is_host(array) else array
+    return copy_of(array) if is_host(array) else array
 
 
 def _check_info(info: PassInfo, q: Array) -> None:
@@ -330,68 +287,3 @@ def _check_info(info: PassInfo, q: Array) -> None:
             raise InvalidArgumentError(
                 f"info.{name}", f"must have shape (batch, tokens) = {(batch, tokens)}", shape_of(value)
             )
-
-
-def _check_memory(
-    policy: PrefixAttentionPolicy[Any], q: Array, context: Context, memory: LayerMemory, info: PassInfo,
-    read: bool,
-) -> None:
-    """Refuse memory of another policy, layer, block shape or context (clause MEMORY-2).
-
-    The values of page tables are compared only where ``read`` allows it.
-    """
-    if not isinstance(memory, LayerMemory):
-        raise InvalidTypeError(
-            "memory", "must be what this layer's previous pass returned, or None", type(memory).__name__
-        )
-    restart = isinstance(info.index, int) and certain(info.index == 0)
-    if restart and policy.memory_scope == "block":
-        return  # it is dropped, so it cannot be stale
-    advice = "Pass memory=None to start the block again, or call finish_block() of a Decoder first."
-    if memory.policy is not policy and memory.policy != policy:
-        raise StaleMemoryError(f"memory was made by {memory.policy!r}, not by {policy!r}. {advice}")
-    if memory.layer != info.layer:
-        raise StaleMemoryError(
-            f"memory belongs to layer {memory.layer}, info.layer is {info.layer}. "
-            "Keep one memory a layer."
-        )
-    if restart:
-        return
-    if shape_of(memory.state.out) != shape_of(q):
-        raise StaleMemoryError(
-            f"memory holds a state of shape {shape_of(memory.state.out)}, q has {shape_of(q)}. {advice}"
-        )
-    state = memory.state.out
-    if namespace(state) is not namespace(q) or device_of(state) != device_of(q) or state.dtype != q.dtype:
-        raise StaleMemoryError(
-            f"memory holds a {_type_name(state)} of {dtype_name(state)} on {device_of(state)}, q is a "
-            f"{_type_name(q)} of {dtype_name(q)} on {device_of(q)}. {advice}"
-        )
-    changed = _changed_context(context, memory, info, read)
-    if changed:
-        raise StaleMemoryError(f"the context changed since the memory was made: {changed}. {advice}")
-
-
-def _changed_context(context: Context, memory: LayerMemory, info: PassInfo, read: bool) -> str:
-    """Say how a running block's context changed, "" if it did not (or cannot be read)."""
-    uniform = isinstance(info.index, int)
-    if uniform and memory.version != context.version:
-        return f"version {memory.version} became {context.version}"
-    pairs = (("page_lengths", memory.page_lengths, context.page_lengths),
-             ("page_table", memory.page_table, context.page_table))
-    for name, old, new in pairs:
-        if old is new:
-            continue
-        if uniform and shape_of(old) != shape_of(new):
-            return f"{name} had shape {shape_of(old)}, now {shape_of(new)}"
-        if read:
-            width = min(old.shape[1], new.shape[1])
-            running = to_numpy(info.of_sequences("index", new)) > 0
-            before, after = to_numpy(old)[running], to_numpy(new)[running]
-            same = np.array_equal(before[:, :width], after[:, :width])
-            if name == "page_lengths":
-                same = same and not before[:, width:].any() and not after[:, width:].any()
-            if not same:
-                return f"{name} differs for a sequence in the middle of its block"
-    return ""
-

@@ -18,7 +18,7 @@ from sparse_dlm_attn.context import Context
 from sparse_dlm_attn.errors import InvalidArgumentError, InvalidTypeError
 from sparse_dlm_attn.ranked import RankedPass
 from sparse_dlm_attn.selection import Selection
-from sparse_dlm_attn.values import AttentionState, PassInfo, short_repr
+from sparse_dlm_attn.values import AttentionState, PassInfo, short_repr, take_sequences
 
 __all__ = [
     "PassInputs",
@@ -261,6 +261,23 @@ class PrefixAttentionPolicy(ABC, Generic[MemoryT]):
         :meth:`sparse_dlm_attn.Backend.pooled_scores` a sweep over the keys.
         """
         return None
+
+    def reorder(self, memory: MemoryT, indices: Array) -> MemoryT:
+        """Return what `remember` would have returned for other sequences.
+
+        Law: the passes that follow decide for each sequence as they would without it (clause MEMORY-4). The
+        default takes every array of the value, ``(batch, ...)``, along its first axis, through dataclasses
+        and tuples; numbers and arrays without axes hold for all sequences and stay.
+
+        Parameters
+        ----------
+        memory : object
+            What `remember` returned, not None.
+        indices : array
+            int64 ``(sequences,)``: for each sequence of the new batch, its number in the old one.
+        """
+        taken: MemoryT = take_sequences(memory, indices)
+        return taken
 
 
 def check_count(name: str, value: object, minimum: int = 0) -> None:

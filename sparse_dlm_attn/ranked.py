@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
-from sparse_dlm_attn.arrays import Array, namespace, shape_of
+from sparse_dlm_attn.arrays import Array, copy_of, namespace, shape_of
 from sparse_dlm_attn.checks import check_block, check_cached, check_page_scores, check_query_change
 from sparse_dlm_attn.context import Context
 from sparse_dlm_attn.errors import InvalidArgumentError, InvalidTypeError
@@ -192,10 +192,9 @@ def kept_queries(q: Array, active: Array, ranked: RankedPass) -> Array | None:
     """
     if ranked.keep == "nothing":
         return None
-    xp = namespace(q)
     if ranked.keep == "queries" or ranked.reference is None:
-        return xp.asarray(q, copy=True)
-    return xp.where(active[:, None, :, None], q, ranked.reference)
+        return copy_of(q)
+    return namespace(q).where(active[:, None, :, None], q, ranked.reference)
 
 
 def attend_ranked(

@@ -6,11 +6,10 @@ Shapes are logical; strides are free, except that the last axis is contiguous.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import operator
 import reprlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from numbers import Real
 from typing import Any
 
@@ -21,7 +20,7 @@ from sparse_dlm_attn.arrays import (
     device_of,
     dtype_name,
     is_array,
-    is_host,
+    is_readable,
     namespace,
     shape_of,
     to_numpy,
@@ -35,8 +34,10 @@ __all__ = [
     "check_array",
     "check_int",
     "check_same_place",
+    "check_sequences",
     "short_repr",
     "softmax_scale",
+    "take_sequences",
 ]
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -113,6 +114,62 @@ def check_same_place(name: str, value: Array, like_name: str, like: Array) -> No
         )
 
 
+def check_sequences(indices: Any, batch: int, like: Array) -> Array:
+    """Return the numbers of sequences as int64 ``(sequences,)`` beside ``like``.
+
+    Raises
+    ------
+    InvalidTypeError
+        If they are no integers.
+    InvalidArgumentError
+        If they are no list, or name a sequence that is not there (where they can be read).
+    """
+    rule = f"must be a list or array of sequence numbers in 0..{batch - 1}"
+    if isinstance(indices, list | tuple):
+        if any(isinstance(index, bool) or not isinstance(index, int | np.integer) for index in indices):
+            raise InvalidTypeError("indices", rule, repr(indices))
+        indices = np.asarray(indices, dtype=np.int64)
+    check_array("indices", indices, ("sequences",), ("int8", "int16", "int32", "int64"))
+    if is_readable(indices):
+        host = to_numpy(indices)
+        if ((host < 0) | (host >= batch)).any():
+            raise InvalidArgumentError("indices", rule, host.tolist())
+    xp = namespace(like)
+    return xp.astype(xp.asarray(indices, device=device_of(like)), xp.int64)
+
+
+def take_sequences(value: Any, indices: Array) -> Any:
+    """Return ``value`` for other sequences: every array in it, taken along its first axis.
+
+    Parameters
+    ----------
+    value : object
+        An array ``(batch, ...)``, or dataclasses and tuples of them. Numbers, names, None and arrays without
+        axes hold for all sequences.
+    indices : array
+        int64 ``(sequences,)``.
+
+    Raises
+    ------
+    InvalidTypeError
+        If it holds something else.
+    """
+    if is_array(value):
+        return namespace(value).take(value, indices, axis=0) if value.ndim else value
+    if is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in fields(value) if field.init]
+        return replace(value, **{name: take_sequences(getattr(value, name), indices) for name in names})
+    if isinstance(value, tuple):
+        parts = [take_sequences(part, indices) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    if value is None or isinstance(value, str | Real):
+        return value
+    raise InvalidTypeError(
+        "memory", "must hold arrays (batch, ...), numbers, names, dataclasses or tuples to be reordered",
+        type(value).__name__, "Give the policy a reorder() of its own.",
+    )
+
+
 def softmax_scale(head_dim: int, scale: float | None) -> float:
     """Return ``scale``, or the default ``1 / sqrt(head_dim)``: the only place it is defined."""
     if scale is None:
@@ -140,11 +197,11 @@ class _ShortRepr(reprlib.Repr):
         name = type(x).__name__
         if is_array(x):
             return f"{dtype_name(x)}{list(shape_of(x))} on {device_of(x)}"
-        if dataclasses.is_dataclass(x):
+        if is_dataclass(x):
             if level <= 0:
                 return f"{name}(...)"
             shown = (f"{each.name}={self.repr1(getattr(x, each.name), level - 1)}"
-                     for each in dataclasses.fields(x) if each.repr)
+                     for each in fields(x) if each.repr)
             return f"{name}({', '.join(shown)})"
         return repr(x) if x is None or isinstance(x, bool | int | float) else f"<{name}>"
 
@@ -316,7 +373,7 @@ def _pass_number(name: str, value: Any) -> Any:
             raise InvalidArgumentError(name, "must be a pass number from 0 to 2**31 - 1", value)
         return value
     check_array(name, value, ("batch",), INTEGERS)
-    if is_host(value) and (to_numpy(value) < 0).any():
+    if is_readable(value) and (to_numpy(value) < 0).any():
         raise InvalidArgumentError(name, "must hold pass numbers from 0", to_numpy(value).tolist())
     return value
 
@@ -328,7 +385,7 @@ def _check_order(order: Any, planned: Array | None) -> None:
         raise InvalidArgumentError("planned_order", rule, "no planned", "Pass planned too.")
     batch, tokens = shape_of(planned)
     check_array("planned_order", order, (batch, "rows"), INTEGERS)
-    if not (is_host(order) and is_host(planned)):
+    if not (is_readable(order) and is_readable(planned)):
         return
     listed = to_numpy(order)
     rows = np.where((listed >= 0) & (listed < tokens), listed, tokens)  # the last column counts all others
@@ -354,7 +411,7 @@ def _host_uniform(name: str, value: Any) -> Any:
             raise InvalidTypeError(name, rule, repr(value)) from error
     if not is_array(value):
         raise InvalidTypeError(name, rule, repr(value))
-    if is_host(value) and value.ndim == 1 and value.shape[0] > 0:
+    if is_readable(value) and value.ndim == 1 and value.shape[0] > 0:
         host = to_numpy(value)
         if host.dtype.kind in "biu" and (host == host[0]).all():
             return bool(host[0]) if host.dtype == bool else int(host[0])

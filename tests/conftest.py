@@ -28,8 +28,7 @@ def toy_layer() -> Callable[..., Any]:
             sizes = (heads, kv_heads, kv_heads)
             self.rows = torch.nn.ModuleList(torch.nn.Linear(dim, n * head_dim, bias=False) for n in sizes)
             self.last = torch.nn.Linear(heads * head_dim, dim, bias=False)
-            # On a host the driver would look into the page table, which a compiler cannot trace.
-            self.attention = PrefixAttention(policy, backend, check_contents=False)
+            self.attention = PrefixAttention(policy, backend)
 
         def forward(self, x: Any, context: Any, memory: Any, info: Any) -> Any:
             batch, tokens, _ = x.shape

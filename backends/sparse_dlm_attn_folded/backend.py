@@ -18,7 +18,7 @@ from sparse_dlm_attn import (
     Selection,
     UnavailableError,
 )
-from sparse_dlm_attn.arrays import compute_dtype
+from sparse_dlm_attn.arrays import compute_dtype, dtype_of_host
 from sparse_dlm_attn.checks import (
     check_attend_block,
     check_attend_pages,
@@ -99,10 +99,11 @@ class FoldedBackend(Backend):
         """
 
     def asarray(self, values: Any, *, dtype: str | None = None) -> torch.Tensor:
-        kind = getattr(torch, str(dtype), None) if dtype is not None else None
-        if dtype is not None and not isinstance(kind, torch.dtype):
+        if dtype is not None and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
             raise InvalidTypeError("dtype", "must be the name of a dtype of PyTorch", repr(dtype))
         try:
+            dtype = dtype or dtype_of_host(values)
+            kind = getattr(torch, str(dtype)) if dtype is not None else None
             if isinstance(values, torch.Tensor):
                 return values.detach().to(device=self.device, dtype=kind, copy=True)
             return torch.tensor(values, dtype=kind, device=self.device)
@@ -164,10 +165,10 @@ class FoldedBackend(Backend):
         batch, q_heads, tokens, dim = q.shape
         kv_heads, keys = k.shape[1:3]
         count, share = batch * kv_heads, q_heads // kv_heads * tokens
-        numbers = torch.arange(count + 1, dtype=torch.int32)
+        numbers = torch.arange(count + 1, dtype=torch.int32, device="cpu")
         requests = Requests(
             torch.arange(count * share, device=q.device), numbers * share,
-            numbers[:-1].to(q.device), numbers, torch.full((count,), keys, dtype=torch.int32),
+            numbers[:-1].to(q.device), numbers, numbers.new_full((count,), keys),
         )
         pool = Pool(k.reshape(count, keys, dim), v.reshape(count, keys, dim), 1, 0)
         return self._state(q, pool, requests, softmax_scale(dim, scale))

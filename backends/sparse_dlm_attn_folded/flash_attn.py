@@ -117,9 +117,9 @@ def packed_call(
     lengths = requests.lengths(pool.k.shape[1])
     starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
     # Only the last page of a request may have slots to leave out.
-    held = torch.full((requests.pages.numel(),), pool.k.shape[1])
+    held = lengths.new_full((requests.pages.numel(),), pool.k.shape[1], dtype=torch.int64)
     held[requests.page_starts[1:].long() - 1] = requests.last_lengths.long()
-    kept = (torch.arange(pool.k.shape[1]) < held[:, None]).flatten().to(q.device)
+    kept = (torch.arange(pool.k.shape[1], device=held.device) < held[:, None]).flatten().to(q.device)
     keys, values = (
         side.index_select(0, requests.pages.long()).flatten(0, 1)[kept][:, None] for side in (pool.k, pool.v)
     )
@@ -158,7 +158,7 @@ def paged_call(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Call ``flash_attn_with_kvcache`` with a block table; rows of a request are padded to the most."""
     counts = requests.row_starts.diff().long()
-    inside = (torch.arange(int(counts.max())) < counts[:, None]).to(q.device)
+    inside = (torch.arange(int(counts.max()), device=counts.device) < counts[:, None]).to(q.device)
     padded = q.new_zeros((*inside.shape, q.shape[1])).masked_scatter(inside[..., None], q)
     known = inspect.signature(function).parameters
     name = "page_table" if "block_table" not in known else "block_table"

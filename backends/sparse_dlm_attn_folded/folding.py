@@ -79,7 +79,7 @@ class Requests:
         something that the request reads anyway.
         """
         counts = self.page_starts.diff().long()[:, None]
-        place = torch.minimum(torch.arange(int(counts.max())), counts - 1)
+        place = torch.minimum(torch.arange(int(counts.max()), device=counts.device), counts - 1)
         return self.pages[(place + self.page_starts[:-1].long()[:, None]).to(self.pages.device)]
 
 
@@ -126,7 +126,7 @@ def rows_of_lists(
     for b, head, number in mask.any(-1).nonzero().tolist():
         chosen = on[b, number * span : (number + 1) * span].nonzero()[:, 0] + number * span
         if chosen.numel():
-            of_heads = torch.arange(head * share, (head + 1) * share)[:, None]
+            of_heads = torch.arange(head * share, (head + 1) * share, device=on.device)[:, None]
             rows = ((b * q_heads + of_heads) * tokens + chosen).flatten()
             pages = mask[b, head, number].nonzero()[:, 0]
             found.append((b, head * kv_heads // heads, rows, pages))
@@ -140,12 +140,12 @@ def _requests(
     rows: list[torch.Tensor], pages: list[torch.Tensor], last: list[int], device: torch.device
 ) -> Requests:
     def starts(parts: list[torch.Tensor]) -> torch.Tensor:
-        sizes = torch.tensor([0, *(part.numel() for part in parts)])
+        sizes = torch.tensor([0, *(part.numel() for part in parts)], device="cpu")
         return sizes.cumsum(0).to(torch.int32)
 
     return Requests(
         torch.cat(rows).to(device), starts(rows), torch.cat(pages).to(device, torch.int32), starts(pages),
-        torch.tensor(last, dtype=torch.int32),
+        torch.tensor(last, dtype=torch.int32, device="cpu"),
     )
 
 
@@ -174,7 +174,7 @@ def partial_pages(context: Context, lists: Lists) -> tuple[Requests, Pool] | Non
         some = logical[lengths[b, logical] < size]
         if not some.numel():
             continue
-        held = torch.arange(size) < lengths[b, some, None]
+        held = torch.arange(size, device=lengths.device) < lengths[b, some, None]
         physical, held = table[b, some].to(device), held.to(device)
         parts = [pages_of[physical, head][held] for pages_of in (context.k_pages, context.v_pages)]
         tokens, missing = parts[0].shape[0], -parts[0].shape[0] % size
@@ -182,7 +182,7 @@ def partial_pages(context: Context, lists: Lists) -> tuple[Requests, Pool] | Non
             kept.append(torch.nn.functional.pad(part, (0, 0, 0, missing)).view(-1, size, context.head_dim))
         count = (tokens + missing) // size
         rows.append(of_list)
-        pages.append(torch.arange(made, made + count))
+        pages.append(torch.arange(made, made + count, device=some.device))
         last.append(size - missing)
         made += count
     if not rows:

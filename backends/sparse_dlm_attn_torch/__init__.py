@@ -24,7 +24,7 @@ from sparse_dlm_attn import (
     UnavailableError,
     UnsupportedError,
 )
-from sparse_dlm_attn.arrays import compute_dtype, dtype_name, namespace
+from sparse_dlm_attn.arrays import compute_dtype, dtype_name, dtype_of_host, namespace
 from sparse_dlm_attn.checks import (
     check_attend_block,
     check_attend_pages,
@@ -89,7 +89,7 @@ class TorchBackend(Backend):
         self.device = str(self._device)
         self.attention = choice.check_attention(attention, self._device)
         self.dense = choice.check_dense(dense, self._device)
-        namespace(torch.empty(0))  # looked up before torch.compile can see the look-up
+        namespace(torch.empty(0, device="cpu"))  # looked up before torch.compile can see the look-up
 
     def __repr__(self) -> str:
         return f"TorchBackend(device={self.device!r}, attention={self.attention!r}, dense={self.dense!r})"
@@ -159,8 +159,9 @@ class TorchBackend(Backend):
             raise InvalidTypeError(
                 "dtype", f"must be one of {', '.join(DTYPES)}, an integer dtype or bool", repr(dtype)
             )
-        kind = getattr(torch, dtype) if dtype is not None else None
         try:
+            dtype = dtype or dtype_of_host(values)
+            kind = getattr(torch, dtype) if dtype is not None else None
             if isinstance(values, torch.Tensor):
                 return values.detach().to(device=self._device, dtype=kind, copy=True)
             return torch.tensor(values, dtype=kind, device=self._device)
@@ -281,7 +282,7 @@ class TorchBackend(Backend):
         self._check_place("q", q)
         part_bytes = gather.part_bytes(q, context.k_pages, context.page_table)
         with threads_for(context.batch * context.kv_heads, part_bytes):
-            active = torch.ones(q.shape[::2], dtype=torch.bool)
+            active = torch.ones(q.shape[::2], dtype=torch.bool, device=q.device)
             if ranked_pass.reference is not None:
                 change = self.query_change(q, ranked_pass.reference)
                 active = self.largest_changes(change, count=ranked_pass.count, mass=ranked_pass.mass)

@@ -53,8 +53,8 @@ def attend_pages(
     (batch, q_heads, tokens, _), (_, kv_heads, page_size, _) = q.shape, k_pages.shape
     dtype, spans = compute_dtype(q), mask.shape[2]
     with threads_for(batch * kv_heads, part_bytes(q, k_pages, page_table)) as workers:
-        out = torch.zeros(q.shape, dtype=q.dtype)
-        lse = torch.full(q.shape[:3], -math.inf, dtype=torch.float32)
+        out = q.new_zeros(q.shape)
+        lse = q.new_full(q.shape[:3], -math.inf, dtype=torch.float32)
         padded = torch.nn.functional.pad(active, (0, spans * span - tokens))
         used = padded.view(batch, spans, span).any(dim=-1)
         loads = loads_of(mask, used, page_table, page_lengths, page_size, q_heads, kv_heads)
@@ -140,7 +140,7 @@ class _Store:
         if last_only:
             count = (load.count - 1) * page_size + load.last_length
             return _Tokens(keys[:count], values[:count], None, page_size)
-        valid = torch.arange(page_size) < load.lengths[:, None]
+        valid = torch.arange(page_size, device=load.lengths.device) < load.lengths[:, None]
         partial = (load.lengths < page_size).nonzero()[:, 0]
         for side in (keys, values):  # copies of our own
             paged = side.view(-1, page_size, side.shape[1])

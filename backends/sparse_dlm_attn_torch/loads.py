@@ -83,10 +83,7 @@ def loads_of(
     units = q_heads if spans == 1 and lists == q_heads else kv_heads
     each = max(lists // units, 1)  # lists that a unit unites
     of_list = chosen[:, :, 0] if spans == 1 else chosen.any(dim=2)
-    if lists > units:
-        united = of_list.view(batch, units, -1, pages).any(dim=2)
-    else:
-        united = of_list.expand(batch, units, pages)
+    united = of_list.view(batch, units, -1, pages).any(dim=2) if lists > units else of_list.expand(batch, units, pages)
     sequences, _, logical = united.nonzero().unbind(1)
     if logical.shape[0] == 0:
         return []
@@ -126,12 +123,12 @@ def _facts(
     physical: torch.Tensor, lengths: torch.Tensor, bounds: list[int], page_size: int
 ) -> list[tuple[int, int, int, int, int]]:
     """Return first and last physical page, breaks, partial pages and last length of each list."""
-    places = torch.tensor(bounds)
+    places = torch.tensor(bounds, device=lengths.device)
     first, last = places[:-1].clamp(max=physical.shape[0] - 1), (places[1:] - 1).clamp(min=0)
     # Sums of everything before a place: what lies within a list is a difference.
-    breaks = torch.zeros(physical.shape[0], dtype=torch.int64)
+    breaks = physical.new_zeros(physical.shape[0], dtype=torch.int64)
     torch.cumsum(physical.diff() != 1, 0, out=breaks[1:])
-    partial = torch.zeros(physical.shape[0] + 1, dtype=torch.int64)
+    partial = physical.new_zeros(physical.shape[0] + 1, dtype=torch.int64)
     torch.cumsum(lengths < page_size, 0, out=partial[1:])
     columns = (
         physical[first], physical[last], breaks[last] - breaks[first],

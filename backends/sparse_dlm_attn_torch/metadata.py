@@ -121,7 +121,7 @@ def page_scores(
     shape = (*q.shape[:3], pages)
     part_bytes = 4 * math.prod(shape) // max(batch * kv_heads, 1)
     with threads_for(batch * kv_heads, part_bytes, 2 * lower.numel()) as workers:
-        scores = torch.zeros(shape, dtype=torch.float32)
+        scores = q.new_zeros(shape, dtype=torch.float32)
 
         def score(part: tuple[int, torch.Tensor, slice]) -> None:
             b, rows, heads = part
@@ -182,7 +182,7 @@ def top_pages(scores: torch.Tensor, count: torch.Tensor, eligible: torch.Tensor)
     pages = scores.shape[-1]
     part_bytes, costs = pages * scores.element_size(), 8 * scores.numel()  # an element ranked is dearer
     with threads_for(scores.shape[:-1].numel(), part_bytes, costs) as workers:
-        chosen = torch.zeros(scores.shape, dtype=torch.bool)
+        chosen = scores.new_zeros(scores.shape, dtype=torch.bool)
         flat = [part.reshape(-1, width) for part, width in ((scores, pages), (eligible, pages), (count, 1))]
 
         def choose(rows: torch.Tensor) -> None:
@@ -223,7 +223,7 @@ def ranked_pages(
     group = q_heads // kv_heads
     lists = group if per_query_head else 1  # a KV head
     with threads_for(batch * kv_heads, 4 * group * tokens * pages, 2 * lower.numel()) as workers:
-        mask = torch.zeros((batch, kv_heads * lists, 1, pages), dtype=torch.bool)
+        mask = q.new_zeros((batch, kv_heads * lists, 1, pages), dtype=torch.bool)
 
         def choose(part: tuple[int, torch.Tensor, slice]) -> None:
             b, rows, heads = part
@@ -252,10 +252,7 @@ def _top(
     wanted = torch.minimum(count.clamp(min=0), eligible.sum(-1))[..., None]
     # An eligible page may score the lowest value itself; the cut is right all the same, since no more
     # pages are wanted than are eligible.
-    if most is None:
-        ranked = keys.sort(dim=-1, descending=True).values
-    else:
-        ranked = keys.topk(max(most, 1), dim=-1).values
+    ranked = keys.sort(dim=-1, descending=True).values if most is None else keys.topk(max(most, 1), dim=-1).values
     cut = ranked.gather(-1, (wanted - 1).clamp(min=0))
     if most is not None:  # on the host: where nothing ties with the cut, all is decided
         reached = eligible & (keys >= cut) & (wanted > 0)

@@ -2,14 +2,14 @@
 
 Each is opaque to `torch.compile`, which therefore neither breaks the graph at it nor looks into it, and
 has a fake implementation, which tells shapes without computing. `TorchBackend` checks arguments and
-calls these. They have no derivative: they serve inference.
+calls these. They have no derivative: they serve inference. `torch.autocast` changes nothing in them.
 """
 
 from __future__ import annotations
 
 import torch
 
-from sparse_dlm_attn.arrays import compute_dtype
+from sparse_dlm_attn.arrays import compute_dtype, without_autocast
 from sparse_dlm_attn.torch_operators import custom_operator
 from sparse_dlm_attn_torch import block_sparse, dense, flex, gather, masked, metadata
 from sparse_dlm_attn_torch.states import merged
@@ -39,6 +39,7 @@ DENSE = {"matmul": dense.attend_dense, "flash": dense.attend_flash}
     "sparse_dlm_attn::attend_pages",
     f"(Tensor q, {CONTEXT}, {CHOSEN}) -> (Tensor, Tensor)",
 )
+@without_autocast
 def attend_pages(
     q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, page_table: torch.Tensor,
     page_lengths: torch.Tensor, mask: torch.Tensor, span: int, active: torch.Tensor, scale: float, path: str,
@@ -76,6 +77,7 @@ def attend_pages(
     "sparse_dlm_attn::attend_block",
     "(Tensor q, Tensor k, Tensor v, float scale, str dense) -> (Tensor, Tensor)",
 )
+@without_autocast
 def attend_block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, dense: str) -> Pair:
     """Attend within the block (clause BLOCK-1).
 
@@ -103,6 +105,7 @@ def attend_block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     f"(Tensor q, Tensor k, Tensor v, {CONTEXT}, {CHOSEN}, str dense, Tensor? cached_out, "
     "Tensor? cached_lse) -> (Tensor, Tensor, Tensor)",
 )
+@without_autocast
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor,
     page_table: torch.Tensor, page_lengths: torch.Tensor, mask: torch.Tensor, span: int,
@@ -161,6 +164,7 @@ def page_bounds(k_pages: torch.Tensor, page_table: torch.Tensor, page_lengths: t
     "sparse_dlm_attn::page_scores",
     "(Tensor q, Tensor lower, Tensor upper, Tensor? active=None) -> Tensor",
 )
+@without_autocast
 def page_scores(
     q: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor, active: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -212,6 +216,7 @@ def top_pages(scores: torch.Tensor, count: torch.Tensor, eligible: torch.Tensor)
     "(Tensor q, Tensor k_pages, Tensor page_table, Tensor page_lengths, SymInt span, float scale, "
     "Tensor? lse=None) -> Tensor",
 )
+@without_autocast
 def pooled_scores(
     q: torch.Tensor, k_pages: torch.Tensor, page_table: torch.Tensor, page_lengths: torch.Tensor,
     span: int, scale: float, lse: torch.Tensor | None = None,

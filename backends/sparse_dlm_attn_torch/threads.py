@@ -77,8 +77,8 @@ def _dismiss() -> None:
     Where that cannot be done they stop spinning by themselves, somewhat later.
     """
     pause = _pause()
-    # A forked process has none, and would wait for them; it may have been forked before this was imported.
-    if pause is not None and not _forked and _native_threads() > 0:
+    # A process that was forked before this was imported has none, and would wait for them.
+    if pause is not None and _native_threads() > 0:
         pause()
 
 
@@ -236,14 +236,15 @@ def _start_worker() -> None:
 
 
 _pool = _Pool()
-_forked = False
 
 
 def _forget_workers() -> None:
     """Begin anew after a fork, which copies neither threads nor who holds a lock."""
-    global _pool, _forked
-    _pool, _forked = _Pool(), True
+    global _pool
+    _pool = _Pool()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_workers)
+    # OpenMP in the child would wait for threads that it believes to have, in any operation of PyTorch that is
+    # shared out; it has none to believe in once they are dismissed.
+    os.register_at_fork(before=_dismiss, after_in_child=_forget_workers)

@@ -23,6 +23,7 @@ from sparse_dlm_attn import (
     UnavailableError,
     UnsupportedError,
 )
+from sparse_dlm_attn.arrays import dtype_of_host
 from sparse_dlm_attn.checks import (
     check_attend_block,
     check_attend_pages,
@@ -124,8 +125,9 @@ class TritonBackend(Backend):
             raise InvalidTypeError(
                 "dtype", f"must be one of {', '.join(DTYPES)}, an integer dtype or bool", repr(dtype)
             )
-        kind = getattr(torch, dtype) if dtype is not None else None
         try:
+            dtype = dtype or dtype_of_host(values)
+            kind = getattr(torch, dtype) if dtype is not None else None
             if isinstance(values, torch.Tensor):
                 return values.detach().to(device=self._device, dtype=kind, copy=True)
             return torch.tensor(values, dtype=kind, device=self._device)

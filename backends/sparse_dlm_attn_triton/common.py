@@ -103,7 +103,7 @@ class Launch:
     def __call__(self, *tensors: Tensor) -> None:
         if self._run is None or any(tensor.data_ptr() % 16 for tensor in tensors):
             self._bind(tensors)
-        elif torch.cuda.current_device() == self._device.index:
+        elif self._device is None or torch.cuda.current_device() == self._device.index:
             self._run(*tensors, *self._rest)
         else:
             with torch.cuda.device(self._device):

@@ -96,7 +96,9 @@ class Episode:
             queries.append(current)
         return queries
 
-    def info(self, subject: Subject, number: int, index: Any = None, rows: slice = slice(None)) -> PassInfo:
+    def info(
+        self, subject: Subject, number: int, index: Any = None, rows: slice | Host = slice(None)
+    ) -> PassInfo:
         """Return the place of pass ``number`` (with another index, or for some sequences only)."""
         known = np.zeros((self.case.batch, self.case.tokens), dtype=bool)
         for earlier in range(number + 1):
@@ -164,7 +166,7 @@ def play(
     episode: Episode,
     *,
     arrays: Arrays | None = None,
-    rows: slice = slice(None),
+    rows: slice | Host = slice(None),
     memory: LayerMemory | None = None,
     version: int = 0,
     heads: slice = slice(None),
@@ -180,7 +182,7 @@ def play(
         The passes.
     arrays : Arrays, optional
         Values to use instead of the case's own (of the chosen sequences).
-    rows : slice
+    rows : slice or numpy.ndarray
         Sequences to run.
     memory : LayerMemory, optional
         Memory of an earlier block, handed in at pass 0.

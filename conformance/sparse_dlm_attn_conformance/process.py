@@ -6,13 +6,13 @@ import os
 import random
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
 
-__all__ = ["changed_settings", "restored", "settings_of_the_process", "stirred_settings"]
+__all__ = ["changed_settings", "other_settings", "restored", "settings_of_the_process", "stirred_settings"]
 
 
 def settings_of_the_process() -> dict[str, Any]:
@@ -59,6 +59,26 @@ def changed_settings(before: dict[str, Any], *, random_states: bool = True) -> l
     return (states if random_states else []) + [
         f"{name} was {before[name]}, now {now[name]}" for name in changed if name not in states
     ]
+
+
+def other_settings(device_kind: str) -> dict[str, AbstractContextManager[None]]:
+    """Return what others may have set in PyTorch, by name: each holds within a context."""
+    torch: Any = sys.modules["torch"]
+
+    @contextmanager
+    def default(set_it: Callable[[Any], None], value: Any, usual: Any) -> Iterator[None]:
+        set_it(value)
+        try:
+            yield
+        finally:
+            set_it(usual)
+
+    usual = torch.get_default_dtype()
+    return {
+        "torch.autocast in bfloat16": torch.autocast(device_kind, dtype=torch.bfloat16),
+        "torch.set_default_device('meta')": default(torch.set_default_device, "meta", None),
+        "torch.set_default_dtype(torch.float64)": default(torch.set_default_dtype, torch.float64, usual),
+    }
 
 
 @contextmanager

@@ -7,15 +7,23 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sparse_dlm_attn import PassInfo, PrefixAttention
-from sparse_dlm_attn_conformance.cases import Host
+from sparse_dlm_attn import PassInfo, PrefixAttention, StaleMemoryError
+from sparse_dlm_attn_conformance.cases import Case, Host
 from sparse_dlm_attn_conformance.checks import expect, expect_close, expect_same_bits
 from sparse_dlm_attn_conformance.contenders import Contender
 from sparse_dlm_attn_conformance.episodes import Episode, Pass, episodes, play
 from sparse_dlm_attn_conformance.laws import law
 from sparse_dlm_attn_conformance.operations import leaves
+from sparse_dlm_attn_conformance.strategies import cases
 from sparse_dlm_attn_conformance.subjects import Loaded, Subject, host
-from sparse_dlm_attn_conformance.test_policies import SHARE, expect_same_decisions, loaded
+from sparse_dlm_attn_conformance.test_policies import (
+    SHARE,
+    expect_same_decisions,
+    loaded,
+    on_grid,
+    output_budget,
+)
+from sparse_dlm_attn_conformance.test_purity import of_sequences
 
 
 @pytest.mark.clause("POLICY-1", "PURE-1")
@@ -98,6 +106,51 @@ def test_dropped_memory_restarts_the_block(subject: Subject, policy: Contender, 
     restarted, begun = run(on, place), run(on, replace(place, index=0))
     expect_same_decisions(restarted, begun, "in the middle of a block without memory", "MEMORY-3")
     expect_same_bits(restarted.out, begun.out, "out in the middle of a block without memory", "MEMORY-3")
+
+
+@pytest.mark.clause("MEMORY-4")
+@law(episode=episodes(max_batch=3, max_passes=5), share=SHARE)
+def test_reordered_memory_goes_on_as_each_sequence_would(
+    subject: Subject, policy: Contender, episode: Episode
+) -> None:
+    """Between two passes sequences change places, end, or go on several times."""
+    subject, chosen, case = on_grid(subject), loaded(policy), episode.case
+    arrays = case.arrays(subject.dtype)
+    alone = play(subject, chosen, episode)
+    rng = np.random.default_rng(case.seed)
+    first = int(rng.integers(1, episode.passes))
+    order = rng.integers(0, case.batch, rng.integers(1, case.batch + 2))
+    memory, taken = alone[first - 1].memory.reorder(order.tolist()), of_sequences(arrays, order)
+    together = play(subject, chosen, episode, arrays=taken, rows=order, memory=memory, first=first)
+    for number, (got, want) in enumerate(zip(together, alone[first:], strict=True), first):
+        what = f"in pass {number} after sequences were reordered as {order.tolist()}"
+        expect_same_bits(got.active, want.active[order], f"active rows {what}", "MEMORY-4")
+        expect_same_bits(got.pages, want.pages[order], f"pages read {what}", "MEMORY-4")
+        expect_close(got.out, want.out[order], output_budget(taken), f"out {what}", "MEMORY-4")
+
+
+@pytest.mark.clause("MEMORY-2")
+@law(case=cases(max_batch=2, min_pages=2, regimes=("dyadic",)), share=0.3, one_dtype=True)
+def test_memory_of_another_sequence_is_refused(subject: Subject, case: Case) -> None:
+    """Of a policy whose memory spans blocks: the next one's context has to continue the one before."""
+    arrays = case.arrays(subject.dtype)
+    attention = PrefixAttention("snapkv:capacity=5,window=2,kernel=3", subject.backend, check_contents=True)
+    on = subject.load(arrays)
+    _, memory = attention(on.q, on.k, on.v, on.context, None, PassInfo(0))
+    lengths = arrays.page_lengths
+    cut = np.where(np.arange(lengths.shape[1]) < lengths.shape[1] // 2, lengths, 0)
+    others = {"fewer tokens": arrays.but(page_lengths=cut), "two sequences for each": of_sequences(
+        arrays, np.repeat(np.arange(case.batch), 2))}
+    if (cut == lengths).all() or arrays.page_segments is not None:
+        del others["fewer tokens"]  # it has no more, or those that follow the block
+    for name, other in others.items():
+        now = subject.load(other)
+        try:
+            attention(now.q, now.k, now.v, now.context, memory, PassInfo(0))
+        except StaleMemoryError:
+            continue
+        expect(False, "MEMORY-2", f"memory of a sequence handed to one with {name} must be refused")
+    attention(on.q, on.k, on.v, replace(on.context, version=1), memory, PassInfo(0))
 
 
 @pytest.mark.clause("DENSITY-1", "DENSITY-2")

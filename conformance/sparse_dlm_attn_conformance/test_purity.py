@@ -9,13 +9,14 @@ import pytest
 
 from sparse_dlm_attn import AttentionState, RankedPass
 from sparse_dlm_attn_conformance import accuracy
-from sparse_dlm_attn_conformance.cases import Arrays, Case
+from sparse_dlm_attn_conformance.cases import Arrays, Case, Host
 from sparse_dlm_attn_conformance.checks import expect, expect_same_bits, expect_state_close
 from sparse_dlm_attn_conformance.laws import law
 from sparse_dlm_attn_conformance.operations import OPERATORS, arrays_in, prepare
 from sparse_dlm_attn_conformance.oracle import context_keys
 from sparse_dlm_attn_conformance.process import (
     changed_settings,
+    other_settings,
     restored,
     settings_of_the_process,
     stirred_settings,
@@ -54,6 +55,25 @@ def test_no_operator_changes_a_setting_of_the_process(subject: Subject, operator
         call.run()
         changed += changed_settings(before)
     expect(not changed, "PURE-5", f"{operator} must leave the process as it was, but: {'; '.join(changed)}")
+
+
+@pytest.mark.clause("PURE-6")
+@pytest.mark.parametrize("operator", OPERATORS)
+@law(case=cases(regimes=ROUGH), share=0.1)
+def test_no_setting_of_the_process_changes_a_result(subject: Subject, operator: str, case: Case) -> None:
+    need(subject, "deterministic")
+    call = prepare(subject, case.arrays(subject.dtype), operator)
+    if not all(hasattr(array, "detach") for array in call.arguments.values()):
+        pytest.skip("the backend does not compute with PyTorch, whose settings these are")
+    wanted = arrays_in(call.run())
+    for setting, holds in other_settings(subject.device_kind).items():
+        with holds:
+            got = arrays_in(call.run())
+        for name, value in got.items():
+            what, form = f"{operator}{name} under {setting}", (value.dtype, value.device)
+            usual = wanted[name].dtype, wanted[name].device
+            expect(form == usual, "PURE-6", f"{what} must have dtype and device {usual}; got {form}")
+            expect_same_bits(host(value), host(wanted[name]), what, "PURE-6")
 
 
 @pytest.mark.clause("PURE-2")
@@ -209,16 +229,20 @@ def prepared_results(subject: Subject, arrays: Arrays, operator: str) -> dict[st
 
 def single(arrays: Arrays, b: int) -> Arrays:
     """Return the problem of one sequence of a batch."""
-    one = slice(b, b + 1)
+    return of_sequences(arrays, np.asarray([b]))
+
+
+def of_sequences(arrays: Arrays, numbers: Host) -> Arrays:
+    """Return the problem of some sequences of a batch, by their numbers."""
     segments = arrays.page_segments
     return arrays.but(
-        q=arrays.q[one],
-        q_other=arrays.q_other[one],
-        k=arrays.k[one],
-        v=arrays.v[one],
-        page_table=arrays.page_table[one],
-        page_lengths=arrays.page_lengths[one],
-        page_segments=None if segments is None else segments[one],
-        mask=arrays.mask[one],
-        active=arrays.active[one],
+        q=arrays.q[numbers],
+        q_other=arrays.q_other[numbers],
+        k=arrays.k[numbers],
+        v=arrays.v[numbers],
+        page_table=arrays.page_table[numbers],
+        page_lengths=arrays.page_lengths[numbers],
+        page_segments=None if segments is None else segments[numbers],
+        mask=arrays.mask[numbers],
+        active=arrays.active[numbers],
     )

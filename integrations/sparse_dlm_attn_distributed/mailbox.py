@@ -78,10 +78,10 @@ class Mailboxes:
         self._members = dist.get_process_group_ranks(group)
         self._made: dict[tuple[int, int], Mailbox] = {}
         self._stopped = torch.zeros(1, dtype=torch.int32, device=device)
-        self._told = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+        self._told = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=True)
         self._seen = self._told.numpy()  # a look at it costs the host next to nothing
         self._aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._halt = torch.full((1,), -1, dtype=torch.int32, pin_memory=True)
+        self._halt = torch.full((1,), -1, dtype=torch.int32, device="cpu", pin_memory=True)
 
     @property
     def missed(self) -> int | None:

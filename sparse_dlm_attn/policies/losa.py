@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, get_args
 
-from sparse_dlm_attn.arrays import Array
+from sparse_dlm_attn.arrays import Array, copy_of
 from sparse_dlm_attn.policies.page_choice import BoundRanking, FirstPass
 from sparse_dlm_attn.policy import PassInputs, check_choice, check_count, check_fraction, either
 from sparse_dlm_attn.ranked import RankedPass
@@ -120,7 +120,7 @@ class Losa(BoundRanking[LosaMemory]):
             return LosaMemory(inputs.kept)
         xp = inputs.xp
         if self.drift == "previous" or inputs.memory is None:
-            return LosaMemory(xp.asarray(inputs.q, copy=True))
+            return LosaMemory(copy_of(inputs.q))
         rows = active[:, None, :, None]
         return LosaMemory(xp.where(rows, inputs.q, inputs.memory.reference))
 

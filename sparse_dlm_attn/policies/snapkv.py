@@ -110,7 +110,7 @@ class SnapKV(PrefixAttentionPolicy[SnapKVMemory]):
         """Choose in the first pass; afterwards keep the choice."""
         if inputs.memory is not None:
             return inputs.memory
-        return SnapKVMemory(self._best_pages(inputs), inputs.xp.asarray(inputs.context.exists, copy=True))
+        return SnapKVMemory(self._best_pages(inputs), inputs.context.exists)
 
     def _best_pages(self, inputs: PassInputs[SnapKVMemory]) -> Array:
         context, ops, xp = inputs.context, inputs.ops, inputs.xp

@@ -300,6 +300,16 @@ def planned_rows_are_not_computed(self: Any, right: Any, info: PassInfo, rows: A
     return chosen if info.planned is None or chosen.all() else chosen & ~info.planned
 
 
+@broken(Losa, "reorder", "MEMORY-4", **LOSA)
+def references_stay_in_the_order_they_had(self: Any, right: Any, memory: Any, indices: Any) -> Any:
+    return LosaMemory(memory.reference[np.arange(len(indices)) % len(memory.reference)])
+
+
+@broken(Mage, "reorder", "MEMORY-4", budget=4, dense_layers=0)
+def pages_of_the_first_sequence_for_all(self: Any, right: Any, memory: Any, indices: Any) -> Any:
+    return right(memory, np.zeros_like(indices))
+
+
 @broken(Mage, "remember", "MEMORY-3", "POLICY-6", budget=4, dense_layers=0)
 def mage_chooses_by_the_pass_number_alone(
     self: Any, right: Any, inputs: PassInputs[Any], active: Any, selection: Any

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import mutants
 import policy_mutants
 import pytest
@@ -38,6 +41,26 @@ def test_a_broken_policy_is_found(name: str) -> None:
     )
     assert found, f"{name} survives every law of {', '.join(mutant.clauses)}"
     assert set(found[0].clauses) & set(mutant.clauses)
+
+
+def test_a_backend_that_follows_settings_of_the_process_is_found() -> None:
+    torch = pytest.importorskip("torch")
+    from sparse_dlm_attn_torch import TorchBackend
+
+    class InTheDefaultDtype(TorchBackend):
+        def query_change(self, q: Any, q_reference: Any) -> Any:
+            return super().query_change(q, q_reference).to(torch.get_default_dtype())
+
+    class OnTheDefaultDevice(TorchBackend):
+        def attend_block(self, q: Any, k: Any, v: Any, *, scale: float | None = None) -> Any:
+            state = super().attend_block(q, k, v, scale=scale)
+            return replace(state, out=state.out + torch.zeros(1, dtype=q.dtype))
+
+    for backend in (InTheDefaultDtype(), OnTheDefaultDevice()):
+        (found,) = check_backend(
+            backend, clauses=("PURE-6",), dtypes=("float32",), profile="ci", first_only=True, shrink=False
+        )
+        assert found.clauses == ("PURE-6",)
 
 
 def test_there_are_mutants_of_every_operator() -> None:

@@ -32,12 +32,14 @@ def backend_named(name: str) -> Any:
     return get_backend(name)
 
 
-def contexts(backend: Any, seed: int = 0) -> list[Context]:
+def contexts(backend: Any, block: int = 0) -> list[Context]:
+    """What each layer reads: the last page of the first block's grows after it."""
     made = []
     for layer in range(LAYERS):
-        host = ragged_context(seed + layer)
+        host = ragged_context(layer)
+        host.page_lengths[:, -1] += block
         made.append(Context(*(backend.asarray(array) for array in (
-            host.k_pages, host.v_pages, host.page_table, host.page_lengths)), version=seed))
+            host.k_pages, host.v_pages, host.page_table, host.page_lengths)), version=block))
     return made
 
 
@@ -54,7 +56,7 @@ def test_its_passes_are_those_of_the_driver(name: str, policy: str) -> None:
     decoder, attention = Decoder(policy, backend, layers=LAYERS), PrefixAttention(policy, backend)
     memories: list[Any] = [None] * LAYERS
     for number in range(2):
-        views = contexts(backend, 10 * number)
+        views = contexts(backend, number)
         decoder.start_block(views, total_passes=3)
         decoded = np.zeros((2, 5), dtype=bool)
         newly = decoded.copy()

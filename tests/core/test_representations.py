@@ -56,7 +56,7 @@ def values_of(make: Callable[[tuple[int, ...], str], Any]) -> list[Any]:
     inputs = PassInputs(attention.backend, q, context, None, state, info, False, kept=q)
     traffic = Traffic(selection, active, 4, 2, table, 512)
     memory = LayerMemory(
-        attention.policy, 0, 0, table, table, state, (q, q), bounds, selection, active, traffic
+        attention.policy, 0, 0, 16, table, table, None, state, (q, q), bounds, selection, active, traffic
     )
     result = RankedResult(q, state, active, selection, q)
     return [bounds, context, state, selection, info, ranked, inputs, traffic, memory, result]

@@ -67,7 +67,7 @@ def flash_attn_with_kvcache(
     assert k_cache.shape[2] == 1
     assert not causal
     assert block_table.dtype == cache_seqlens.dtype == torch.int32
-    out, lse = torch.empty_like(q), torch.empty(q.shape[0], 1, q.shape[1])
+    out, lse = torch.empty_like(q), q.new_empty((q.shape[0], 1, q.shape[1]), dtype=torch.float32)
     for number, length in enumerate(cache_seqlens.tolist()):
         pages = block_table[number].long()
         keys, values = (cache[pages, :, 0].flatten(0, 1) for cache in (k_cache, v_cache))
@@ -99,7 +99,7 @@ class PrefillWrapper:
         assert q.shape[1:] == (1, self.dim)
         assert all(side.shape[1:] == (1, self.size, self.dim) for side in cache)
         starts, first, indices, last = self.lists
-        out, lse = torch.empty_like(q), torch.empty(q.shape[:2])
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
         for number in range(len(last)):
             rows = slice(*starts[number : number + 2].tolist())
             pages = indices[slice(*first[number : number + 2].tolist())].long()

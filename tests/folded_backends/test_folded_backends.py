@@ -33,8 +33,8 @@ def test_attention_keeps_the_specification(kernel: str) -> None:
     import stand_ins
 
     found = check_backend(
-        getattr(stand_ins, kernel)(), clauses=("ATTEND-1", "BLOCK-1", "CONTEXT-2"), dtypes=("float32",),
-        first_only=True, shrink=False,
+        getattr(stand_ins, kernel)(), clauses=("ATTEND-1", "BLOCK-1", "CONTEXT-2", "PURE-6"),
+        dtypes=("float32",), first_only=True, shrink=False,
     )
     assert not found, found[0].text
 

@@ -189,6 +189,23 @@ def run_block(
 
 
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("policy", ["dense", "losa", "sparsed"])
+def test_no_setting_of_the_process_changes_a_pass(policy: str, path: str) -> None:
+    context, (q, *rest) = context_of(torch.bfloat16), block(torch.bfloat16)
+    wanted = run_block(POLICIES[policy], [q, q + 1], context, rest, path)
+    with torch.autocast("cuda", dtype=torch.float16):
+        got = [run_block(POLICIES[policy], [q, q + 1], context, rest, path)]
+    torch.set_default_device("cuda")
+    torch.set_default_dtype(torch.float64)
+    try:
+        got.append(run_block(POLICIES[policy], [q, q + 1], context, rest, path))
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, [*got[0], *got[1]], [*wanted, *wanted]))
+
+
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_no_pass_waits_for_the_device(policy: str, path: str) -> None:
     context = context_of(torch.bfloat16)

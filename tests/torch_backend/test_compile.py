@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch", reason="the PyTorch backend needs PyTorch")
 
 from torch._dynamo.testing import CompileCounter  # noqa: E402
 
-from sparse_dlm_attn import Context, PassInfo, get_policy  # noqa: E402
+from sparse_dlm_attn import Context, PassInfo, PrefixAttention, get_policy  # noqa: E402
 from sparse_dlm_attn_torch import TorchBackend, ops  # noqa: E402
 
 
@@ -83,6 +83,23 @@ def test_a_layer_compiles_as_one_graph_whatever_the_context_s_length(
         counts.append(counter.frame_count)
     assert counts[0] <= 3  # without memory, with memory, and with any number of passes
     assert counts[1] == counts[2] <= 6  # each once more, with any length
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a")  # array-api-compat caches a look-up
+def test_contexts_and_pass_numbers_are_made_of_tensors_while_a_compiler_traces() -> None:
+    """On a processor, whose tensors could be read at any other time."""
+    torch._dynamo.reset()
+    attention = PrefixAttention("quest:budget=16", "torch")
+    k, v, q = torch.randn(2, 2, 32, 16), torch.randn(2, 2, 32, 16), torch.randn(2, 4, 8, 16)
+
+    def run(lengths: torch.Tensor, index: torch.Tensor) -> Any:
+        context = Context.from_dense(k, v, 8, lengths)
+        return attention(q, k[:, :, :8], v[:, :, :8], context, None, PassInfo(index))[0]
+
+    compiled = torch.compile(run, fullgraph=True, backend="eager")
+    for lengths, index in (([32, 5], [0, 3]), ([0, 17], [0, 0])):
+        given = torch.tensor(lengths), torch.tensor(index)
+        torch.testing.assert_close(compiled(*given), run(*given))
 
 
 @pytest.mark.parametrize(

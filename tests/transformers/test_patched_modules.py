@@ -526,3 +526,70 @@ def test_autocast_works_as_for_the_models_own_attention(model: Any) -> None:
     assert logits.dtype == own.dtype
     error, theirs = ((x.double() - exact.double()).abs().max().item() for x in (logits, own))
     assert error <= 2 * theirs
+
+
+def snapkv_blocks(sparse: Any, model: Any, cache: dict[str, Any], blocks: int, batch: int = 1) -> list[Any]:
+    """Decode blocks that append to the cache; return which pages the last layer read in each."""
+    chosen = []
+    for number in range(blocks):
+        block = tokens(batch, BLOCK, 7 + number)
+        with sparse.block():
+            model(block, **cache)
+            sparse.next_pass(is_save=True)
+            model(block, **cache)
+            chosen.append(sparse.decoder.memories[-1].selection.mask.clone())
+    return chosen
+
+
+SNAPKV = "snapkv:capacity=12,window=4"
+
+
+def test_a_new_prompt_is_not_answered_with_the_pages_of_the_one_before(model: Any) -> None:
+    with torch.no_grad(), SparseAttention(model, SNAPKV, page_size=4) as sparse:
+        for count in (PREFIX, PREFIX, PREFIX - 8):  # another one of the same length, and a shorter one
+            cache = {cache_name(model): new_cache(model)}
+            model(tokens(1, count, count), **cache)
+            assert sparse.decoder.memories[0] is None
+            first, second = snapkv_blocks(sparse, model, cache, 2)
+            assert torch.equal(first[..., : count // 4], second[..., : count // 4])
+            assert sparse.decoder.memories[0] is not None  # kept for the sequence
+        sparse.reset()
+        assert sparse.decoder.memories[0] is None
+
+
+def test_a_batch_that_changes_without_a_word_is_stale(model: Any) -> None:
+    with torch.no_grad(), SparseAttention(model, SNAPKV, page_size=4) as sparse:
+        cache = prefilled(model, 2)
+        snapkv_blocks(sparse, model, cache, 1, 2)
+        other = prefilled_elsewhere(model, 1)
+        with sparse.block(), pytest.raises(StaleMemoryError, match=r"reset\(\)"):
+            model(tokens(1, BLOCK), **other)
+
+
+def prefilled_elsewhere(model: Any, batch: int) -> dict[str, Any]:
+    """A cache that the attached model has never seen."""
+    cache = {cache_name(model): new_cache(model)}
+    for layer in range(model.config.num_hidden_layers):
+        held(cache).update(*torch.randn(2, batch, 2, PREFIX + BLOCK, 16), layer)
+    return cache
+
+
+@pytest.mark.parametrize("call", ["reorder_cache", "batch_select_indices", "batch_repeat_interleave", "by hand"])
+def test_sequences_take_along_what_was_chosen_for_them(model: Any, call: str) -> None:
+    moves = {"batch_repeat_interleave": [0, 0, 1, 1]}.get(call, [1, 0])
+    with torch.no_grad(), SparseAttention(model, SNAPKV, page_size=4) as sparse:
+        cache = prefilled(model, 2)
+        (before,) = snapkv_blocks(sparse, model, cache, 1, 2)
+        if call == "by hand":
+            held(cache).reorder_cache = lambda indices: type(held(cache)).reorder_cache(held(cache), indices)
+            sparse.reorder(torch.tensor(moves))
+        method = getattr(held(cache), "reorder_cache" if call == "by hand" else call)
+        method(2 if call == "batch_repeat_interleave" else torch.tensor(moves))
+        (after,) = snapkv_blocks(sparse, model, cache, 1, len(moves))
+        pages = PREFIX // 4
+        assert torch.equal(after[..., :pages], before[moves][..., :pages])
+        assert not torch.equal(before[0], before[1])
+        copied = copy.deepcopy(held(cache))
+        copied.reorder_cache(torch.tensor([0] * len(moves)))  # nobody follows a copy
+        assert sparse.decoder.memories[0].state.out.shape[0] == len(moves)
+    assert "reorder_cache" not in vars(held(cache)) or call == "by hand"
