@@ -23,6 +23,7 @@ from sparse_dlm_attn.errors import InvalidArgumentError, InvalidTypeError, Unsup
 from sparse_dlm_attn.memory import LayerMemory, check_memory
 from sparse_dlm_attn.policy import PassInputs, PrefixAttentionPolicy, certain
 from sparse_dlm_attn.registry import get_backend, get_policy
+from sparse_dlm_attn.rules import RulePolicy
 from sparse_dlm_attn.selection import Selection
 from sparse_dlm_attn.traffic import RecordingOperators, Traffic
 from sparse_dlm_attn.values import AttentionState, PassInfo, softmax_scale
@@ -77,7 +78,7 @@ class PrefixAttention:
             kind.reuse is PrefixAttentionPolicy.reuse and kind.merge is PrefixAttentionPolicy.merge
         )
         overridden = type(self.backend).attend_ranked is not Backend.attend_ranked
-        self._ranks = self._fused and self._computes_all and overridden
+        self._ranks = isinstance(self.policy, RulePolicy) and self.policy.states_rules and overridden
 
     def __repr__(self) -> str:
         return f"PrefixAttention(policy={self.policy!r}, backend={self.backend.name!r})"
@@ -161,8 +162,9 @@ class PrefixAttention:
     def _ranked(
         self, inputs: PassInputs[Any], operators: RecordingOperators, k: Array, v: Array
     ) -> tuple[Array, LayerMemory] | None:
-        """Run the pass as one operator, if the policy can say it as a rule (clause RANKED-2)."""
-        ranked = self.policy.ranked_pass(inputs)
+        """Run the pass as one operator, if its rule can be said as one."""
+        assert isinstance(self.policy, RulePolicy)
+        ranked = self.policy.rule(inputs).ranked
         if ranked is None:
             return None
         result = operators.attend_ranked(

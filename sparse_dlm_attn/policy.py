@@ -16,7 +16,6 @@ from sparse_dlm_attn.arrays import Array, namespace
 from sparse_dlm_attn.backend import Backend
 from sparse_dlm_attn.context import Context
 from sparse_dlm_attn.errors import InvalidArgumentError, InvalidTypeError
-from sparse_dlm_attn.ranked import RankedPass
 from sparse_dlm_attn.selection import Selection
 from sparse_dlm_attn.values import AttentionState, PassInfo, short_repr, take_sequences
 
@@ -243,14 +242,6 @@ class PrefixAttentionPolicy(ABC, Generic[MemoryT]):
         Law: if every row read all pages in this pass, it equals one softmax over context and block.
         """
         return inputs.ops.merge(context_state, block_state).out
-
-    def ranked_pass(self, inputs: PassInputs[MemoryT]) -> RankedPass | None:
-        """Describe this pass as a rule, if `active_set` and `select_pages` decide by it; else None.
-
-        Law: `Backend.attend_ranked` with what is returned decides what the two methods decide (clause
-        RANKED-2). It is not asked of policies with their own `reuse`, `merge` or `computed_tokens`.
-        """
-        return None
 
     def remember(
         self, inputs: PassInputs[MemoryT], active: Array, selection: Selection
