@@ -351,10 +351,8 @@ class Decoder:
     ) -> Array:
         if step is not self.current:
             raise CallOrderError("a pass", "must be the current one", repr(step), "Call next_pass().")
-        check_count("layer", layer, 0)
-        if layer >= self.layers:
-            raise InvalidArgumentError("layer", f"must be less than layers={self.layers}", layer)
-        if layer not in step.missing:
+        info = step.info.at_layer(layer)
+        if layer in step._ran:
             raise CallOrderError(
                 "a pass", "must be called once for each layer", f"layer {layer} again", "Call next_pass()."
             )
@@ -363,6 +361,6 @@ class Decoder:
                 raise InvalidArgumentError("context", "must be given here or to start_block()", "None")
             context = self._contexts[layer]
         out, self._memories[layer] = self.attention(
-            q, k, v, context, self._memories[layer], replace(step.info, layer=layer), scale=scale
+            q, k, v, context, self._memories[layer], info, scale=scale
         )
         return out

@@ -13,6 +13,7 @@ from sparse_dlm_attn.arrays import Array, copy_of, namespace, shape_of
 from sparse_dlm_attn.checks import check_block, check_cached, check_page_scores, check_query_change
 from sparse_dlm_attn.context import Context
 from sparse_dlm_attn.errors import InvalidArgumentError, InvalidTypeError
+from sparse_dlm_attn.forms import once_a_form
 from sparse_dlm_attn.operators import check_change_rule
 from sparse_dlm_attn.selection import Selection
 from sparse_dlm_attn.values import (
@@ -117,6 +118,7 @@ class RankedResult:
     __repr__ = short_repr
 
 
+@once_a_form
 def check_ranked_pass(
     q: Array, k: Array, v: Array, context: Context, bounds: PageBounds, ranked: RankedPass,
     cached: AttentionState | None, scale: float | None,
