@@ -177,6 +177,13 @@ class PrefixAttentionPolicy(ABC, Generic[MemoryT]):
     memory_scope: ClassVar[Literal["block", "sequence"]] = "block"
     """Whether memory ends with the block or is carried to the next one."""
 
+    counts_passes: ClassVar[bool] = True
+    """Whether its answers depend on the number of a pass beyond its being the first of a block.
+
+    Passes of a policy that sets it to False look alike to a graph that records one of them: what it decides by is
+    its memory, the save pass, and the contents of arrays. Numbers in its memory have to settle at a value.
+    """
+
     @property
     def mixes_heads(self) -> bool:
         """Whether the pages of one KV head depend on queries or keys of another one's group.

@@ -84,8 +84,7 @@ class Rule:
             return RankedPass(self.budget, self.pages, self.union, keep=keep)
         if self.all_rows is not False or self.reads_nothing:
             return None
-        changed = {"reference": self.reference, "count": self.count, "mass": self.mass}
-        return RankedPass(self.budget, self.pages, self.union, keep=self.keep, **changed)
+        return RankedPass(self.budget, self.pages, self.union, self.reference, self.count, self.mass, self.keep)
 
     @property
     def reads_nothing(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from sparse_dlm_attn.arrays import Array, namespace, shape_of
 from sparse_dlm_attn.context import Context
@@ -66,6 +66,7 @@ def with_page_count(mask: Array, pages: int) -> Array:
 class BoundRanking(RulePolicy):
     """Base of `quest` and `losa`: rank pages by the QUEST bound, for active rows only."""
 
+    counts_passes: ClassVar[bool] = False
     budget: int = field(
         default=256,
         metadata={

@@ -63,6 +63,7 @@ class SnapKV(PrefixAttentionPolicy[SnapKVMemory]):
     """
 
     name: ClassVar[str] = "snapkv"
+    counts_passes: ClassVar[bool] = False
     memory_scope: ClassVar[Literal["block", "sequence"]] = "sequence"
 
     capacity: int = field(
