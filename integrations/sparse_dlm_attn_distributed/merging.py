@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from importlib.util import find_spec
+
 import torch
 
 from sparse_dlm_attn import AttentionState, Backend
 
 __all__ = ["finish", "packed"]
+
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def packed(state: AttentionState) -> torch.Tensor:
@@ -28,7 +33,7 @@ def finish(
     Parameters
     ----------
     backend : Backend
-        Merges.
+        Merges where the kernel does not.
     gathered : torch.Tensor
         ``(ranks, batch, q_heads, tokens, head_dim + n)``.
     head_dim : int
@@ -45,9 +50,24 @@ def finish(
     tuple
         Output of the pass, None without a block, and its context part.
     """
+    if gathered.is_cuda and _kernel_takes(gathered, head_dim):
+        from sparse_dlm_attn_distributed.kernel import merge
+
+        return merge(gathered, head_dim, active, cached, block)
     tail = gathered[..., head_dim:].contiguous()
     lse = (tail.to(torch.float32) if tail.dtype == torch.float64 else tail.view(torch.float32))[..., 0]
     state = backend.merge(*map(AttentionState, gathered[..., :head_dim], lse))
     if cached is not None and active is not None:
         state = backend.reuse(active, state, cached)
     return None if block is None else backend.merge(state, block).out, state
+
+
+def _kernel_takes(gathered: torch.Tensor, head_dim: int) -> bool:
+    """Return whether the kernel merges such states: each LSE must lie at a multiple of 4 bytes."""
+    aligned = head_dim * gathered.element_size() % 4 == 0
+    return aligned and head_dim <= 256 and gathered.dtype in KERNEL_DTYPES and _has_triton()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None

@@ -1,4 +1,4 @@
-"""What ranks have sent, packed and merged in one process."""
+"""What ranks have sent, packed and merged in one process; on a CPU Triton interprets the kernel."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ from typing import Any
 import pytest
 
 torch = pytest.importorskip("torch")
+pytest.importorskip("triton")
 
 from sparse_dlm_attn import AttentionState  # noqa: E402
 from sparse_dlm_attn.operators import merge, reuse  # noqa: E402
 from sparse_dlm_attn_distributed import merging  # noqa: E402
+from sparse_dlm_attn_distributed.kernel import merge as merge_kernel  # noqa: E402
 from sparse_dlm_attn_torch import TorchBackend  # noqa: E402
 
 WAYS = pytest.mark.parametrize(
     ("way", "device"),
     [
+        (merge_kernel, "cuda" if torch.cuda.is_available() else "cpu"),
         (partial(merging.finish, TorchBackend()), "cpu"),
     ],
-    ids=["operators"],
+    ids=["kernel", "operators"],
 )
 
 
