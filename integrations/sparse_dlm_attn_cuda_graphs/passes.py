@@ -123,6 +123,7 @@ class CapturedPasses:
         self.decoder, self.forward, self.captures = decoder, forward, 0
         self._graph = graph
         self._contexts: FixedContexts | None = None
+        self._place: int | None = None
         self._every: dict[Hashable, FixedContexts] = {}
         self._seen: set[Hashable] = set()
         self._passes: dict[Hashable, _Captured] = {}
@@ -140,7 +141,8 @@ class CapturedPasses:
         ----------
         contexts : sequence of Context
             One a layer. Graphs serve contexts whose pages lie in the same memory and whose tables have the same
-            shape; others need new ones. Tables, lengths and segments are copied.
+            shape. Tables of another shape need graphs of their own; pages in other memory make all graphs anew.
+            Tables, lengths and segments are copied.
         total_passes : int, optional
             As for `Decoder.start_block`.
 
@@ -149,13 +151,27 @@ class CapturedPasses:
         CallOrderError, InvalidArgumentError, InvalidTypeError
             As `Decoder.start_block` does.
         """
-        contexts = self.decoder.check_start(contexts)
-        key = FixedContexts.key(contexts)
+        fixed = self.use_contexts(self.decoder.check_start(contexts))
+        self.decoder.start_block(fixed, total_passes=total_passes)
+
+    def use_contexts(self, contexts: Sequence[Context]) -> tuple[Context, ...]:
+        """Return contexts as graphs read them: for a block of a decoder whose calls bring contexts of their own.
+
+        Parameters
+        ----------
+        contexts : sequence of Context
+            One a layer, as for `start_block`.
+        """
+        key, place = FixedContexts.key(contexts), contexts[0].k_pages.data_ptr()
+        if place != self._place:  # another cache, and this one's would be kept alive for nothing
+            self._place, self._left = place, ((), None)
+            for kept in (self._every, self._seen, self._passes):
+                kept.clear()
         if key not in self._every:
             self._every[key] = FixedContexts(contexts)
         self._contexts = self._every[key]
         self._contexts.take(contexts)
-        self.decoder.start_block(self._contexts.contexts, total_passes=total_passes)
+        return self._contexts.contexts
 
     def replace_contexts(self, contexts: Sequence[Context]) -> None:
         """Let sequences of a running batch go on with other tokens, between two passes.

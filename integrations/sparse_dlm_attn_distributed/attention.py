@@ -56,21 +56,36 @@ class DistributedAttention(PrefixAttention):
     backend: DistributedBackend
 
     def __init__(
-        self, policy: str | PrefixAttentionPolicy[Any], backend: str | Backend, mesh: Any, *,
-        context_dim: str | None = None, heads_dim: str | None = None, check_contents: bool | None = None,
+        self,
+        policy: str | PrefixAttentionPolicy[Any],
+        backend: str | Backend,
+        mesh: Any,
+        *,
+        context_dim: str | None = None,
+        heads_dim: str | None = None,
+        check_contents: bool | None = None,
     ) -> None:
         over = DistributedBackend(backend, mesh, context_dim=context_dim, heads_dim=heads_dim)
         super().__init__(policy, over, check_contents=check_contents)
         agree(over.groups, "policy", repr(self.policy), "Make it with the same parameters everywhere.")
         if self.policy.mixes_heads and over.head_group is not None and over.head_group.size() > 1:
             raise InvalidArgumentError(
-                "policy", "must not choose pages by several KV heads, which lie on different ranks here",
-                repr(self.policy), "Spread pages alone (a mesh of one dimension), or choose per KV head.",
+                "policy",
+                "must not choose pages by several KV heads, which lie on different ranks here",
+                repr(self.policy),
+                "Spread pages alone (a mesh of one dimension), or choose per KV head.",
             )
 
     def __call__(
-        self, q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None, context: Context,
-        memory: LayerMemory | None = None, info: PassInfo | None = None, *, scale: float | None = None,
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        context: Context,
+        memory: LayerMemory | None = None,
+        info: PassInfo | None = None,
+        *,
+        scale: float | None = None,
     ) -> tuple[torch.Tensor, LayerMemory]:
         """Run one pass of one layer on this rank, in step with the others.
 
@@ -99,7 +114,9 @@ class DistributedAttention(PrefixAttention):
         """
         if not isinstance(context, ShardedContext):
             raise InvalidTypeError(
-                "context", "must be a ShardedContext", type(context).__name__,
+                "context",
+                "must be a ShardedContext",
+                type(context).__name__,
                 "Make one with ShardedContext(..., held=...).",
             )
         index = info.index if isinstance(info, PassInfo) else 0
@@ -110,17 +127,22 @@ class DistributedAttention(PrefixAttention):
         return super().__call__(q, k, v, context, memory, info, scale=scale)
 
     def _compare(
-        self, q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None, context: ShardedContext,
-        info: PassInfo | None, scale: float | None,
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        context: ShardedContext,
+        info: PassInfo | None,
+        scale: float | None,
     ) -> None:
         """Raise, on every rank, unless all run one pass over one context and each page lies on one rank."""
         facts = {
             "q": _form(q),
             "k": _form(k),
             "v": _form(v),
-            "info": "None" if not isinstance(info, PassInfo) else (
-                f"pass {_listed(info.index)}, is_save {_listed(info.is_save)}, layer {info.layer}"
-            ),
+            "info": "None"
+            if not isinstance(info, PassInfo)
+            else (f"pass {_listed(info.index)}, is_save {_listed(info.is_save)}, layer {info.layer}"),
             "scale": str(scale),
             "context.page_size": str(context.page_size),
             "context.version": str(context.version),
@@ -132,7 +154,9 @@ class DistributedAttention(PrefixAttention):
         said = ask(self.backend.groups, (facts, column, held))
         for name, fact in facts.items():
             same(
-                [others[name] for others, _, _ in said], fact, name,
+                [others[name] for others, _, _ in said],
+                fact,
+                name,
                 "Give every rank the same block, pass and context; only the pages held may differ.",
             )
         holders = sum(theirs.astype(int) for _, of_column, theirs in said if of_column == column)
@@ -140,7 +164,8 @@ class DistributedAttention(PrefixAttention):
         if wrong.any():
             sequence, page = np.argwhere(wrong)[0].tolist()
             raise InvalidArgumentError(
-                "context.held", "must give each existing page to exactly one rank",
+                "context.held",
+                "must give each existing page to exactly one rank",
                 f"{int(holders[sequence, page])} ranks for page {page} of sequence {sequence}",
                 "Derive it from one rule, as in held = owner_of_page == rank.",
             )

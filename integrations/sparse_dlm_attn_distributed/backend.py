@@ -23,12 +23,7 @@ from sparse_dlm_attn import (
     get_backend,
 )
 from sparse_dlm_attn.arrays import compute_dtype
-from sparse_dlm_attn.checks import (
-    check_attend_block,
-    check_cached,
-    check_pooled_scores,
-    check_query_change,
-)
+from sparse_dlm_attn.checks import check_attend_block, check_cached, check_pooled_scores, check_query_change
 from sparse_dlm_attn_distributed.context import ShardedBounds, ShardedContext
 from sparse_dlm_attn_distributed.merging import finish, packed
 from sparse_dlm_attn_distributed.mesh import agree, dimensions
@@ -81,15 +76,16 @@ class DistributedBackend(Backend):
     name: ClassVar[str] = "distributed"
 
     def __init__(
-        self, backend: str | Backend, mesh: Any, *, context_dim: str | None = None,
-        heads_dim: str | None = None,
+        self, backend: str | Backend, mesh: Any, *, context_dim: str | None = None, heads_dim: str | None = None
     ) -> None:
         self.backend = get_backend(backend)
         if isinstance(self.backend, DistributedBackend):
             raise InvalidTypeError("backend", "must compute on one device", "another DistributedBackend")
         if not isinstance(self.backend.asarray([0.0], dtype="float32"), torch.Tensor):
             raise InvalidTypeError(
-                "backend", "must compute on tensors of PyTorch", repr(self.backend.name),
+                "backend",
+                "must compute on tensors of PyTorch",
+                repr(self.backend.name),
                 "Pass 'torch', or 'triton' on GPUs.",
             )
         over, heads = dimensions(mesh, self.backend, context_dim, heads_dim)
@@ -97,9 +93,10 @@ class DistributedBackend(Backend):
         self.groups: list[dist.ProcessGroup] = mesh.get_all_groups()
         """A process group for each dimension of the mesh."""
         agree(
-            self.groups, "mesh and backend",
-            f"mesh {mesh.mesh.tolist()} with pages over {over!r}, heads over {heads!r}, "
-            f"backend {self.backend.name}", "Give every rank the same mesh, dimensions and backend.",
+            self.groups,
+            "mesh and backend",
+            f"mesh {mesh.mesh.tolist()} with pages over {over!r}, heads over {heads!r}, backend {self.backend.name}",
+            "Give every rank the same mesh, dimensions and backend.",
         )
         self.page_group: dist.ProcessGroup = mesh.get_group(over)
         """Ranks that hold pages of the same heads."""
@@ -137,13 +134,16 @@ class DistributedBackend(Backend):
         grown = super().extend_bounds(context, bounds, from_page)
         return ShardedBounds(grown.lower, grown.upper)
 
-    def page_scores(
-        self, q: torch.Tensor, bounds: PageBounds, *, active: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def page_scores(self, q: torch.Tensor, bounds: PageBounds, *, active: torch.Tensor | None = None) -> torch.Tensor:
         return cast("torch.Tensor", self.backend.page_scores(q, bounds, active=active))
 
     def pooled_scores(
-        self, q: torch.Tensor, context: Context, *, span: int, scale: float | None = None,
+        self,
+        q: torch.Tensor,
+        context: Context,
+        *,
+        span: int,
+        scale: float | None = None,
         lse: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the masses of all pages, on every rank."""
@@ -155,9 +155,7 @@ class DistributedBackend(Backend):
         masses: torch.Tensor = self.backend.pooled_scores(q, here.local, span=span, scale=scale, lse=lse)
         return self._sum(masses, self.page_group, "pooled_scores")
 
-    def top_pages(
-        self, scores: torch.Tensor, count: int | torch.Tensor, *, eligible: torch.Tensor
-    ) -> torch.Tensor:
+    def top_pages(self, scores: torch.Tensor, count: int | torch.Tensor, *, eligible: torch.Tensor) -> torch.Tensor:
         return cast("torch.Tensor", self.backend.top_pages(scores, count, eligible=eligible))
 
     def query_change(self, q: torch.Tensor, q_reference: torch.Tensor) -> torch.Tensor:
@@ -178,7 +176,12 @@ class DistributedBackend(Backend):
         return cast("torch.Tensor", self.backend.largest_changes(change, count=count, mass=mass))
 
     def attend_pages(
-        self, q: torch.Tensor, context: Context, selection: Selection, active: torch.Tensor, *,
+        self,
+        q: torch.Tensor,
+        context: Context,
+        selection: Selection,
+        active: torch.Tensor,
+        *,
         scale: float | None = None,
     ) -> AttentionState:
         part = self.backend.attend_pages(q, self._sharded(context).local, selection, active, scale=scale)
@@ -194,14 +197,20 @@ class DistributedBackend(Backend):
     def merge(self, *states: AttentionState) -> AttentionState:
         return self.backend.merge(*states)
 
-    def reuse(
-        self, active: torch.Tensor, fresh: AttentionState, cached: AttentionState
-    ) -> AttentionState:
+    def reuse(self, active: torch.Tensor, fresh: AttentionState, cached: AttentionState) -> AttentionState:
         return self.backend.reuse(active, fresh, cached)
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: Context, selection: Selection,
-        active: torch.Tensor, cached: AttentionState | None, *, scale: float | None = None,
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        context: Context,
+        selection: Selection,
+        active: torch.Tensor,
+        cached: AttentionState | None,
+        *,
+        scale: float | None = None,
     ) -> tuple[torch.Tensor, AttentionState]:
         here = self._sharded(context).local
         if self._alone(q):
@@ -247,11 +256,18 @@ class DistributedBackend(Backend):
             raise InvalidTypeError("context", "must be a ShardedContext", type(context).__name__)
         if self.page_group.size() > 1:
             raise InvalidArgumentError(
-                "context", "must be a ShardedContext, which says the pages that this rank holds",
+                "context",
+                "must be a ShardedContext, which says the pages that this rank holds",
                 type(context).__name__,
                 "Make one with ShardedContext(..., held=...); pages held by every rank would count as often.",
             )
         return ShardedContext(
-            context.k_pages, context.v_pages, context.page_table, context.page_lengths,
-            context.page_segments, None, context.version, held=torch.ones_like(context.exists),
+            context.k_pages,
+            context.v_pages,
+            context.page_table,
+            context.page_lengths,
+            context.page_segments,
+            None,
+            context.version,
+            held=torch.ones_like(context.exists),
         )

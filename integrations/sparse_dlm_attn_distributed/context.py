@@ -69,7 +69,9 @@ class ShardedContext(Context):
         check_same_place("held", self.held, "k_pages", self.k_pages)
         if self.bounds is not None and not isinstance(self.bounds, ShardedBounds):
             raise InvalidTypeError(
-                "bounds", "must be ShardedBounds or None", type(self.bounds).__name__,
+                "bounds",
+                "must be ShardedBounds or None",
+                type(self.bounds).__name__,
                 "Make them with page_bounds(context) of the distributed backend.",
             )
 
@@ -104,9 +106,7 @@ class ShardedContext(Context):
             Its pool has one physical page for each page held.
         """
         if isinstance(context, cls) or not isinstance(context.k_pages, torch.Tensor):
-            raise InvalidTypeError(
-                "context", "must be a whole Context of torch.Tensor", type(context).__name__
-            )
+            raise InvalidTypeError("context", "must be a whole Context of torch.Tensor", type(context).__name__)
         check_array("held", held, shape_of(context.page_table), BOOLS)
         wanted = held & context.exists
         physical = context.page_table[wanted].to(torch.int64)

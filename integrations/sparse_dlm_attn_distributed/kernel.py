@@ -57,8 +57,11 @@ def merge_kernel(
 
 
 def merge(
-    gathered: torch.Tensor, head_dim: int, active: torch.Tensor | None = None,
-    cached: AttentionState | None = None, block: AttentionState | None = None,
+    gathered: torch.Tensor,
+    head_dim: int,
+    active: torch.Tensor | None = None,
+    cached: AttentionState | None = None,
+    block: AttentionState | None = None,
 ) -> tuple[torch.Tensor | None, AttentionState]:
     """Merge packed states; see `merging.finish`."""
     ranks, batch, q_heads, tokens, width = gathered.shape

@@ -25,8 +25,12 @@ def packed(state: AttentionState) -> torch.Tensor:
 
 
 def finish(
-    backend: Backend, gathered: torch.Tensor, head_dim: int, active: torch.Tensor | None = None,
-    cached: AttentionState | None = None, block: AttentionState | None = None,
+    backend: Backend,
+    gathered: torch.Tensor,
+    head_dim: int,
+    active: torch.Tensor | None = None,
+    cached: AttentionState | None = None,
+    block: AttentionState | None = None,
 ) -> tuple[torch.Tensor | None, AttentionState]:
     """Merge the packed states of all ranks, in their order, with what the pass has besides.
 

@@ -13,9 +13,7 @@ from sparse_dlm_attn import Backend, InvalidArgumentError, InvalidTypeError, Una
 __all__ = ["agree", "ask", "dimensions", "same"]
 
 
-def dimensions(
-    mesh: Any, backend: Backend, context: str | None, heads: str | None
-) -> tuple[str | int, str | None]:
+def dimensions(mesh: Any, backend: Backend, context: str | None, heads: str | None) -> tuple[str | int, str | None]:
     """Return the dimension of a mesh over pages, and that over heads.
 
     Parameters
@@ -42,9 +40,10 @@ def dimensions(
     context = context or "context"
     if names is None or context not in names or mesh.ndim > 2:
         raise InvalidArgumentError(
-            "mesh", "must have one dimension, or two of which one is named 'context' or as context_dim says",
+            "mesh",
+            "must have one dimension, or two of which one is named 'context' or as context_dim says",
             f"{mesh.ndim} dimensions named {names}",
-            "Pass mesh[\"context\", \"heads\"], or init_device_mesh(..., mesh_dim_names=(...)).",
+            'Pass mesh["context", "heads"], or init_device_mesh(..., mesh_dim_names=(...)).',
         )
     others = [name for name in names if name != context]
     if heads is not None and heads not in others:
@@ -88,19 +87,21 @@ def _check_mesh(mesh: Any, backend: Backend) -> None:
     remedy = "Make it from one init_device_mesh(...) call that every rank runs alike."
     if not dist.is_available() or not dist.is_initialized():
         raise UnavailableError(
-            "the distributed backend", ["torch.distributed is not set up in this process"],
+            "the distributed backend",
+            ["torch.distributed is not set up in this process"],
             "Start with torchrun and call init_device_mesh() or init_process_group().",
         )
     if not isinstance(mesh, DeviceMesh):
         raise InvalidTypeError("mesh", "must be a torch DeviceMesh", type(mesh).__name__, remedy)
     if mesh.get_coordinate() is None:
         raise InvalidArgumentError(
-            "mesh", "must hold the rank that uses it",
-            f"ranks {mesh.mesh.flatten().tolist()} on rank {dist.get_rank()}",
+            "mesh", "must hold the rank that uses it", f"ranks {mesh.mesh.flatten().tolist()} on rank {dist.get_rank()}"
         )
     devices = backend.capabilities.devices
     if mesh.device_type not in devices:
         raise InvalidArgumentError(
-            "mesh", f"must be of a device that backend {backend.name!r} serves, {' or '.join(devices)}",
-            mesh.device_type, "Make the mesh, or the backend, for the other device.",
+            "mesh",
+            f"must be of a device that backend {backend.name!r} serves, {' or '.join(devices)}",
+            mesh.device_type,
+            "Make the mesh, or the backend, for the other device.",
         )

@@ -32,6 +32,9 @@ class PlainTorch(AnyArrayBackend):
 
     name = "plain-torch"
 
+    def asarray(self, values: Any, *, dtype: str | None = None) -> Any:
+        return torch.as_tensor(values, dtype=getattr(torch, dtype) if dtype else None)
+
 
 def decoder(policy: Any) -> Decoder:
     return Decoder(policy, PlainTorch(), layers=LAYERS, check_contents=False)
