@@ -6,7 +6,7 @@ import gc
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import replace
+from dataclasses import fields
 from typing import Any, Protocol
 
 import torch
@@ -306,4 +306,5 @@ def _kind(step: DecoderPass) -> Hashable:
     info = step.info
     if not isinstance(info.index, int) or info.window is not None:  # windows may be counted by it
         return skeleton(info)
-    return skeleton(replace(info, index=0)), info.index == 0
+    others = (skeleton(getattr(info, field.name)) for field in fields(info) if field.name != "index")
+    return tuple(others), info.index == 0

@@ -33,6 +33,7 @@ from sparse_dlm_attn_transformers.block_state import (
     whole_block,
 )
 from sparse_dlm_attn_transformers.caches import CachedLayer, cache_argument, cached_layer, follow_sequences
+from sparse_dlm_attn_transformers.compilation import eager_throughout
 from sparse_dlm_attn_transformers.contracts import ModuleContract
 from sparse_dlm_attn_transformers.interface import sessions
 from sparse_dlm_attn_transformers.paged_cache import PagedCache
@@ -338,6 +339,7 @@ class SparseAttention:
         """Whether a module's attention is ours at this moment."""
         return self.running and id(module) in self._numbers
 
+    @eager_throughout
     def attend(
         self,
         module: torch.nn.Module,
