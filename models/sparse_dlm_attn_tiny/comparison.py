@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from sparse_dlm_attn_tiny.cache import PrefixCache
+from sparse_dlm_attn_tiny.cache import KVCache
 from sparse_dlm_attn_tiny.decoding import decode_blocks, decode_together, decodes_together
 from sparse_dlm_attn_tiny.model import TinyModel
 from sparse_dlm_attn_tiny.policy_choice import PolicyChoice
@@ -224,7 +224,7 @@ def compare_together(
         )
         seconds.append(time.perf_counter() - started)
     side_by_side = settings.threshold is None and len(prompts) > 1
-    joint = PrefixCache.together(prefixes) if side_by_side else None
+    joint = KVCache.together(prefixes) if side_by_side else None
     decoded: list[list[Decoded]] = [[] for _ in prompts]
     for choice in choices:
         for place, result in enumerate(_decodings(model, prompts, prefixes, joint, choice, settings)):
@@ -242,8 +242,8 @@ def compare_together(
 
 
 def _decodings(
-    model: TinyModel, prompts: Sequence[Prompt], prefixes: Sequence[PrefixCache],
-    joint: PrefixCache | None, choice: PolicyChoice, settings: DecodeSettings,
+    model: TinyModel, prompts: Sequence[Prompt], prefixes: Sequence[KVCache],
+    joint: KVCache | None, choice: PolicyChoice, settings: DecodeSettings,
 ) -> list[Decoded]:
     """Decode all prompts with one policy."""
     blocks = [settings.blocks_for(prompt.answer) for prompt in prompts]

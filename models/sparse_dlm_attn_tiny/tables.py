@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sparse_dlm_attn import UnknownNameError, get_policy
-from sparse_dlm_attn_tiny.decoding import decode_blocks, decode_full_sequence
-from sparse_dlm_attn_tiny.full_sequence import Order
+from sparse_dlm_attn_tiny.decoding import Order, decode_blocks, decode_full_sequence
 from sparse_dlm_attn_tiny.model import TinyModel
 from sparse_dlm_attn_tiny.prompts import Prompt, prompt_of_task
 from sparse_dlm_attn_tiny.records import Decoded

@@ -93,12 +93,7 @@ def test_a_question_is_put_in_the_form_the_model_knows(tmp_path: Any) -> None:
 
 def record(loaded: np.ndarray, *, index: int = 0, is_save: bool = False) -> PassRecord:
     zeros = np.zeros(loaded.shape[0])
-    return PassRecord(
-        block=0, index=index, is_save=is_save, tokens=(), newly_decoded=(), tokens_read=zeros,
-        context_tokens=zeros, page_bytes=zeros, metadata_bytes=zeros, dense_bytes=zeros,
-        metadata_reads=zeros, active_rows=zeros, loaded=loaded, seconds=0.0, pairs=zeros, dense_pairs=zeros,
-        computed_rows=16, rows=16,
-    )
+    return PassRecord(0, index, is_save, (), (), total(0, 0), zeros, zeros, loaded, 0.0)
 
 
 def test_the_map_shows_the_share_of_layers_and_heads_that_loaded_a_page() -> None:

@@ -68,7 +68,7 @@ def decode(
     )
     environment = options.environment_record(backend, weights, model, page_size)
     if full_sequence:
-        from sparse_dlm_attn_tiny.full_sequence import check_new_tokens
+        from sparse_dlm_attn_tiny.decoding import check_new_tokens
 
         chosen = choose_policies(policy or ("dense",), budget, page_size, baseline=False)[0]
         long = "--prompt" if prompt is not None else "--length"
@@ -145,7 +145,7 @@ def _decode_full_sequence(
     as_json: bool,
 ) -> None:
     """Fill in masks behind the prompt, window by window from the left, and print what came out."""
-    from sparse_dlm_attn_tiny.full_sequence import decode_full_sequence
+    from sparse_dlm_attn_tiny.decoding import decode_full_sequence
     from sparse_dlm_attn_tiny.report import printable, share_text
 
     with progress() as bars:

@@ -167,7 +167,7 @@ def _check_prompts(evaluation: Evaluation, weights: Path | None) -> TinyModel:
             task, evaluation.length, evaluation.seed, block_length=evaluation.settings.block_length
         )
     model: TinyModel = options.load_model(evaluation.backend, weights, evaluation.settings)
-    model.check_prompt(tuple(prompt.text))
+    model.tokens_of(prompt.text)
     return model
 
 

@@ -218,7 +218,7 @@ def environment_record(
 
 
 def _attention_path(model: TinyModel, page_size: int) -> str:
-    context = model.empty_cache(page_size=page_size).context(0)
+    context = model.empty_cache(page_size=page_size).contexts()[0]
     shape = (1, model.config.query_heads, 1, model.config.head_dim)
     q = model.backend.asarray(np.zeros(shape, dtype=np.float32), dtype="float32")
     path_for = getattr(model.backend, "path_for", None)
@@ -227,9 +227,7 @@ def _attention_path(model: TinyModel, page_size: int) -> str:
 
 def _sha256(weights: Path | None) -> str:
     import hashlib
-    import importlib.resources
 
     from sparse_dlm_attn_tiny.weights import SHIPPED
 
-    shipped = importlib.resources.files("sparse_dlm_attn_tiny").joinpath(SHIPPED)
-    return hashlib.sha256((shipped if weights is None else weights).read_bytes()).hexdigest()
+    return hashlib.sha256((weights or SHIPPED).read_bytes()).hexdigest()
