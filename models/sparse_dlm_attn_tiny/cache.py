@@ -29,7 +29,7 @@ HostArray = np.ndarray[Any, Any]
 
 
 class _Buffer:
-    """Room for keys and values, taken up to token ``tip``, behind the tokens that forks share by ``writer``."""
+    """Room for keys and values; ``writer`` has taken what lies up to token ``tip``."""
 
     def __init__(self, config: TinyConfig, backend: Backend, batch: int, capacity: int) -> None:
         like = backend.asarray(np.zeros(1, dtype=np.float32), dtype="float32")
@@ -122,7 +122,9 @@ class KVCache:
         joint._copy(joint._buffer.capacity, [cache._buffer for cache in caches])
         xp = namespace(joint._buffer.kv)
         joint._bounds = [
-            PageBounds(*(xp.concat([getattr(each, side) for each in bounds], axis=0) for side in ("lower", "upper")))
+            PageBounds(*(
+                xp.concat([getattr(each, side) for each in bounds], axis=0) for side in ("lower", "upper")
+            ))
             for bounds in zip(*(cache._bounds for cache in caches), strict=True)
         ]
         return joint
@@ -235,9 +237,10 @@ class KVCache:
             segments[-1] = GENERATED
         lengths = np.clip(self.length - first, 0, self.page_size)
         room = np.arange(self.batch)[:, None] * self._buffer.capacity
+        pages = (first + room) // self.page_size
         pages, lengths, segments = (
             self.backend.asarray(np.broadcast_to(rows, (self.batch, len(first))).astype(dtype), dtype=dtype)
-            for rows, dtype in (((first + room) // self.page_size, "int32"), (lengths, "int32"), (segments, "int8"))
+            for rows, dtype in ((pages, "int32"), (lengths, "int32"), (segments, "int8"))
         )
         kv, config = self._buffer.kv, self.config
         xp = namespace(kv)

@@ -54,7 +54,7 @@ def weight_shapes(config: TinyConfig) -> dict[str, tuple[int, ...]]:
     }
     return {
         "embedding": (config.input_vocabulary, width),
-        **{f"layers.{index}.{name}": shape for index in range(config.layers) for name, shape in layer.items()},
+        **{f"layers.{i}.{name}": shape for i in range(config.layers) for name, shape in layer.items()},
         "final_norm": (width,),
         "head": (config.output_vocabulary, width),
     }

@@ -122,8 +122,8 @@ def decode_together(
     prefix : KVCache
         `KVCache.together` of ``model.prefill(prompt, block_length=...)`` of each; it is not changed.
     block_length, steps : int
-        As for `decode_blocks`, as are the errors. There is no threshold: sequences would need different numbers
-        of passes.
+        As for `decode_blocks`, as are the errors. There is no threshold: sequences would need different
+        numbers of passes.
     max_blocks : sequence of int
         Blocks to decode at most, for each prompt.
 
@@ -377,9 +377,10 @@ class _Denoiser:
         moment = f"pass {self.index} of block {self.blocks}"
         best, confidence = confidences(logits, running & masked, moment, self.window.start)
         if order is None:
-            chosen = [self.schedule.choose(self.index, *rows) for rows in zip(masked, confidence, strict=True)]
             self.newly = np.zeros_like(self.newly)
-            self.newly[:, self.window] = chosen
+            self.newly[:, self.window] = [
+                self.schedule.choose(self.index, *rows) for rows in zip(masked, confidence, strict=True)
+            ]
         else:
             self.newly = self._rows(order)
         np.copyto(self.tokens[:, self.window], best, where=self.newly[:, self.window])

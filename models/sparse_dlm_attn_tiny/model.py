@@ -14,7 +14,13 @@ from sparse_dlm_attn.arrays import Array, namespace
 from sparse_dlm_attn.policy import check_count
 from sparse_dlm_attn_tiny.cache import DEFAULT_PAGE_SIZE, KVCache
 from sparse_dlm_attn_tiny.config import TinyConfig
-from sparse_dlm_attn_tiny.layers import Layer, block_causal_attention, block_causal_mask, rms_norm, rope_tables
+from sparse_dlm_attn_tiny.layers import (
+    Layer,
+    block_causal_attention,
+    block_causal_mask,
+    rms_norm,
+    rope_tables,
+)
 from sparse_dlm_attn_tiny.weights import Weights, load_weights
 
 HostArray = np.ndarray[Any, Any]
@@ -43,8 +49,9 @@ class TinyModel:
     def __init__(self, config: TinyConfig, weights: Weights, backend: str | Backend = "reference") -> None:
         self.config = config
         self.backend = get_backend(backend)
+        names = ("embedding", "final_norm", "head")
         self._embedding, self._final_norm, self._head = (
-            self.backend.asarray(weights[name], dtype="float32") for name in ("embedding", "final_norm", "head")
+            self.backend.asarray(weights[name], dtype="float32") for name in names
         )
         self._layers = [Layer.of(config, weights, index, self.backend) for index in range(config.layers)]
 
@@ -75,7 +82,8 @@ class TinyModel:
         )
 
     def prefill(
-        self, prompt: bytes | Sequence[int], *, block_length: int | None = None, page_size: int = DEFAULT_PAGE_SIZE
+        self, prompt: bytes | Sequence[int], *, block_length: int | None = None,
+        page_size: int = DEFAULT_PAGE_SIZE,
     ) -> KVCache:
         """Compute the KV of the prompt's whole blocks, densely and block-causally.
 

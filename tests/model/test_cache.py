@@ -61,7 +61,9 @@ def shared(one: KVCache, other: KVCache) -> bool:
 @pytest.mark.clause("CONTEXT-1", "CONTEXT-5", "BOUNDS-1")
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
 @pytest.mark.parametrize("sizes", [[1], [16, 1], [3, 16, 1, 44, 16], [300, 32]])
-def test_contexts_hold_the_appended_tokens_in_order_with_their_bounds(sizes: list[int], page_size: int) -> None:
+def test_contexts_hold_the_appended_tokens_in_order_with_their_bounds(
+    sizes: list[int], page_size: int
+) -> None:
     cache = filled(sizes, page_size)
     check(cache, [(tokens, seed) for seed, tokens in enumerate(sizes)])
     assert cache.contexts()[0].pages == -(-sum(sizes) // page_size)

@@ -296,8 +296,8 @@ def test_a_block_causal_model_has_nothing_to_refresh(model: TinyModel, text: byt
         ({"threshold": -0.1}, "threshold"), ({"threshold": 1.1}, "threshold"),
         ({"threshold": "high"}, "threshold"), ({"threshold": float("nan")}, "threshold"),
         ({"steps": 4, "threshold": 0.5}, "steps"), ({"block_length": 12}, "block_length"),
-        ({"max_blocks": 0}, "max_blocks"), ({"page_size": 0}, "page_size"), ({"page_size": "16"}, "page_size"),
-        ({"on_pass": 3}, "on_pass"), ({"prefix": b"text"}, "prefix"),
+        ({"max_blocks": 0}, "max_blocks"), ({"page_size": 0}, "page_size"),
+        ({"page_size": "16"}, "page_size"), ({"on_pass": 3}, "on_pass"), ({"prefix": b"text"}, "prefix"),
     ],
 )
 def test_bad_options_are_refused_by_name(model: TinyModel, options: dict[str, Any], argument: str) -> None:
