@@ -33,6 +33,8 @@ from sparse_dlm_attn.registry import Plugin as Plugin
 from sparse_dlm_attn.registry import backends as backends
 from sparse_dlm_attn.registry import get_backend as get_backend
 from sparse_dlm_attn.registry import get_policy as get_policy
+from sparse_dlm_attn.rules import Rule as Rule
+from sparse_dlm_attn.rules import RulePolicy as RulePolicy
 from sparse_dlm_attn.selection import Selection as Selection
 from sparse_dlm_attn.traffic import Traffic as Traffic
 from sparse_dlm_attn.values import AttentionState as AttentionState
@@ -71,6 +73,8 @@ __all__ = [
     "Problem",
     "RankedPass",
     "RankedResult",
+    "Rule",
+    "RulePolicy",
     "Selection",
     "SparseAttentionError",
     "StaleMemoryError",

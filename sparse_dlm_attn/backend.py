@@ -18,7 +18,7 @@ from sparse_dlm_attn.values import AttentionState, PageBounds
 __all__ = ["Backend"]
 
 OPERATORS = (
-    "page_bounds", "extend_bounds", "page_scores", "pooled_scores", "top_pages", "complete_scores",
+    "page_bounds", "extend_bounds", "page_scores", "pooled_scores", "top_pages",
     "query_change", "largest_changes", "attend_pages", "attend_block", "merge", "reuse", "attend",
     "attend_ranked",
 )
@@ -214,26 +214,6 @@ class Backend(ABC):
             bool, like ``scores``. Ties go to the lowest page index.
         """
         return operators.top_pages(scores, count, eligible=eligible)
-
-    def complete_scores(self, scores: Array) -> Array:
-        """Return page scores in which every page has its own.
-
-        A backend whose pages are spread over several devices gives scores of the pages that it holds,
-        and for the others a value that is not above theirs; `top_pages` ranks them all the same, and so
-        it does after maxima over pages, or after any sum over rows and heads. A policy that combines
-        *different* pages in any other way asks for complete scores first. Here they are complete.
-
-        Parameters
-        ----------
-        scores : array
-            ``(..., pages)``, made from `page_scores` or `pooled_scores`.
-
-        Returns
-        -------
-        array
-            Like ``scores``.
-        """
-        return scores
 
     def query_change(self, q: Array, q_reference: Array) -> Array:
         """Return how far each row's query moved, float32 ``(batch, tokens)`` (clause CHANGE-1).

@@ -9,6 +9,7 @@ from __future__ import annotations
 from sparse_dlm_attn.arrays import Array, dtype_name, records_gradient, shape_of, to_numpy
 from sparse_dlm_attn.context import Context
 from sparse_dlm_attn.errors import InvalidArgumentError, InvalidTypeError
+from sparse_dlm_attn.forms import once_a_form
 from sparse_dlm_attn.selection import Selection
 from sparse_dlm_attn.values import (
     FLOATS,
@@ -56,6 +57,7 @@ def check_library(name: str, value: Array, kind: type, backend: str) -> None:
         )
 
 
+@once_a_form
 def check_context(context: object) -> None:
     """Raise unless ``context`` is a `Context`, none of whose arrays records gradients."""
     if not isinstance(context, Context):
@@ -119,6 +121,7 @@ def check_active(active: Array, q: Array) -> None:
     check_same_place("active", active, "q", q)
 
 
+@once_a_form
 def check_attend_pages(
     q: Array, context: Context, selection: Selection, active: Array, scale: float | None
 ) -> None:
@@ -131,6 +134,7 @@ def check_attend_pages(
     softmax_scale(shape_of(q)[3], scale)
 
 
+@once_a_form
 def check_attend_block(q: Array, k: Array, v: Array, scale: float | None) -> None:
     """Check the arguments of `attend_block`."""
     check_operand("q", q, ("batch", "q_heads", "tokens", "head_dim"))
@@ -143,6 +147,7 @@ def check_attend_block(q: Array, k: Array, v: Array, scale: float | None) -> Non
     softmax_scale(head_dim, scale)
 
 
+@once_a_form
 def check_page_scores(q: Array, bounds: PageBounds, active: Array | None = None) -> None:
     """Check the arguments of `page_scores`."""
     check_operand("q", q, ("batch", "q_heads", "tokens", "head_dim"))
@@ -159,6 +164,7 @@ def check_page_scores(q: Array, bounds: PageBounds, active: Array | None = None)
         check_active(active, q)
 
 
+@once_a_form
 def check_extend_bounds(context: Context, bounds: PageBounds, from_page: int) -> None:
     """Check the arguments of `extend_bounds`."""
     check_context(context)
@@ -180,6 +186,7 @@ def check_extend_bounds(context: Context, bounds: PageBounds, from_page: int) ->
     check_same_place("bounds.lower", bounds.lower, "context.k_pages", context.k_pages)
 
 
+@once_a_form
 def check_pooled_scores(
     q: Array, context: Context, span: int, scale: float | None, lse: Array | None = None
 ) -> None:
@@ -192,6 +199,7 @@ def check_pooled_scores(
         check_same_place("lse", lse, "q", q)
 
 
+@once_a_form
 def check_top_pages(scores: Array, count: int | Array, eligible: Array) -> None:
     """Check the arguments of `top_pages`."""
     axes = len(getattr(scores, "shape", ())) or 1
@@ -220,6 +228,7 @@ def _check_broadcasts(name: str, shape: tuple[int, ...], target: tuple[int, ...]
         raise InvalidArgumentError(name, f"must broadcast to shape {target}", f"shape {shape}")
 
 
+@once_a_form
 def check_query_change(q: Array, q_reference: Array) -> None:
     """Check the arguments of `query_change`."""
     check_operand("q", q, ("batch", "q_heads", "tokens", "head_dim"))
@@ -227,11 +236,13 @@ def check_query_change(q: Array, q_reference: Array) -> None:
     check_same_place("q_reference", q_reference, "q", q)
 
 
+@once_a_form
 def check_row_changes(change: Array) -> None:
     """Check the array of `largest_changes`."""
     check_operand("change", change, ("batch", "tokens"), RANKED)
 
 
+@once_a_form
 def check_states(*states: AttentionState) -> None:
     """Check the arguments of `merge`: one or more states of one shape, dtype and place."""
     if not states:
@@ -250,6 +261,7 @@ def check_state(name: str, state: AttentionState, like: AttentionState) -> None:
     check_same_place(name, state.out, "the first state", like.out)
 
 
+@once_a_form
 def check_cached(cached: AttentionState, q: Array) -> None:
     """Raise unless ``cached`` is a state of queries like ``q``."""
     if not isinstance(cached, AttentionState):
@@ -259,6 +271,7 @@ def check_cached(cached: AttentionState, q: Array) -> None:
     check_same_place("cached", cached.out, "q", q)
 
 
+@once_a_form
 def check_reuse(active: Array, fresh: AttentionState, cached: AttentionState) -> None:
     """Check the arguments of `reuse`."""
     check_state("fresh", fresh, fresh)
@@ -266,6 +279,7 @@ def check_reuse(active: Array, fresh: AttentionState, cached: AttentionState) ->
     check_active(active, fresh.out)
 
 
+@once_a_form
 def check_block(q: Array, k: Array, v: Array, context: Context) -> None:
     """Raise unless the block's q, k and v fit each other and the context.
 
@@ -286,6 +300,7 @@ def check_block(q: Array, k: Array, v: Array, context: Context) -> None:
         check_same_place(name, array, "q", q)
 
 
+@once_a_form
 def check_whole_sequence(q: Array, context: Context) -> None:
     """Raise unless queries of a whole sequence fit its context."""
     check_context(context)
@@ -303,6 +318,7 @@ def check_rows_are_tokens(q: Array, context: Context) -> None:
         )
 
 
+@once_a_form
 def check_rows(name: str, rows: Array, q: Array) -> None:
     """Raise unless ``rows`` is bool ``(batch, tokens)`` of the queries."""
     check_array(name, rows, (q.shape[0], q.shape[2]), ("bool", "bool_"))

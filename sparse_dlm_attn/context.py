@@ -18,6 +18,7 @@ from sparse_dlm_attn.arrays import (
     to_numpy,
 )
 from sparse_dlm_attn.errors import InvalidArgumentError, InvalidTypeError
+from sparse_dlm_attn.forms import with_one_form
 from sparse_dlm_attn.runs import check_valid, shifted_pages
 from sparse_dlm_attn.values import (
     PageBounds,
@@ -34,6 +35,7 @@ __all__ = ["GENERATED", "PROMPT", "SUFFIX", "Context"]
 SEGMENTS = PROMPT, GENERATED, SUFFIX = 0, 1, 2
 
 
+@with_one_form
 @dataclass(frozen=True, eq=False)
 class Context:
     """Pages of keys and values, in reading order, behind a page table (clause CONTEXT-1).

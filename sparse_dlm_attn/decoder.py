@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -31,13 +32,14 @@ class DecoderPass:
 
     Attributes
     ----------
-    info : PassInfo
+    decoder, info
         As given.
     """
 
     def __init__(self, decoder: Decoder, info: PassInfo) -> None:
-        self._decoder = decoder
+        self.decoder = decoder
         self._ran: set[int] = set()
+        self._read: Callable[[], tuple[Traffic, ...]] | None = None
         self.info = info
 
     def __repr__(self) -> str:
@@ -78,32 +80,56 @@ class DecoderPass:
         InvalidArgumentError, InvalidTypeError, UnsupportedError, StaleMemoryError
             As :class:`PrefixAttention` does; the decoder is unchanged then.
         """
-        out = self._decoder._attend(self, layer, q, k, v, context, scale)
+        out = self.decoder._attend(self, layer, q, k, v, context, scale)
         self._ran.add(layer)
         return out
 
     @property
     def missing(self) -> tuple[int, ...]:
         """Layers that have not run in this pass."""
-        return tuple(layer for layer in range(self._decoder.layers) if layer not in self._ran)
+        return tuple(layer for layer in range(self.decoder.layers) if layer not in self._ran)
 
     @property
     def traffic(self) -> tuple[Traffic, ...]:
         """What each layer read, once all have run and while the block lasts."""
-        memories = self._decoder.memories
-        if self._decoder.current is not self or self.missing:
+        if self.decoder.current is not self or self.missing:
             raise CallOrderError(
                 "traffic", "is known when all layers of the pass have run, until the next pass starts",
                 f"layers {list(self.missing)} missing" if self.missing else "the pass is over",
                 "Look at it before next_pass() and finish_block().",
             )
-        return tuple(memory.traffic for memory in memories if memory is not None)
+        if self._read is not None:
+            return self._read()
+        return tuple(memory.traffic for memory in self.decoder.memories if memory is not None)
+
+    def replayed(
+        self, memories: Sequence[LayerMemory | None], traffic: Callable[[], tuple[Traffic, ...]]
+    ) -> None:
+        """Take note that all layers have run without a call: a graph was replayed that had recorded them.
+
+        Parameters
+        ----------
+        memories : sequence of LayerMemory or None
+            What each layer carries to its next pass.
+        traffic : callable
+            Returns what each layer read.
+
+        Raises
+        ------
+        CallOrderError
+            If this pass is over, or some layer has run.
+        """
+        if self.decoder.current is not self or self._ran:
+            raise CallOrderError("replayed()", "must be called once for the pass under way", repr(self),
+                "Call next_pass().")
+        self.decoder.memories = tuple(memories)
+        self._ran, self._read = set(range(self.decoder.layers)), traffic
 
     def computed_tokens(self, batch: int, tokens: int, like: Array) -> Array:
         """Return the rows that the model computes at all, bool ``(batch, tokens)``, beside ``like``."""
         xp = namespace(like)
         rows = xp.ones((batch, tokens), dtype=xp.bool, device=like.device)
-        return self._decoder.attention.policy.computed_tokens(self.info, rows)
+        return self.decoder.attention.policy.computed_tokens(self.info, rows)
 
 
 class Decoder:
@@ -187,6 +213,33 @@ class Decoder:
         """What each layer carries to its next pass; None where there is nothing."""
         return tuple(self._memories)
 
+    @memories.setter
+    def memories(self, memories: Sequence[LayerMemory | None]) -> None:
+        if len(memories) != self.layers:
+            raise InvalidArgumentError(
+                "memories", f"must hold one for each of {self.layers} layers", len(memories)
+            )
+        self._memories = list(memories)
+
+    def recorded_pass(self, memories: Sequence[LayerMemory | None], info: PassInfo) -> DecoderPass:
+        """Return a pass of a copy of this decoder, so that a graph can record it and change nothing here.
+
+        Parameters
+        ----------
+        memories : sequence of LayerMemory or None
+            What the layers begin with.
+        info : PassInfo
+            Place in the denoising, but for the layer.
+
+        Returns
+        -------
+        DecoderPass
+            The pass; its `decoder` holds the memories that it leaves.
+        """
+        other = copy(self)
+        other.memories, other.current = memories, DecoderPass(other, info)
+        return other.current
+
     def start_block(
         self, contexts: Sequence[Context] | None = None, *, total_passes: int | None = None
     ) -> None:
@@ -206,37 +259,44 @@ class Decoder:
         InvalidArgumentError, InvalidTypeError
             If there is not one context for each layer.
         """
+        checked = self.check_start(contexts) or None
+        PassInfo(0, total_passes=total_passes)  # refuses what is no number of passes
+        self._contexts, self._total = checked, total_passes
+        self._running, self._passes = True, 0
+        self.blocks += 1
+
+    def check_start(self, contexts: Sequence[Context] | None) -> tuple[Context, ...]:
+        """Return the contexts of a block that may begin now, none for None; raise as `start_block` does."""
         if self._running:
             raise CallOrderError(
                 "start_block()", "must not be called while a block is under way", repr(self),
                 "Call finish_block() first.",
             )
-        if contexts is not None:
-            try:
-                given = iter(contexts)
-            except TypeError:
-                raise InvalidTypeError(
-                    "contexts", "must be a list of Contexts, one for each layer", type(contexts).__name__,
-                    "Pass [context] * num_layers where layers share one.",
-                ) from None
-            contexts = tuple(given)
-            for context in contexts:
-                if not isinstance(context, Context):
-                    raise InvalidTypeError("contexts", "must hold Contexts", type(context).__name__)
-            if len(contexts) != self.layers:
-                raise InvalidArgumentError(
-                    "contexts", f"must hold one for each of {self.layers} layers", len(contexts)
-                )
-        PassInfo(0, total_passes=total_passes)  # refuses what is no number of passes
-        self._contexts, self._total = contexts, total_passes
-        self._running, self._passes = True, 0
-        self.blocks += 1
+        if contexts is None:
+            return ()
+        try:
+            iterator = iter(contexts)
+        except TypeError:
+            raise InvalidTypeError(
+                "contexts", "must be a list of Contexts, one for each layer", type(contexts).__name__,
+                "Pass [context] * num_layers where layers share one.",
+            ) from None
+        given = tuple(iterator)  # apart: an error of the caller's own generator is not ours
+        for context in given:
+            if not isinstance(context, Context):
+                raise InvalidTypeError("contexts", "must hold Contexts", type(context).__name__)
+        if len(given) != self.layers:
+            raise InvalidArgumentError(
+                "contexts", f"must hold one for each of {self.layers} layers", len(given)
+            )
+        return given
 
     def next_pass(
         self,
         decoded: Array | None = None,
         *,
-        is_save: bool = False,
+        is_save: bool | Array = False,
+        index: Array | None = None,
         window: Array | None = None,
         window_index: int | None = None,
         planned: Array | None = None,
@@ -249,8 +309,12 @@ class Decoder:
         decoded : array, optional
             bool ``(batch, tokens)``: tokens that are no longer masked. What was decoded since the pass
             before follows from it. Some policies ask for it.
-        is_save : bool
-            Whether this is the pass over the finished block that writes its keys and values.
+        is_save : bool or array
+            Whether this is the pass over the finished block that writes its keys and values; bool ``(batch,)``
+            where sequences differ.
+        index : array, optional
+            Integers ``(batch,)``: the pass of each sequence within its block, where sequences stand at
+            different ones; 0 where one begins. Default: passes are counted here, for all of them alike.
         window, window_index, planned, planned_order : array, int, array, array, optional
             As in :class:`PassInfo`.
 
@@ -277,7 +341,7 @@ class Decoder:
                 f"layers {list(self.current.missing)} missing",
                 "Run them, or call finish_block() to give the block up.",
             )
-        info = PassInfo(self._passes, is_save, decoded, total_passes=self._total,
+        info = PassInfo(self._passes if index is None else index, is_save, decoded, total_passes=self._total,
                         window=window, window_index=window_index, planned=planned,
                         planned_order=planned_order, num_layers=self.layers)
         newly = None
@@ -290,6 +354,8 @@ class Decoder:
                 )
             check_same_place("decoded", decoded, "decoded in the pass before", before)
             newly = decoded & ~before
+            if index is not None:  # a sequence that begins had other rows before
+                newly = newly & (info.of_sequences("index", decoded) > 0)[:, None]
         step = DecoderPass(self, replace(info, newly_decoded=newly))
         # A copy: the caller's loop may write into its own array.
         self._decoded = None if decoded is None else copy_of(decoded)
@@ -351,10 +417,8 @@ class Decoder:
     ) -> Array:
         if step is not self.current:
             raise CallOrderError("a pass", "must be the current one", repr(step), "Call next_pass().")
-        check_count("layer", layer, 0)
-        if layer >= self.layers:
-            raise InvalidArgumentError("layer", f"must be less than layers={self.layers}", layer)
-        if layer not in step.missing:
+        info = step.info.at_layer(layer)
+        if layer in step._ran:
             raise CallOrderError(
                 "a pass", "must be called once for each layer", f"layer {layer} again", "Call next_pass()."
             )
@@ -363,6 +427,6 @@ class Decoder:
                 raise InvalidArgumentError("context", "must be given here or to start_block()", "None")
             context = self._contexts[layer]
         out, self._memories[layer] = self.attention(
-            q, k, v, context, self._memories[layer], replace(step.info, layer=layer), scale=scale
+            q, k, v, context, self._memories[layer], info, scale=scale
         )
         return out

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 from sparse_dlm_attn.arrays import (
@@ -20,12 +19,14 @@ from sparse_dlm_attn.capabilities import Problem
 from sparse_dlm_attn.checks import check_block, check_rows, check_rows_are_tokens, check_whole_sequence
 from sparse_dlm_attn.context import Context
 from sparse_dlm_attn.errors import InvalidArgumentError, InvalidTypeError, UnsupportedError
+from sparse_dlm_attn.forms import Forms
 from sparse_dlm_attn.memory import LayerMemory, check_memory
 from sparse_dlm_attn.policy import PassInputs, PrefixAttentionPolicy, certain
 from sparse_dlm_attn.registry import get_backend, get_policy
+from sparse_dlm_attn.rules import RulePolicy
 from sparse_dlm_attn.selection import Selection
 from sparse_dlm_attn.traffic import RecordingOperators, Traffic
-from sparse_dlm_attn.values import AttentionState, PassInfo, softmax_scale
+from sparse_dlm_attn.values import AttentionState, PassInfo, changed, softmax_scale
 
 __all__ = ["PrefixAttention"]
 
@@ -71,13 +72,14 @@ class PrefixAttention:
         if not isinstance(check_contents, bool | None):
             raise InvalidTypeError("check_contents", "must be a bool or None", repr(check_contents))
         self.check_contents = check_contents
+        self._forms = Forms()
         kind = type(self.policy)
         self._computes_all = kind.computed_tokens is PrefixAttentionPolicy.computed_tokens
         self._fused = (
             kind.reuse is PrefixAttentionPolicy.reuse and kind.merge is PrefixAttentionPolicy.merge
         )
         overridden = type(self.backend).attend_ranked is not Backend.attend_ranked
-        self._ranks = self._fused and self._computes_all and overridden
+        self._ranks = isinstance(self.policy, RulePolicy) and self.policy.states_rules and overridden
 
     def __repr__(self) -> str:
         return f"PrefixAttention(policy={self.policy!r}, backend={self.backend.name!r})"
@@ -156,20 +158,21 @@ class PrefixAttention:
             fresh = self.backend.attend_pages(q, context, selection, active, scale=scale)
             state = self.policy.reuse(inputs, active, fresh)
             out = self.policy.merge(inputs, state, self.backend.attend_block(q, k, v, scale=scale))
-        return out, self._memory(replace(inputs, state=state), operators, active, selection)
+        return out, self._memory(changed(inputs, state=state), operators, active, selection)
 
     def _ranked(
         self, inputs: PassInputs[Any], operators: RecordingOperators, k: Array, v: Array
     ) -> tuple[Array, LayerMemory] | None:
-        """Run the pass as one operator, if the policy can say it as a rule (clause RANKED-2)."""
-        ranked = self.policy.ranked_pass(inputs)
+        """Run the pass as one operator, if its rule can be said as one."""
+        assert isinstance(self.policy, RulePolicy)
+        ranked = self.policy.rule(inputs).ranked
         if ranked is None:
             return None
         result = operators.attend_ranked(
             inputs.q, k, v, inputs.context, operators.page_bounds(inputs.context), ranked, inputs.cached,
             scale=inputs.scale,
         )
-        inputs = replace(inputs, state=result.state, kept=result.kept)
+        inputs = changed(inputs, state=result.state, kept=result.kept)
         return result.out, self._memory(inputs, operators, result.active, result.selection)
 
     def _memory(
@@ -213,15 +216,8 @@ class PrefixAttention:
                     "info", "must be given together with memory", "None", "Pass PassInfo(index=...)."
                 )
             info = PassInfo(0)
-        if k is None and v is None:
-            check_whole_sequence(q, context)
-        else:
-            check_block(q, k, v, context)
-        softmax_scale(int(q.shape[3]), scale)
+        self._forms.check(self._check_problem, q, k, v, context, scale)
         _check_info(info, q)
-        reasons = self.backend.why_not(Problem.of(q, context))
-        if reasons:
-            raise UnsupportedError(self.backend.name, reasons)
         read = is_readable(context.page_table) if self.check_contents is None else self.check_contents
         if read:
             context.check_contents()
@@ -230,6 +226,18 @@ class PrefixAttention:
         if memory is not None:
             check_memory(self.policy, q, context, memory, info, read)
         return info
+
+    def _check_problem(
+        self, q: Array, k: Array | None, v: Array | None, context: Context, scale: float | None
+    ) -> None:
+        """Check what depends on forms alone, and ask the backend whether it computes them."""
+        if k is None and v is None:
+            check_whole_sequence(q, context)
+        else:
+            check_block(q, k, v, context)
+        softmax_scale(int(q.shape[3]), scale)
+        if reasons := self.backend.why_not(Problem.of(q, context)):
+            raise UnsupportedError(self.backend.name, reasons)
 
     def _inputs(
         self, q: Array, context: Context, memory: LayerMemory | None, info: PassInfo, scale: float | None,

@@ -16,7 +16,6 @@ from sparse_dlm_attn.arrays import Array, namespace
 from sparse_dlm_attn.backend import Backend
 from sparse_dlm_attn.context import Context
 from sparse_dlm_attn.errors import InvalidArgumentError, InvalidTypeError
-from sparse_dlm_attn.ranked import RankedPass
 from sparse_dlm_attn.selection import Selection
 from sparse_dlm_attn.values import AttentionState, PassInfo, short_repr, take_sequences
 
@@ -178,6 +177,13 @@ class PrefixAttentionPolicy(ABC, Generic[MemoryT]):
     memory_scope: ClassVar[Literal["block", "sequence"]] = "block"
     """Whether memory ends with the block or is carried to the next one."""
 
+    counts_passes: ClassVar[bool] = True
+    """Whether its answers depend on the number of a pass beyond its being the first of a block.
+
+    Passes of a policy that sets it to False look alike to a graph that records one of them: what it decides by is
+    its memory, the save pass, and the contents of arrays. Numbers in its memory have to settle at a value.
+    """
+
     @property
     def mixes_heads(self) -> bool:
         """Whether the pages of one KV head depend on queries or keys of another one's group.
@@ -243,14 +249,6 @@ class PrefixAttentionPolicy(ABC, Generic[MemoryT]):
         Law: if every row read all pages in this pass, it equals one softmax over context and block.
         """
         return inputs.ops.merge(context_state, block_state).out
-
-    def ranked_pass(self, inputs: PassInputs[MemoryT]) -> RankedPass | None:
-        """Describe this pass as a rule, if `active_set` and `select_pages` decide by it; else None.
-
-        Law: `Backend.attend_ranked` with what is returned decides what the two methods decide (clause
-        RANKED-2). It is not asked of policies with their own `reuse`, `merge` or `computed_tokens`.
-        """
-        return None
 
     def remember(
         self, inputs: PassInputs[MemoryT], active: Array, selection: Selection

@@ -1,8 +1,7 @@
 """A pass whose decisions are a rule, as data: what lets a backend compute it in a few launches.
 
-A policy's methods say what a pass decides, in operators. Where that is the rule of this module, the policy
-may say so (`PrefixAttentionPolicy.ranked_pass`), and a backend may then run the pass as one operator,
-:meth:`sparse_dlm_attn.Backend.attend_ranked`. The operators remain the definition (clause RANKED-1).
+A policy that states its decisions as a rule (`sparse_dlm_attn.rules.RulePolicy`) lets a backend run a pass as one
+operator, :meth:`sparse_dlm_attn.Backend.attend_ranked`. The operators remain the definition (clause RANKED-1).
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from sparse_dlm_attn.arrays import Array, copy_of, namespace, shape_of
 from sparse_dlm_attn.checks import check_block, check_cached, check_page_scores, check_query_change
 from sparse_dlm_attn.context import Context
 from sparse_dlm_attn.errors import InvalidArgumentError, InvalidTypeError
+from sparse_dlm_attn.forms import once_a_form
 from sparse_dlm_attn.operators import check_change_rule
 from sparse_dlm_attn.selection import Selection
 from sparse_dlm_attn.values import (
@@ -118,6 +118,7 @@ class RankedResult:
     __repr__ = short_repr
 
 
+@once_a_form
 def check_ranked_pass(
     q: Array, k: Array, v: Array, context: Context, bounds: PageBounds, ranked: RankedPass,
     cached: AttentionState | None, scale: float | None,
@@ -178,23 +179,23 @@ def united(own: Array, kv_heads: int, union: Union) -> Selection:
     return Selection(mask, max(tokens, 1))
 
 
-def kept_queries(q: Array, active: Array, ranked: RankedPass) -> Array | None:
-    """Return the queries that a rule keeps for the next pass: a copy, since the caller may write into ``q``.
+def kept_queries(q: Array, active: Array, keep: Keep, reference: Array | None) -> Array | None:
+    """Return the queries kept for the next pass: a copy, since the caller may write into ``q``.
 
     Parameters
     ----------
-    q : array
-        ``(batch, q_heads, tokens, head_dim)``.
+    q, reference : array
+        ``(batch, q_heads, tokens, head_dim)``: of this pass, and what inactive rows keep.
     active : array
         bool ``(batch, tokens)``.
-    ranked : RankedPass
-        The rule.
+    keep : {"nothing", "queries", "active_queries"}
+        See `RankedPass`.
     """
-    if ranked.keep == "nothing":
+    if keep == "nothing":
         return None
-    if ranked.keep == "queries" or ranked.reference is None:
+    if keep == "queries" or reference is None:
         return copy_of(q)
-    return namespace(q).where(active[:, None, :, None], q, ranked.reference)
+    return namespace(q).where(active[:, None, :, None], q, reference)
 
 
 def attend_ranked(
@@ -218,4 +219,4 @@ def attend_ranked(
     )
     selection = united(own & rows, context.kv_heads, ranked.union)
     out, state = ops.attend(q, k, v, context, selection, active, cached, scale=scale)
-    return RankedResult(out, state, active, selection, kept_queries(q, active, ranked))
+    return RankedResult(out, state, active, selection, kept_queries(q, active, ranked.keep, ranked.reference))

@@ -11,7 +11,7 @@ import operator
 import reprlib
 from dataclasses import dataclass, fields, is_dataclass, replace
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -26,11 +26,13 @@ from sparse_dlm_attn.arrays import (
     to_numpy,
 )
 from sparse_dlm_attn.errors import InvalidArgumentError, InvalidTypeError
+from sparse_dlm_attn.forms import once_a_form
 
 __all__ = [
     "AttentionState",
     "PageBounds",
     "PassInfo",
+    "changed",
     "check_array",
     "check_int",
     "check_same_place",
@@ -39,6 +41,8 @@ __all__ = [
     "softmax_scale",
     "take_sequences",
 ]
+
+T = TypeVar("T")
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 INTEGERS = ("int8", "int16", "int32", "int64")
@@ -187,6 +191,13 @@ def softmax_scale(head_dim: int, scale: float | None) -> float:
     return number
 
 
+def changed(value: T, **parts: Any) -> T:
+    """Return a copy of a frozen value with other parts, which need no check."""
+    copy = object.__new__(type(value))
+    vars(copy).update(vars(value), **parts)
+    return copy
+
+
 class _ShortRepr(reprlib.Repr):
     """Shows an array by dtype, shape and device, and what is unknown or lies too deep by its type."""
 
@@ -228,6 +239,13 @@ def short_repr(value: object) -> str:
     return _SHORT_REPR.repr(value)
 
 
+@once_a_form
+def _check_state(out: Array, lse: Array) -> None:
+    check_array("out", out, ("batch", "q_heads", "tokens", "head_dim"))
+    check_array("lse", lse, shape_of(out)[:3], ("float32",))
+    check_same_place("lse", lse, "out", out)
+
+
 @dataclass(frozen=True, eq=False)
 class AttentionState:
     """Softmax attention over one set of keys, in a form that can be merged (clause STATE-1).
@@ -247,9 +265,7 @@ class AttentionState:
     __repr__ = short_repr
 
     def __post_init__(self) -> None:
-        check_array("out", self.out, ("batch", "q_heads", "tokens", "head_dim"))
-        check_array("lse", self.lse, shape_of(self.out)[:3], ("float32",))
-        check_same_place("lse", self.lse, "out", self.out)
+        _check_state(self.out, self.lse)
 
     @classmethod
     def empty_like(cls, q: Array) -> AttentionState:
@@ -354,6 +370,12 @@ class PassInfo:
     def pass_in_window(self) -> int | Array:
         """``window_index``, or ``index`` where the block is one window."""
         return self.index if self.window_index is None else self.window_index
+
+    def at_layer(self, layer: int) -> PassInfo:
+        """Return the same pass in another layer."""
+        if not 0 <= check_int("layer", layer) < self.num_layers:
+            raise InvalidArgumentError("layer", f"must be less than the model's {self.num_layers} layers", layer)
+        return changed(self, layer=layer)
 
     def of_sequences(self, name: str, like: Array) -> Array:
         """Return ``index``, ``window_index`` or ``is_save`` as an array ``(batch,)`` beside ``like``."""

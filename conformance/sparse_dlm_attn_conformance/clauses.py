@@ -42,7 +42,6 @@ CLAUSES: dict[str, str] = {
     "ATTEND-4": "attend = merge(reuse(active, attend_pages, cached), attend_block)",
     "ATTEND-5": "a superset of pages never lowers the lse",
     "RANKED-1": "attend_ranked decides and computes what the operators do, one after the other",
-    "RANKED-2": "a policy's ranked_pass says what active_set and select_pages decide, and what it keeps",
     "BLOCK-1": "attend_block: dense unmasked softmax over the block's keys",
     "MERGE-1": "merge: state of the union of disjoint key sets, whatever the partition",
     "MERGE-2": "merge is commutative and associative",

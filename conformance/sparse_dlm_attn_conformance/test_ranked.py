@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
-
 import numpy as np
 import pytest
 
 from sparse_dlm_attn import (
     AttentionState,
     PageBounds,
-    PassInputs,
-    PrefixAttentionPolicy,
-    RankedPass,
     RankedResult,
     get_policy,
-    ranked,
 )
 from sparse_dlm_attn_conformance import accuracy
 from sparse_dlm_attn_conformance.cases import Arrays, Case, Host
@@ -27,11 +20,9 @@ from sparse_dlm_attn_conformance.checks import (
     expect_same_bits,
     expect_state,
 )
-from sparse_dlm_attn_conformance.contenders import Contender
-from sparse_dlm_attn_conformance.doubles import Probe, Ranking, Watched
+from sparse_dlm_attn_conformance.doubles import Ranking, Watched
 from sparse_dlm_attn_conformance.episodes import EXACT, Episode, episodes, play
 from sparse_dlm_attn_conformance.laws import law
-from sparse_dlm_attn_conformance.operations import leaves
 from sparse_dlm_attn_conformance.oracle import block_keys, context_keys
 from sparse_dlm_attn_conformance.strategies import cases, ranked_rules
 from sparse_dlm_attn_conformance.subjects import Subject, host
@@ -39,7 +30,7 @@ from sparse_dlm_attn_conformance.tables import HostState, RankedRule
 from sparse_dlm_attn_conformance.test_decisions import ranked as by_change
 from sparse_dlm_attn_conformance.test_decisions import scores_on_host
 from sparse_dlm_attn_conformance.test_pass import cached_state, merged_expectation
-from sparse_dlm_attn_conformance.test_policies import SHARE, loaded, output_budget
+from sparse_dlm_attn_conformance.test_policies import SHARE, output_budget
 
 READ = ("bytes_read", "page_bytes", "tokens_read", "pairs", "density")
 ASKED = ("losa:budget=4,active=2", "losa:budget=3,mass=0.5,drift=refresh,pages=own", "quest:budget=4")
@@ -130,6 +121,15 @@ def expect_decided(result: RankedResult, arrays: Arrays, rule: RankedRule) -> No
 def test_a_rule_decides_what_the_operators_decide(subject: Subject, case: Case, rule: RankedRule) -> None:
     arrays = case.arrays(subject.dtype)
     expect_decided(run(subject, arrays, rule), arrays, rule)
+
+
+@pytest.mark.clause("RANKED-1")
+@law(case=cases(regimes=("dyadic",), groups=(2, 4), min_pages=3, blocks=(1, 2)), share=0.5)
+def test_heads_of_a_group_share_pages_where_the_rule_says_so(subject: Subject, case: Case) -> None:
+    arrays = case.arrays(subject.dtype)
+    for union in ("kv_head", "query_head", "row"):
+        rule = RankedRule("all", pages=1, union=union)
+        expect_decided(run(subject, arrays, rule), arrays, rule)
 
 
 @pytest.mark.clause("RANKED-1", "TOP-4", "CHANGE-2", "CHANGE-3")
@@ -245,48 +245,3 @@ def test_the_driver_asks_for_ranked_passes_and_counts_the_same(
             expect_same_bits(
                 host(getattr(read, name)), host(getattr(wanted, name)), f"traffic.{name} {where}", "DENSITY-2"
             )
-
-
-@pytest.mark.clause("RANKED-2")
-@law(episode=episodes(max_passes=5, page_sizes=(2, 4, 5, 16), sparse_pages=True), share=2 * SHARE)
-def test_the_rule_of_a_policy_is_what_it_decides(
-    subject: Subject, policy: Contender, episode: Episode
-) -> None:
-    inner, case = loaded(policy), episode.case
-    for name in ("reuse", "merge", "computed_tokens"):
-        if getattr(type(inner), name) is not getattr(PrefixAttentionPolicy, name):
-            pytest.skip(f"a policy with its own {name} is not asked for a rule")
-    block = subject.floats(np.zeros((case.batch, case.kv_heads, case.tokens, case.head_dim)))
-
-    def check(
-        inner: PrefixAttentionPolicy[Any], question: str, inputs: PassInputs[Any], *answer: Any
-    ) -> None:
-        rule = inner.ranked_pass(inputs) if question == "select_pages" else None
-        if rule is None:
-            return
-        expect(
-            isinstance(rule, RankedPass),
-            "RANKED-2",
-            f"ranked_pass() must return a RankedPass or None; got {type(rule).__qualname__}",
-        )
-        active, selection = answer
-        # The definition, on operators that have laws of their own: only the rule is in question here.
-        result = ranked.attend_ranked(
-            subject.backend, inputs.q, block, block, inputs.context, inputs.ops.page_bounds(inputs.context),
-            rule, inputs.cached, inputs.scale,
-        )  # fmt: skip
-        expect_same_bits(host(result.active), host(active), "active rows of ranked_pass()", "RANKED-2")
-        arrays = case.arrays(subject.dtype)
-        got_pages, want_pages = (
-            arrays.but(mask=host(part.mask), span=part.span, active=host(active)).rows()
-            for part in (result.selection, selection)
-        )
-        expect_same_bits(got_pages, want_pages, "pages of ranked_pass()", "RANKED-2")
-        inputs = replace(inputs, state=result.state)
-        want = leaves(inner.remember(inputs, active, selection))
-        got = leaves(inner.remember(replace(inputs, kept=result.kept), active, selection))
-        expect(got.keys() == want.keys(), "RANKED-2", "remember() must hold the same with and without kept")
-        for name, value in want.items():
-            expect_same_bits(got[name], value, f"memory{name} from what a ranked pass kept", "RANKED-2")
-
-    play(subject, Probe(inner, check), episode)

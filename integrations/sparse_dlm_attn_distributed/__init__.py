@@ -15,6 +15,5 @@ except ImportError as error:
 from sparse_dlm_attn_distributed.attention import DistributedAttention
 from sparse_dlm_attn_distributed.backend import DistributedBackend
 from sparse_dlm_attn_distributed.context import ShardedBounds, ShardedContext
-from sparse_dlm_attn_distributed.watch import RankError
 
-__all__ = ["DistributedAttention", "DistributedBackend", "RankError", "ShardedBounds", "ShardedContext"]
+__all__ = ["DistributedAttention", "DistributedBackend", "ShardedBounds", "ShardedContext"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar, cast
 
@@ -18,50 +19,41 @@ from sparse_dlm_attn import (
     InvalidTypeError,
     PageBounds,
     Problem,
-    RankedPass,
-    RankedResult,
     Selection,
     get_backend,
 )
 from sparse_dlm_attn.arrays import compute_dtype
-from sparse_dlm_attn.checks import (
-    check_attend_block,
-    check_attend_pages,
-    check_cached,
-    check_page_scores,
-    check_pooled_scores,
-    check_query_change,
-    check_top_pages,
-)
-from sparse_dlm_attn.ranked import check_ranked_pass
-from sparse_dlm_attn.values import check_int, softmax_scale
-from sparse_dlm_attn_distributed import ranked, ranking
+from sparse_dlm_attn.checks import check_attend_block, check_cached, check_pooled_scores, check_query_change
 from sparse_dlm_attn_distributed.context import ShardedBounds, ShardedContext
-from sparse_dlm_attn_distributed.exchange import Way
-from sparse_dlm_attn_distributed.launches import Block
-from sparse_dlm_attn_distributed.mesh import join
+from sparse_dlm_attn_distributed.merging import finish, packed
+from sparse_dlm_attn_distributed.mesh import agree, dimensions
 
 __all__ = ["DistributedBackend"]
+
+# The new name of a function whose old one warns.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class DistributedBackend(Backend):
     """The operators over a context whose pages are spread over the ranks of a mesh.
 
     Every rank calls the same operators with the same block; each brings the `ShardedContext` of its own
-    pages. Decisions and outputs come out alike on every rank. What goes over the network does not grow
-    with the context, but for the candidates of `top_pages`:
+    pages. Keys and values stay where they are. Bounds and masses of pages are brought together where they
+    are made, so every rank decides about all pages by the operators of one device, and `attend` merges the
+    ranks' attention states:
 
     ====================  ===================================================================
-    `attend_pages`,       one gather of the states of the ranks: ``out`` in the dtype of the
-    `attend`              block and ``lse`` in float32, whatever the context
-    `top_pages`           one gather of 8 bytes a row and candidate; or, where that is less,
-                          one maximum over 4 bytes a row and page
-    `pooled_scores`       nothing where ``lse`` is given, else one gather as of `attend_pages`
-    `complete_scores`     one maximum over 4 bytes a row and page
-    `query_change`        4 bytes a row, over the ranks of other heads only
+    `attend`,             one all-gather of states: ``out`` in the dtype of the block and
+    `attend_pages`        ``lse`` in float32, whatever the context
+    `page_bounds`,        one all-reduce of two vectors a page and KV head: once a block, or
+    `extend_bounds`       for the pages written to, or never where the owner keeps the bounds
+    `pooled_scores`       one all-reduce of 4 bytes a span, query head and page; without
+                          ``lse`` an `attend_pages` besides
+    `query_change`        one all-reduce of 4 bytes a row, over the ranks of other heads only
     ====================  ===================================================================
 
     The block itself is on every rank and counted once, after the states of the context are merged.
+    Time limits are those of the mesh's process groups.
 
     Parameters
     ----------
@@ -72,74 +64,55 @@ class DistributedBackend(Backend):
         "context", KV heads (and their query heads) over the other one, in the way of tensor parallelism.
     context_dim, heads_dim : str, optional
         Names of these dimensions, if they are others.
-    candidates : int, optional
-        Most pages that a row may choose, so that the size of the exchange is known without asking the
-        device. Default: read from the counts, which makes the host wait once a ranking on a GPU and
-        cannot be captured in a CUDA graph. A row that wants more is an error.
-    timeout : float
-        Seconds to wait for another rank before `RankError` is raised.
-    check : bool, optional
-        Compare operator and shapes over the ranks before each exchange, at the price of another small
-        one, for which the host waits. Default: where tensors lie in host memory.
-    exchange : {"auto", "collective", "symmetric"}
-        What ranks exchange through: collectives of `torch.distributed`, or symmetric memory of the GPUs of
-        one host, in which kernels write to each other. "auto" takes symmetric memory where all ranks can,
-        and `exchange` tells what it took.
 
     Raises
     ------
     InvalidArgumentError, InvalidTypeError
         If the mesh does not serve, or ranks ask for different things.
     UnavailableError
-        If `torch.distributed` is not set up, or ``exchange="symmetric"`` and some rank cannot.
-    RankError
-        If a rank does not come.
+        If `torch.distributed` is not set up.
     """
 
     name: ClassVar[str] = "distributed"
 
     def __init__(
-        self, backend: str | Backend, mesh: Any, *, context_dim: str | None = None,
-        heads_dim: str | None = None, candidates: int | None = None, timeout: float = 60.0,
-        check: bool | None = None, exchange: Way = "auto",
+        self, backend: str | Backend, mesh: Any, *, context_dim: str | None = None, heads_dim: str | None = None
     ) -> None:
         self.backend = get_backend(backend)
         if isinstance(self.backend, DistributedBackend):
             raise InvalidTypeError("backend", "must compute on one device", "another DistributedBackend")
         if not isinstance(self.backend.asarray([0.0], dtype="float32"), torch.Tensor):
             raise InvalidTypeError(
-                "backend", "must compute on tensors of PyTorch", repr(self.backend.name),
+                "backend",
+                "must compute on tensors of PyTorch",
+                repr(self.backend.name),
                 "Pass 'torch', or 'triton' on GPUs.",
             )
-        self.candidates = None if candidates is None else check_int("candidates", candidates, 1)
-        self.ranks = join(
-            mesh, self.backend, context_dim=context_dim, heads_dim=heads_dim, timeout=timeout, check=check,
-            way=exchange, told=f"candidates={candidates}, check={check}, exchange={exchange}",
-        )
+        over, heads = dimensions(mesh, self.backend, context_dim, heads_dim)
         self.mesh = mesh
+        self.groups: list[dist.ProcessGroup] = mesh.get_all_groups()
+        """A process group for each dimension of the mesh."""
+        agree(
+            self.groups,
+            "mesh and backend",
+            f"mesh {mesh.mesh.tolist()} with pages over {over!r}, heads over {heads!r}, backend {self.backend.name}",
+            "Give every rank the same mesh, dimensions and backend.",
+        )
+        self.page_group: dist.ProcessGroup = mesh.get_group(over)
+        """Ranks that hold pages of the same heads."""
+        self.head_group: dist.ProcessGroup | None = None if heads is None else mesh.get_group(heads)
+        """Ranks that hold other KV heads of the same pages."""
+        self.sent: Counter[str] = Counter()
+        """Bytes that this rank gave to collectives, by operator."""
 
     def __repr__(self) -> str:
-        shape = "x".join(map(str, self.mesh.shape))
-        return (
-            f"DistributedBackend({self.backend!r}, {shape} ranks, candidates={self.candidates}, "
-            f"exchange={self.exchange!r})"
-        )
-
-    @property
-    def exchange(self) -> str:
-        """What states and candidates go through: "collective" or "symmetric"."""
-        return self.ranks.pages.way
-
-    @property
-    def why_collective(self) -> list[str]:
-        """Why ``exchange="auto"`` did not take symmetric memory; empty if it did, or did not try."""
-        return list(self.ranks.pages.why_collective)
+        return f"DistributedBackend({self.backend!r}, {'x'.join(map(str, self.mesh.shape))} ranks)"
 
     @property
     def capabilities(self) -> Capabilities:
         """Those of the backend on each rank."""
         own = self.backend.capabilities
-        return replace(own, notes=f"over {self.mesh.size()} ranks, {self.exchange} exchange; {own.notes}")
+        return replace(own, notes=f"over {self.mesh.size()} ranks; {own.notes}")
 
     def why_not(self, problem: Problem) -> list[str]:
         """Return every reason of the backend on each rank."""
@@ -147,106 +120,74 @@ class DistributedBackend(Backend):
 
     def asarray(self, values: Any, *, dtype: str | None = None) -> torch.Tensor:
         """Convert host values to tensors of the backend on this rank."""
-        tensor: torch.Tensor = self.backend.asarray(values, dtype=dtype)
-        return tensor
+        return cast("torch.Tensor", self.backend.asarray(values, dtype=dtype))
 
-    def synchronize(self) -> None:
-        """Wait for all work that was given to this rank's GPU, or raise `RankError` in time.
+    def page_bounds(self, context: Context) -> ShardedBounds:
+        """Return the bounds of all pages, on every rank."""
+        bounds = self.backend.page_bounds(self._sharded(context).local)
+        both = torch.stack([bounds.lower, bounds.upper])
+        # All bytes of a page are 0 on the ranks that do not hold it, so their sums are its own bits.
+        self._sum(both.view(torch.uint8), self.page_group, "page_bounds")
+        return ShardedBounds(*both)
 
-        A kernel that waits for another rank would otherwise wait for ever, and the host with it as soon
-        as it looks at a result. On the CPU every operator has done this already.
-        """
-        if not self.ranks.pages.on_host:
-            self.ranks.watch.check()
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
-            self.ranks.watch.wait_for_device(event.query)
-
-    def page_bounds(self, context: Context) -> PageBounds:
-        here = self._sharded(context)
-        bounds = self.backend.page_bounds(here.local)
-        return ShardedBounds(bounds.lower, bounds.upper, here.held)
-
-    def extend_bounds(self, context: Context, bounds: PageBounds, from_page: int) -> PageBounds:
+    def extend_bounds(self, context: Context, bounds: PageBounds, from_page: int) -> ShardedBounds:
         grown = super().extend_bounds(context, bounds, from_page)
-        return ShardedBounds(grown.lower, grown.upper, self._sharded(context).held)
+        return ShardedBounds(grown.lower, grown.upper)
 
-    def page_scores(
-        self, q: torch.Tensor, bounds: PageBounds, *, active: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Return scores of the pages held, -inf for all others: `top_pages` ranks them together."""
-        check_page_scores(q, bounds, active)
-        scores: torch.Tensor = self.backend.page_scores(q, bounds, active=active)
-        if isinstance(bounds, ShardedBounds):
-            return torch.where(bounds.held[:, None, None, :], scores, -math.inf)
-        if self.ranks.pages.size == 1:
-            return scores
-        raise InvalidTypeError(
-            "bounds", "must be ShardedBounds", type(bounds).__name__,
-            "Make them with page_bounds(context) of this backend.",
-        )
+    def page_scores(self, q: torch.Tensor, bounds: PageBounds, *, active: torch.Tensor | None = None) -> torch.Tensor:
+        return cast("torch.Tensor", self.backend.page_scores(q, bounds, active=active))
 
     def pooled_scores(
-        self, q: torch.Tensor, context: Context, *, span: int, scale: float | None = None,
+        self,
+        q: torch.Tensor,
+        context: Context,
+        *,
+        span: int,
+        scale: float | None = None,
         lse: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return masses of the pages held, 0 for all others: `top_pages` ranks them together."""
+        """Return the masses of all pages, on every rank."""
         check_pooled_scores(q, context, span, scale, lse)
         here = self._sharded(context)
-        if lse is None and self.ranks.pages.size > 1:
+        if lse is None and self.page_group.size() > 1:
             rows = torch.ones((q.shape[0], q.shape[2]), dtype=torch.bool, device=q.device)
-            everything = Selection.all_pages(here, q.shape[2])
-            lse = self.attend_pages(q, here, everything, rows, scale=scale).lse
+            lse = self.attend_pages(q, here, Selection.all_pages(here, q.shape[2]), rows, scale=scale).lse
         masses: torch.Tensor = self.backend.pooled_scores(q, here.local, span=span, scale=scale, lse=lse)
-        return masses
+        return self._sum(masses, self.page_group, "pooled_scores")
 
-    def top_pages(
-        self, scores: torch.Tensor, count: int | torch.Tensor, *, eligible: torch.Tensor
-    ) -> torch.Tensor:
-        """Return the mask of the best pages of all ranks, the same on each of them."""
-        check_top_pages(scores, count, eligible)
-        if self.ranks.pages.size == 1:
-            alone: torch.Tensor = self.backend.top_pages(scores, count, eligible=eligible)
-            return alone
-        most = ranking.most_wanted(
-            count, eligible, scores.shape[-1], self.candidates, self.ranks.watch.read
-        )
-        return ranking.top_pages_of_all(self.backend, self.ranks.pages, scores, count, eligible, most)
-
-    def complete_scores(self, scores: torch.Tensor) -> torch.Tensor:
-        """Return every page's score on every rank."""
-        if self.ranks.pages.size == 1:
-            return scores
-        return ranking.largest_on_any_rank(scores, self.ranks.pages, "complete_scores")
+    def top_pages(self, scores: torch.Tensor, count: int | torch.Tensor, *, eligible: torch.Tensor) -> torch.Tensor:
+        return cast("torch.Tensor", self.backend.top_pages(scores, count, eligible=eligible))
 
     def query_change(self, q: torch.Tensor, q_reference: torch.Tensor) -> torch.Tensor:
         """Return the mean over the heads of all ranks."""
-        heads = self.ranks.heads
-        if heads is None or heads.size == 1:
-            change: torch.Tensor = self.backend.query_change(q, q_reference)
-            return change
+        if self.head_group is None or self.head_group.size() == 1:
+            return cast("torch.Tensor", self.backend.query_change(q, q_reference))
         check_query_change(q, q_reference)
         # Sums, not means, so that nothing is rounded before all heads have been added.
         difference = q.to(compute_dtype(q)) - q_reference.to(compute_dtype(q))
-        total = heads.reduce(difference.square().sum((1, 3)), dist.ReduceOp.SUM, "query_change")
-        return (total / (heads.size * q.shape[1] * q.shape[3])).to(torch.float32)
+        total = self._sum(difference.square().sum((1, 3)), self.head_group, "query_change")
+        # A tensor, since PyTorch divides by a plain number as a product with its rounded inverse on a GPU.
+        numbers = total.new_full((), self.head_group.size() * q.shape[1] * q.shape[3])
+        return (total / numbers).to(torch.float32)
 
     def largest_changes(
         self, change: torch.Tensor, *, count: int | None = None, mass: float | None = None
     ) -> torch.Tensor:
-        rows: torch.Tensor = self.backend.largest_changes(change, count=count, mass=mass)
-        return rows
+        return cast("torch.Tensor", self.backend.largest_changes(change, count=count, mass=mass))
 
     def attend_pages(
-        self, q: torch.Tensor, context: Context, selection: Selection, active: torch.Tensor, *,
+        self,
+        q: torch.Tensor,
+        context: Context,
+        selection: Selection,
+        active: torch.Tensor,
+        *,
         scale: float | None = None,
     ) -> AttentionState:
-        check_attend_pages(q, context, selection, active, scale)
-        here = self._sharded(context)
-        part = self.backend.attend_pages(q, here.local, selection, active, scale=scale)
-        if self.ranks.pages.size == 1:
+        part = self.backend.attend_pages(q, self._sharded(context).local, selection, active, scale=scale)
+        if self._alone(q):
             return part
-        return self.ranks.pages.merge(self.backend, part, "attend_pages")[1]
+        return finish(self.backend, self._start_gather(part, "attend_pages")(), q.shape[3])[1]
 
     def attend_block(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None = None
@@ -256,54 +197,56 @@ class DistributedBackend(Backend):
     def merge(self, *states: AttentionState) -> AttentionState:
         return self.backend.merge(*states)
 
-    def reuse(
-        self, active: torch.Tensor, fresh: AttentionState, cached: AttentionState
-    ) -> AttentionState:
+    def reuse(self, active: torch.Tensor, fresh: AttentionState, cached: AttentionState) -> AttentionState:
         return self.backend.reuse(active, fresh, cached)
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: Context, selection: Selection,
-        active: torch.Tensor, cached: AttentionState | None, *, scale: float | None = None,
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        context: Context,
+        selection: Selection,
+        active: torch.Tensor,
+        cached: AttentionState | None,
+        *,
+        scale: float | None = None,
     ) -> tuple[torch.Tensor, AttentionState]:
-        here = self._sharded(context)
-        if self.ranks.pages.size == 1:
-            return self.backend.attend(q, k, v, here.local, selection, active, cached, scale=scale)
-        check_attend_pages(q, context, selection, active, scale)
+        here = self._sharded(context).local
+        if self._alone(q):
+            return self.backend.attend(q, k, v, here, selection, active, cached, scale=scale)
         check_attend_block(q, k, v, scale)
         if cached is not None:
             check_cached(cached, q)
-        part = self.backend.attend_pages(q, here.local, selection, active, scale=scale)
-        out, state = self.ranks.pages.merge(
-            self.backend, part, "attend", active=active, cached=cached,
-            block=Block(q, k, v, softmax_scale(q.shape[3], scale)),
-        )
+        part = self.backend.attend_pages(q, here, selection, active, scale=scale)
+        gathered = self._start_gather(part, "attend")
+        block = self.backend.attend_block(q, k, v, scale=scale)  # while the states are under way
+        out, state = finish(self.backend, gathered(), q.shape[3], active, cached, block)
         return cast("torch.Tensor", out), state
 
-    def attend_ranked(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: Context, bounds: PageBounds,
-        ranked_pass: RankedPass, cached: AttentionState | None, *, scale: float | None = None,
-    ) -> RankedResult:
-        """Decide and run a whole pass by a rule: few launches where mailboxes carry the candidates."""
-        here, pages, rule = self._sharded(context), self.ranks.pages, ranked_pass
-        if pages.size == 1:
-            return self.backend.attend_ranked(q, k, v, here.local, bounds, rule, cached, scale=scale)
-        others = self.ranks.heads is not None and self.ranks.heads.size > 1 and rule.reference is not None
-        boxes = pages.mailboxes
-        if boxes is None or others or not isinstance(bounds, ShardedBounds):
-            return super().attend_ranked(q, k, v, context, bounds, rule, cached, scale=scale)
-        check_ranked_pass(q, k, v, context, bounds, rule, cached, scale)
-        if not ranked.serves(q, here, rule):
-            return super().attend_ranked(q, k, v, context, bounds, rule, cached, scale=scale)
-        pages.announce("top_pages", q, ranked.message_of(q, here, rule)[0])
-        active, mask = ranked.decide(boxes, self.backend, q, here, bounds, rule)
-        selection = Selection(mask, 1 if rule.union == "row" else q.shape[2])
-        out, state = self.attend(q, k, v, context, selection, active, cached, scale=scale)
-        kept = None
-        if rule.keep == "queries" or (rule.keep == "active_queries" and rule.reference is None):
-            kept = q.clone()
-        elif rule.keep == "active_queries" and rule.reference is not None:
-            kept = torch.where(active[:, None, :, None], q, rule.reference)
-        return RankedResult(out, state, active, selection, kept)
+    def _alone(self, q: torch.Tensor) -> bool:
+        """Return whether there is nothing to exchange."""
+        return self.page_group.size() == 1 or 0 in q.shape
+
+    def _start_gather(self, part: AttentionState, what: str) -> Callable[[], torch.Tensor]:
+        """Begin to gather the states of all ranks; the function returned waits for them."""
+        mine = packed(part)
+        self.sent[what] += mine.nbytes
+        everyone = mine.new_empty((self.page_group.size(), *mine.shape))
+        work = _all_gather(everyone.view(-1), mine.view(-1), group=self.page_group, async_op=True)
+
+        def wait() -> torch.Tensor:
+            work.wait()  # on a device the stream waits, not the host
+            return everyone
+
+        return wait
+
+    def _sum(self, own: torch.Tensor, group: dist.ProcessGroup, what: str) -> torch.Tensor:
+        """Add up, in place, what the ranks of a group have."""
+        if group.size() > 1 and own.numel():
+            self.sent[what] += own.nbytes
+            dist.all_reduce(own, group=group)
+        return own
 
     def _sharded(self, context: Context) -> ShardedContext:
         """Return the context as shards; one rank holds all of any context."""
@@ -311,13 +254,20 @@ class DistributedBackend(Backend):
             return context
         if not isinstance(context, Context):
             raise InvalidTypeError("context", "must be a ShardedContext", type(context).__name__)
-        if self.ranks.pages.size > 1:
+        if self.page_group.size() > 1:
             raise InvalidArgumentError(
-                "context", "must be a ShardedContext, which says the pages that this rank holds",
+                "context",
+                "must be a ShardedContext, which says the pages that this rank holds",
                 type(context).__name__,
                 "Make one with ShardedContext(..., held=...); pages held by every rank would count as often.",
             )
         return ShardedContext(
-            context.k_pages, context.v_pages, context.page_table, context.page_lengths,
-            context.page_segments, None, context.version, held=torch.ones_like(context.exists),
+            context.k_pages,
+            context.v_pages,
+            context.page_table,
+            context.page_lengths,
+            context.page_segments,
+            None,
+            context.version,
+            held=torch.ones_like(context.exists),
         )

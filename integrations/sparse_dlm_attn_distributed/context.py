@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import torch
@@ -18,23 +18,16 @@ BOOLS = ("bool", "bool_")
 
 @dataclass(frozen=True, eq=False)
 class ShardedBounds(PageBounds):
-    """Bounds of the pages that this rank holds, 0 for all others.
+    """Bounds of all pages, those of other ranks included, the same on every rank.
+
+    `DistributedBackend.page_bounds` and `extend_bounds` make them. They have a type of their own because
+    bounds of the pages held alone look alike and would lead to other decisions on every rank.
 
     Parameters
     ----------
     lower, upper : array
-        As in :class:`sparse_dlm_attn.PageBounds`, for all pages.
-    held : array
-        bool ``(batch, pages)``: the pages that they describe.
+        As in :class:`sparse_dlm_attn.PageBounds`.
     """
-
-    held: Array = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        batch, _, pages, _ = shape_of(self.lower)
-        check_array("held", self.held, (batch, pages), BOOLS)
-        check_same_place("held", self.held, "lower", self.lower)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,9 +46,6 @@ class ShardedContext(Context):
         As in :class:`sparse_dlm_attn.Context`; ``bounds`` are `ShardedBounds`.
     held : array
         bool ``(batch, pages)``: the pages that this rank holds.
-    held_lengths : array, optional
-        int32 ``(batch, pages)``: ``page_lengths`` where ``held``, else 0, for whoever keeps both up to date.
-        Default: made in every pass, which is one more launch on a GPU.
 
     Examples
     --------
@@ -71,19 +61,17 @@ class ShardedContext(Context):
     """
 
     held: Array = None
-    held_lengths: Array | None = None
-    _of_pages: ClassVar[tuple[str, ...]] = (*Context._of_pages, "held", "held_lengths")
+    _of_pages: ClassVar[tuple[str, ...]] = (*Context._of_pages, "held")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_array("held", self.held, shape_of(self.page_table), BOOLS)
         check_same_place("held", self.held, "k_pages", self.k_pages)
-        if self.held_lengths is not None:
-            check_array("held_lengths", self.held_lengths, shape_of(self.page_table), ("int32",))
-            check_same_place("held_lengths", self.held_lengths, "k_pages", self.k_pages)
         if self.bounds is not None and not isinstance(self.bounds, ShardedBounds):
             raise InvalidTypeError(
-                "bounds", "must be ShardedBounds or None", type(self.bounds).__name__,
+                "bounds",
+                "must be ShardedBounds or None",
+                type(self.bounds).__name__,
                 "Make them with page_bounds(context) of the distributed backend.",
             )
 
@@ -95,18 +83,8 @@ class ShardedContext(Context):
     @property
     def local(self) -> Context:
         """The same context with the pages of other ranks absent."""
-        lengths = self.with_held_lengths().held_lengths
+        lengths = self.page_lengths * self.held
         return Context(self.k_pages, self.v_pages, self.page_table, lengths, version=self.version)
-
-    def with_held_lengths(self) -> ShardedContext:
-        """Return it with lengths of the pages held: itself where they are known.
-
-        They are made anew in each pass, early and once: an engine may write into lengths that a captured
-        graph reads, and kernels that start before the one ahead of them has ended read them first of all.
-        """
-        if self.held_lengths is not None:
-            return self
-        return replace(self, held_lengths=self.page_lengths * self.held)
 
     @classmethod
     def of(cls, context: Context, held: Array) -> ShardedContext:
@@ -128,9 +106,7 @@ class ShardedContext(Context):
             Its pool has one physical page for each page held.
         """
         if isinstance(context, cls) or not isinstance(context.k_pages, torch.Tensor):
-            raise InvalidTypeError(
-                "context", "must be a whole Context of torch.Tensor", type(context).__name__
-            )
+            raise InvalidTypeError("context", "must be a whole Context of torch.Tensor", type(context).__name__)
         check_array("held", held, shape_of(context.page_table), BOOLS)
         wanted = held & context.exists
         physical = context.page_table[wanted].to(torch.int64)

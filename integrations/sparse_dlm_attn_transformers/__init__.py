@@ -19,6 +19,7 @@ except ImportError as error:
 from sparse_dlm_attn_transformers.block_state import PassReport
 from sparse_dlm_attn_transformers.contracts import CONTRACTS, ModuleContract
 from sparse_dlm_attn_transformers.interface import NAME, register
+from sparse_dlm_attn_transformers.paged_cache import PagedCache
 from sparse_dlm_attn_transformers.session import SparseAttention
 
-__all__ = ["CONTRACTS", "NAME", "ModuleContract", "PassReport", "SparseAttention", "register"]
+__all__ = ["CONTRACTS", "NAME", "ModuleContract", "PagedCache", "PassReport", "SparseAttention", "register"]

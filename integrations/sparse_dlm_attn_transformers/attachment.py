@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from sparse_dlm_attn import CallOrderError, InvalidArgumentError
-from sparse_dlm_attn_transformers.caches import cache_argument, cached_layer, check_viewable
+from sparse_dlm_attn_transformers.caches import CachedLayer, cache_argument, cached_layer, check_viewable
 from sparse_dlm_attn_transformers.contracts import CONTRACTS, ModuleContract, arguments_by_name, contract_of
 from sparse_dlm_attn_transformers.interface import NAME, register, sessions
 
 if TYPE_CHECKING:
     from sparse_dlm_attn_transformers.session import SparseAttention
 
-__all__ = ["Attachment", "Scope", "attachment_for"]
+__all__ = ["Attachment", "Scope", "attachment_for", "first_input"]
 
 Scope = Literal["prefix", "sequence"]
 
@@ -85,7 +85,7 @@ class Attachment:
         at = getattr(module, "layer_idx", None)
         return int(getattr(module, "layer_id", 0) if at is None else at)
 
-    def cached(self, module: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def cached(self, module: torch.nn.Module) -> CachedLayer | None:
         """Return a layer's cache where the module's call does not bring it."""
         return None
 
@@ -96,6 +96,14 @@ class Attachment:
     def is_save(self, arguments: dict[str, Any]) -> bool:
         """Return whether the model's own loop says that a pass writes the cache."""
         return False
+
+    def why_no_graphs(self) -> list[str]:
+        """Return every reason against running whole forward passes as CUDA graphs."""
+        return [f"passes of {type(self.model).__name__} are not run as graphs yet"]
+
+    def without_mask(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments of a pass that a graph records; asked where `why_no_graphs` is empty."""
+        return arguments
 
     def begins_block(self, arguments: dict[str, Any]) -> bool:
         """Return whether a pass outside of a block shows that the model's own loop begins one."""
@@ -186,10 +194,10 @@ class DiffusionGemmaAttachment(Attachment):
             for held in model.modules()
             if hasattr(held, "set_attn_implementation") and any(part is root for part in held.modules())
         )
-        self._cached: dict[int, tuple[torch.Tensor, torch.Tensor] | None] = {}
+        self._cached: dict[int, CachedLayer | None] = {}
         self._configs: list[Any] = [self.owner.config, root.config, root.config.text_config]
 
-    def cached(self, module: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def cached(self, module: torch.nn.Module) -> CachedLayer | None:
         """Return what the encoder wrote for this layer; known from the call just before."""
         return self._cached.pop(id(module), None)
 
@@ -239,6 +247,17 @@ class DiffusionGemmaAttachment(Attachment):
         return keys, values
 
 
+def first_input(arguments: dict[str, Any]) -> torch.Tensor:
+    """Return what a forward pass is called with: numbers of tokens or their embeddings, ``(batch, tokens, ...)``."""
+    for name in ("input_ids", "inputs_embeds", "x"):
+        if isinstance(arguments.get(name), torch.Tensor):
+            found: torch.Tensor = arguments[name]
+            return found
+    raise InvalidArgumentError(
+        "cuda_graph", "must be False for a model that is called with neither input_ids nor inputs_embeds", True
+    )
+
+
 def _finishing(generate: Callable[..., Any], session: SparseAttention) -> Callable[..., Any]:
     """Wrap a generation loop, so that its last block ends with it."""
 
@@ -265,6 +284,7 @@ class PatchedAttachment(Attachment):
     ) -> None:
         super().__init__(model, stack, layers)
         self.contract = contract
+        self._no_mask: torch.Tensor | None = None
         self.scope = contract.scope if scope is None else scope
         self.starts_blocks = self.ends_with_save = bool(contract.save_flag) and self.scope == "prefix"
 
@@ -283,11 +303,44 @@ class PatchedAttachment(Attachment):
         """Return whether a pass reads a cache and does not write it, which only passes over a block do."""
         return self.starts_blocks and not self.is_save(arguments) and cache_argument(arguments) is not None
 
+    def why_no_graphs(self) -> list[str]:
+        """Return reasons of models that bring more than a cache, or none."""
+        reasons = []
+        if self.scope == "sequence":
+            reasons.append("blocks that are the whole sequence read which tokens exist on the host in every pass")
+        if self.contract.block_cache or self.contract.own_mask:
+            reasons.append(f"modules of {self.contract.models} read masks and a block cache on the host in every pass")
+        return reasons
+
+    def without_mask(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments of a pass whose layers read no mask, so that the model makes none.
+
+        A mask is as long as the context, and a graph would keep that length.
+        """
+        tokens = first_input(arguments)
+        mask, stock = arguments.get("attention_mask"), type(self.model).__module__.startswith("transformers.models.")
+        if stock:  # takes a mask of four axes as it is
+            if self._no_mask is None:
+                self._no_mask = tokens.new_ones((1, 1, 1, 1), dtype=torch.bool)
+            mask = self._no_mask
+        elif isinstance(mask, torch.Tensor) and mask.ndim > 2:
+            mask = mask[..., :1]
+        else:
+            mask = None
+        return arguments | {"attention_mask": mask}
+
     def _install(self, session: SparseAttention) -> None:
         super()._install(session)
         for module in self.layers:
             name = self.contract.method
             self._replace(module, name, self.contract.patched(session, module, getattr(module, name)))
+        if session.graphs is not None:
+            forward, signature = self.model.forward, inspect.signature(type(self.model).forward)
+
+            def as_graph(*args: Any, **kwargs: Any) -> Any:
+                return session.graphed_pass(forward, arguments_by_name(signature, self.model, args, kwargs))
+
+            self._replace(self.model, "forward", as_graph)
 
 
 def attachment_for(

@@ -11,7 +11,8 @@ import torch
 from sparse_dlm_attn import Context, DecoderPass, InvalidArgumentError, StaleMemoryError, Traffic
 from sparse_dlm_attn.arrays import to_numpy
 from sparse_dlm_attn.runs import largest_page_size
-from sparse_dlm_attn_transformers.caches import cached_layer
+from sparse_dlm_attn_transformers.buffers import Tables, fitting_page_size
+from sparse_dlm_attn_transformers.caches import CachedLayer, cached_layer
 from sparse_dlm_attn_transformers.masks import visible_context, visible_tokens
 
 __all__ = ["BlockState", "LayerState", "PassReport", "in_one_dtype", "pages_of", "whole_block"]
@@ -58,11 +59,11 @@ class PassReport:
 class LayerState:
     """What a layer reads while a block lasts.
 
-    ``keys`` are the cache's own tensor, ``context`` the pages that view it, ``mask`` and ``valid`` what was
+    ``cached`` are the cache's own tensors, ``context`` the pages that view them, ``mask`` and ``valid`` what was
     hidden in the first pass, ``queries`` those of all rows, where a pass computes some of them.
     """
 
-    keys: torch.Tensor
+    cached: CachedLayer
     context: Context
     mask: Any
     valid: HostArray
@@ -77,8 +78,9 @@ class BlockState:
     come, ``running`` the one whose layers run now, ``reportable`` one that is over and not reported yet. Each
     has one entry for all sequences, or one for each where they are whole and of different lengths.
     ``cache`` is set where the model's own loop began the block, which ends with its save pass.
-    ``exists`` tells which tokens of whole sequences exist. ``mask`` is what the running pass was called with,
-    ``masks`` what has been read of it and of others in this pass.
+    ``exists`` tells which tokens of whole sequences exist, ``held`` how many tokens caches hold that count them on
+    a device. ``mask`` is what the running pass was called with, ``masks`` what has been read of it and of others in
+    this pass, ``tables`` those of caches that stay.
     """
 
     total_passes: int | None = None
@@ -88,9 +90,11 @@ class BlockState:
     reportable: tuple[DecoderPass, ...] = ()
     decoded: torch.Tensor | None = None
     exists: HostArray | None = None
+    held: int | None = None
     mask: Any = None
     layers: dict[int, LayerState] = field(default_factory=dict)
     masks: dict[tuple[int, int], tuple[Any, HostArray]] = field(default_factory=dict)
+    tables: Tables = field(default_factory=Tables)
 
     def begin_pass(self, mask: Any) -> None:
         """Let the announced pass run, with the mask that the model is called with."""
@@ -103,14 +107,7 @@ class BlockState:
         return steps
 
     def layer(
-        self,
-        number: int,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        made: Any,
-        q: torch.Tensor,
-        page_size: int,
-        version: int,
+        self, number: int, cached: CachedLayer, made: Any, batch: int, tokens: int, page_size: int, version: int
     ) -> LayerState:
         """Return what a layer reads: viewed in the block's first pass, the same after it.
 
@@ -119,28 +116,50 @@ class BlockState:
         mask, of_module = (self.mask, False) if made is None else (made, True)
         layer = self.layers.get(number)
         if layer is None:
-            if keys.shape[0] != q.shape[0]:
+            if cached.keys.shape[0] != batch:
                 raise InvalidArgumentError(
                     "cache",
-                    f"must hold as many sequences as the block, {q.shape[0]}",
-                    int(keys.shape[0]),
+                    f"must hold as many sequences as the block, {batch}",
+                    int(cached.keys.shape[0]),
                     "Prefill it with the same batch, or call its batch_repeat_interleave().",
                 )
-            valid = self._visible(mask, q, int(keys.shape[2]), of_module)
-            size = largest_page_size(valid, page_size)
-            k, v = in_one_dtype(keys, values)
-            if k.stride() != v.stride():  # old versions of transformers store the first ones as they come
-                k, v = k.contiguous(), v.contiguous()
-            context = Context.from_dense(k, v, size, valid=valid, version=version)
-            self.layers[number] = layer = LayerState(keys, context, mask, valid)
-        elif layer.keys.shape != keys.shape or (keys.numel() and layer.keys.data_ptr() != keys.data_ptr()):
+            valid = self._visible(mask, batch, self._held(cached), tokens, int(cached.keys.shape[2]), of_module)
+            context = self._context(cached, valid, page_size, version)
+            self.layers[number] = layer = LayerState(cached, context, mask, valid)
+        elif layer.cached.moved_to(cached):
             raise StaleMemoryError(
-                f"the cache of layer {number} changed in the middle of a block: {tuple(layer.keys.shape)} "
-                f"became {tuple(keys.shape)} or moved. Call finish_block() before anything is appended."
+                f"the cache of layer {number} changed in the middle of a block: {layer.cached!r} became {cached!r} or "
+                "moved. Call finish_block() before anything is appended."
             )
         elif mask is not layer.mask:
-            self._check_same_mask(layer, mask, q, of_module)
+            self.check_same_mask(layer, mask, batch, tokens, of_module)
         return layer
+
+    def check_room(self, tokens: int) -> None:
+        """Raise unless all layers have room for more tokens, which a graph would write without asking."""
+        for layer in self.layers.values():
+            needed, room = self._held(layer.cached) + tokens, int(layer.cached.keys.shape[2])
+            if needed > room:
+                raise InvalidArgumentError(
+                    "cache", f"must have room for {needed} tokens", f"{room}", "Make it for more tokens."
+                )
+
+    def _held(self, cached: CachedLayer) -> int:
+        """Return how many tokens a layer holds; a number on a device is read once for all layers of a block."""
+        if isinstance(cached.held, int):
+            return cached.held
+        if self.held is None:
+            self.held = int(cached.held)
+        return min(self.held, int(cached.keys.shape[2]))
+
+    def _context(self, cached: CachedLayer, valid: HostArray, page_size: int, version: int) -> Context:
+        k, v = in_one_dtype(cached.keys, cached.values)
+        if cached.stays and k is cached.keys:
+            return self.tables.context(cached, valid, fitting_page_size(cached, valid, page_size), version)
+        k, v = k[:, :, : valid.shape[1]], v[:, :, : valid.shape[1]]
+        if k.stride() != v.stride():  # old versions of transformers store the first ones as they come
+            k, v = k.contiguous(), v.contiguous()
+        return Context.from_dense(k, v, largest_page_size(valid, page_size), valid=valid, version=version)
 
     def existing_tokens(self, q: torch.Tensor) -> HostArray:
         """Return which tokens of whole sequences exist, bool ``(batch, tokens)``."""
@@ -161,7 +180,7 @@ class BlockState:
         self.exists = exists
         return exists
 
-    def _check_same_mask(self, layer: LayerState, mask: Any, q: torch.Tensor, of_module: bool) -> None:
+    def check_same_mask(self, layer: LayerState, mask: Any, batch: int, tokens: int, of_module: bool = False) -> None:
         """Raise if another mask than the first pass's hides other tokens, where that can be seen at no wait.
 
         A mask on a device is read only where the first pass had none.
@@ -169,14 +188,17 @@ class BlockState:
         on_device = isinstance(mask, torch.Tensor) and mask.device.type != "cpu"
         if on_device and layer.mask is not None:
             return
-        if not np.array_equal(self._visible(mask, q, int(layer.keys.shape[2]), of_module), layer.valid):
+        room = int(layer.cached.keys.shape[2])
+        if not np.array_equal(self._visible(mask, batch, layer.valid.shape[1], tokens, room, of_module), layer.valid):
             raise _changed_mask("cache")
 
-    def _visible(self, mask: Any, q: torch.Tensor, context_tokens: int, of_module: bool) -> HostArray:
+    def _visible(
+        self, mask: Any, batch: int, context_tokens: int, tokens: int, room: int, of_module: bool
+    ) -> HostArray:
         """Read a mask, once for all the layers that share it."""
         key = (id(mask), context_tokens)
         if key not in self.masks:
-            valid = visible_context(mask, int(q.shape[0]), context_tokens, int(q.shape[2]), of_module=of_module)
+            valid = visible_context(mask, batch, context_tokens, tokens, room=room, of_module=of_module)
             self.masks[key] = (mask, valid)  # the mask too, lest another one get its id
         return self.masks[key][1]
 
@@ -222,14 +244,14 @@ def whole_block(
         block_cache.update(k, v, layer_idx)
         layer.queries = q
         return q, k, v
-    if layer.queries is None or layer.queries.shape[2] != held[0].shape[2]:
+    if layer.queries is None or layer.queries.shape[2] != held.keys.shape[2]:
         raise StaleMemoryError(
-            f"the block cache holds {held[0].shape[2]} rows that were not computed in this block of "
+            f"the block cache holds {held.keys.shape[2]} rows that were not computed in this block of "
             "SparseAttention. Start its first pass with an empty block cache."
         )
-    for whole, part in zip(held, (k, v), strict=True):
+    for whole, part in ((held.keys, k), (held.values, v)):
         whole[:, :, rows] = part
     layer.queries = layer.queries.clone()
     layer.queries[:, :, rows] = q
-    k, v = in_one_dtype(*held)
+    k, v = in_one_dtype(held.keys, held.values)
     return layer.queries, k, v

@@ -5,17 +5,22 @@ from __future__ import annotations
 import types
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from sparse_dlm_attn import InvalidArgumentError
+from sparse_dlm_attn_transformers.paged_cache import PagedLayer
 
-__all__ = ["cache_argument", "cached_layer", "check_viewable", "follow_sequences"]
+__all__ = ["CachedLayer", "cache_argument", "cached_layer", "check_viewable", "follow_sequences"]
 
 READABLE = ("DynamicLayer", "DynamicSlidingWindowLayer")
 NAMES = ("cache", "past_key_values", "past_key_value")  # as versions of transformers call it
-RULE = "must be a DynamicCache, whose layers are plain tensors that can be viewed as pages"
+RULE = (
+    "must be a DynamicCache, a PagedCache, or a StaticCache of transformers 5 without sliding layers: those can be "
+    "viewed as pages"
+)
 REMEDY = "Pass DynamicCache(config=model.config), or cache_implementation='dynamic' to generate()."
 SELECTING = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave")
 
@@ -35,8 +40,41 @@ def check_viewable(cache: Any) -> None:
             _check_layer(layer)
 
 
-def cached_layer(cache: Any, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Return keys and values of one layer, ``(batch, kv_heads, tokens, head_dim)``; not a copy.
+@dataclass(frozen=True, eq=False)
+class CachedLayer:
+    """Keys and values of one layer, as they lie in memory.
+
+    Parameters
+    ----------
+    keys, values : torch.Tensor
+        ``(batch, kv_heads, room, head_dim)``.
+    held : int or torch.Tensor
+        Tokens that they hold, from the first slot on; where a cache counts on the device, it is there.
+    stays : bool
+        Whether they stay where they are while tokens are added.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    held: int | torch.Tensor
+    stays: bool
+
+    def __repr__(self) -> str:
+        held = f", {self.held} tokens held" if self.stays and isinstance(self.held, int) else ""
+        return f"{tuple(self.keys.shape)}{held}"
+
+    def moved_to(self, other: CachedLayer) -> bool:
+        """Return whether another one lies elsewhere or holds more; what is counted on a device is not compared."""
+        counted = isinstance(self.held, int) and self.held != other.held
+        return (
+            counted
+            or self.keys.shape != other.keys.shape
+            or (self.keys.numel() > 0 and self.keys.data_ptr() != other.keys.data_ptr())
+        )
+
+
+def cached_layer(cache: Any, layer_idx: int) -> CachedLayer | None:
+    """Return keys and values of one layer; not a copy.
 
     Parameters
     ----------
@@ -47,7 +85,7 @@ def cached_layer(cache: Any, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor
 
     Returns
     -------
-    tuple of torch.Tensor or None
+    CachedLayer or None
         None if it holds no token.
 
     Raises
@@ -65,7 +103,11 @@ def cached_layer(cache: Any, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor
     keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
     if keys is None or values is None or keys.numel() == 0:
         return None
-    return keys, values
+    if isinstance(layer, PagedLayer):
+        return CachedLayer(keys, values, layer.tokens, True) if layer.tokens else None
+    if type(layer).__name__ == "StaticLayer":
+        return CachedLayer(keys, values, layer.cumulative_length, True)
+    return CachedLayer(keys, values, int(keys.shape[2]), False)
 
 
 def follow_sequences(cache: Any, moved: Callable[[torch.Tensor], None]) -> Callable[[], None]:
@@ -99,7 +141,7 @@ class _Following:
             first = cached_layer(cache, 0)
             if first is None:
                 return result
-            change = torch.arange(first[0].shape[0] // int(change)).repeat_interleave(int(change))
+            change = torch.arange(first.keys.shape[0] // int(change)).repeat_interleave(int(change))
         self._moved(torch.as_tensor(change))
         return result
 
@@ -120,7 +162,9 @@ def _layers(cache: Any) -> Any:
 
 
 def _check_layer(layer: Any) -> None:
-    if type(layer).__name__ not in READABLE and not isinstance(layer, types.SimpleNamespace):
+    name = type(layer).__name__
+    readable = name in READABLE or isinstance(layer, types.SimpleNamespace | PagedLayer)
+    if not readable and not (name == "StaticLayer" and hasattr(layer, "cumulative_length")):
         raise InvalidArgumentError("cache", RULE, _described(layer), REMEDY)
 
 

@@ -244,6 +244,8 @@ def arguments_by_name(
     signature: inspect.Signature, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     """Return a call's arguments by name, lest a cache that is given by position be overlooked."""
+    if not args:  # as most callers do, in every layer
+        return kwargs
     given = dict(signature.bind_partial(module, *args).arguments)
     given.pop(next(iter(signature.parameters)))  # self
     if twice := given.keys() & kwargs.keys():

@@ -28,7 +28,7 @@ def mask_function(*args: Any, **kwargs: Any) -> torch.Tensor | None:
 
 
 def visible_context(
-    mask: object, batch: int, context_tokens: int, tokens: int, *, of_module: bool = False
+    mask: object, batch: int, context_tokens: int, tokens: int, *, room: int | None = None, of_module: bool = False
 ) -> HostArray:
     """Return which tokens of the context a block may read, bool ``(batch, context_tokens)``.
 
@@ -39,10 +39,12 @@ def visible_context(
     mask : torch.Tensor or None
         ``(batch, keys)`` of padding, ``(batch, queries, keys)`` or ``(batch, heads, queries, keys)``; the
         batch may be 1. True, or 1, where a key is seen; or numbers that are added to scores, 0 where it is.
-        ``keys`` are those of the context and of the block behind it, or of the context alone. A str, as some
-        models say "full", hides nothing.
+        ``keys`` are those of the context and of the block behind it, or of the context alone; for ``room`` also
+        slots of the cache, in which the block may lie or not. A str, as some models say "full", hides nothing.
     batch, context_tokens, tokens : int
         Sequences, tokens of the context, tokens of the block.
+    room : int, optional
+        Slots of a cache that stays where it is; default: as many as it holds tokens.
     of_module : bool
         Whether the mask is what a model hands to its attention modules: of two axes, ``(queries, keys)``.
 
@@ -54,8 +56,15 @@ def visible_context(
     """
     if mask is None or isinstance(mask, str):
         return np.ones((batch, context_tokens), dtype=bool)
-    seen = _seen(mask, batch, tokens, (context_tokens, context_tokens + tokens), of_module)
-    of_context, of_block = seen[..., :context_tokens], seen[..., context_tokens:]
+    # Where each form of mask has the block, by its number of keys.
+    after = context_tokens + tokens
+    forms = {context_tokens: slice(0, 0), after: slice(context_tokens, after)}
+    if room is not None and room > context_tokens:
+        forms[room + tokens] = slice(room, room + tokens)
+        if room > after:
+            forms[room] = slice(context_tokens, after)
+    seen = _seen(mask, batch, tokens, (*forms, after), of_module)
+    of_context, of_block = seen[..., :context_tokens], seen[..., forms[seen.shape[3]]]
     first = of_context[:, :1, :1]
     same, whole = torch.stack([(of_context == first).all(), of_block.all()]).cpu().tolist()
     if not same:

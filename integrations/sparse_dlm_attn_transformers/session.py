@@ -9,21 +9,33 @@ from typing import Any, Self, get_args
 
 import numpy as np
 import torch
+import transformers
 
 from sparse_dlm_attn import (
     Backend,
     CallOrderError,
     Decoder,
+    DecoderPass,
     InvalidArgumentError,
     InvalidTypeError,
     PrefixAttentionPolicy,
+    UnsupportedError,
 )
-from sparse_dlm_attn.policy import check_choice, check_count
-from sparse_dlm_attn_transformers.attachment import Attachment, Scope, attachment_for
-from sparse_dlm_attn_transformers.block_state import BlockState, PassReport, in_one_dtype, pages_of, whole_block
-from sparse_dlm_attn_transformers.caches import cache_argument, cached_layer, follow_sequences
+from sparse_dlm_attn.policy import check_choice, check_count, check_flag
+from sparse_dlm_attn_cuda_graphs import CapturedPasses
+from sparse_dlm_attn_transformers.attachment import Attachment, Scope, attachment_for, first_input
+from sparse_dlm_attn_transformers.block_state import (
+    BlockState,
+    PassReport,
+    autocasts,
+    in_one_dtype,
+    pages_of,
+    whole_block,
+)
+from sparse_dlm_attn_transformers.caches import CachedLayer, cache_argument, cached_layer, follow_sequences
 from sparse_dlm_attn_transformers.contracts import ModuleContract
 from sparse_dlm_attn_transformers.interface import sessions
+from sparse_dlm_attn_transformers.paged_cache import PagedCache
 
 __all__ = ["SparseAttention"]
 
@@ -51,16 +63,25 @@ class SparseAttention:
         How attention modules of a class that `CONTRACTS` does not list are built.
     on_pass : callable, optional
         Called with a `PassReport` when a pass is over.
+    cuda_graph : bool
+        Whether whole forward passes within blocks run as CUDA graphs: captured once, and replayed in every block whose
+        cache lies in the same memory, a `PagedCache` or a `StaticCache`. The first pass of a kind runs as it is, the
+        second is captured: a block's first pass, its other ones, the save pass; anew for every eighth that the context
+        grows. Results are the same bits.
 
     Attributes
     ----------
     decoder : Decoder
         The memories, and who says when they end.
+    graphs : CapturedPasses or None
+        With ``cuda_graph``: ``graphs.captures`` counts them.
 
     Raises
     ------
     InvalidArgumentError, InvalidTypeError
         If the model cannot be attached to; it is unchanged then.
+    UnsupportedError
+        If ``cuda_graph`` is set and policy, backend or model rule it out, with every reason.
     UnknownNameError, UnavailableError
         If policy or backend cannot be had.
 
@@ -89,12 +110,14 @@ class SparseAttention:
         scope: Scope | None = None,
         contract: ModuleContract | None = None,
         on_pass: Callable[[PassReport], None] | None = None,
+        cuda_graph: bool = False,
     ) -> None:
         if not isinstance(model, torch.nn.Module):
             raise InvalidTypeError("model", "must be a torch.nn.Module", type(model).__name__, "Pass the loaded model.")
         check_count("page_size", page_size, 1)
         if on_pass is not None and not callable(on_pass):
             raise InvalidTypeError("on_pass", "must be callable or None", type(on_pass).__name__)
+        check_flag("cuda_graph", cuda_graph)
         if scope is not None:
             check_choice("scope", scope, get_args(Scope))
         if not isinstance(contract, ModuleContract | None):
@@ -115,7 +138,20 @@ class SparseAttention:
                 "Pass 'torch', or 'triton' on a GPU.",
             )
         self._state = BlockState()
+        self.graphs = self._graphs() if cuda_graph else None
         self._attachment.attach(self)
+
+    def _graphs(self) -> CapturedPasses:
+        reasons = self._attachment.why_no_graphs()
+        if int(transformers.__version__.split(".")[0]) < 5:
+            reasons.append(f"transformers {transformers.__version__} counts cached tokens on the host; 5 does not")
+        try:
+            graphs = CapturedPasses(self.decoder, self._run_layers)
+        except UnsupportedError as error:
+            reasons += error.reasons
+        if reasons:
+            raise UnsupportedError("cuda_graph=True", reasons)
+        return graphs
 
     def __repr__(self) -> str:
         return f"SparseAttention({self._attachment.description}, {self.decoder!r})"
@@ -352,9 +388,11 @@ class SparseAttention:
             return self._whole_sequences(number, q, k, v, scale)
         layer_idx = self._attachment.layer_idx(module)
         cached = self._attachment.cached(module) if cache is None else cached_layer(cache, layer_idx)
-        keys, values = (k[:, :, :0], v[:, :, :0]) if cached is None else cached
-        self._had_context |= cached is not None
-        layer = state.layer(number, keys, values, mask, q, self.page_size, self.decoder.blocks)
+        if cached is None:
+            cached = CachedLayer(k[:, :, :0], v[:, :, :0], 0, False)
+        else:
+            self._had_context = True
+        layer = state.layer(number, cached, mask, q.shape[0], q.shape[2], self.page_size, version=self.decoder.blocks)
         first = block_start or 0
         rows = slice(first, first + q.shape[2]) if block_cache is not None else slice(None)
         if block_cache is not None:
@@ -405,25 +443,90 @@ class SparseAttention:
     @contextmanager
     def model_pass(self, arguments: dict[str, Any]) -> Iterator[None]:
         """Run a forward pass of the layers; called by the attachment."""
-        cache = cache_argument(arguments)
-        if self._state.cache is not None and cache is not self._state.cache:
-            self.finish_block()  # the model's own loop gave the block up
-        if not self.running:
-            if not self._attachment.begins_block(arguments):
-                self.prefill(cache)
-                yield
-                return
-            self._begin(cache)
-        self._attachment.check_still_ours()
-        if not self._state.announced:
-            self.next_pass(is_save=self._attachment.is_save(arguments))
-        self._state.begin_pass(self._attachment.mask(arguments))
+        if self._state.running or not self._enter_pass(arguments):  # it runs already where graphs are made
+            yield
+            return
         try:
             yield
         except BaseException:
             self._state.end_pass()
             raise
         self._leave_pass()
+
+    def graphed_pass(self, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        """Run a forward pass of the whole model, within a block as a graph; called by the attachment."""
+        if not self._enter_pass(arguments):
+            return forward(**arguments)
+        graphs, state, cache = self.graphs, self._state, cache_argument(arguments)
+        assert graphs is not None
+        try:
+            tokens = first_input(arguments)
+            if not state.layers:
+                self._use_buffers(cache, *tokens.shape[:2])
+            elif state.mask is not state.layers[0].mask:
+                state.check_same_mask(state.layers[0], state.mask, *tokens.shape[:2])
+            (step,) = state.running
+            if step.info.is_save:
+                state.check_room(int(tokens.shape[1]))
+            before = cache.get_seq_length() if isinstance(cache, PagedCache) else None
+            out = graphs(step, forward, **self._attachment.without_mask(arguments))
+            if step.info.is_save and isinstance(cache, PagedCache) and cache.get_seq_length() == before:
+                cache.advance(tokens.shape[1])  # which the graph has written
+        except BaseException:
+            state.end_pass()
+            raise
+        self._leave_pass()
+        return out
+
+    def _run_layers(self, step: DecoderPass, forward: Callable[..., Any], **arguments: Any) -> Any:
+        """Run the model for a pass, which a graph may record."""
+        running, self._state.running = self._state.running, (step,)
+        try:
+            return forward(**arguments)
+        finally:
+            self._state.running = running
+
+    def _use_buffers(self, cache: Any, batch: int, tokens: int) -> None:
+        """View what all layers read, before the first of them runs."""
+        graphs, state, layers = self.graphs, self._state, self._attachment.layers
+        assert graphs is not None
+        for number, module in enumerate(layers):
+            cached = cached_layer(cache, self._attachment.layer_idx(module))
+            if cached is None or not cached.stays:
+                raise InvalidArgumentError(
+                    "cache",
+                    "must be a PagedCache or a StaticCache that holds the prompt, as graphs read it where it lies",
+                    "an empty one" if cached is None else f"a {type(cache).__name__}",
+                    "Prefill with past_key_values=PagedCache(model.config, batch, tokens).",
+                )
+            if autocasts(cached.keys):
+                raise InvalidArgumentError(
+                    "cuda_graph",
+                    "must be False under torch.autocast",
+                    True,
+                    "Load the model in the dtype it shall have.",
+                )
+            state.layer(number, cached, None, batch, tokens, self.page_size, version=0)
+        self._had_context = True
+        fixed = graphs.use_contexts([state.layers[number].context for number in range(len(layers))])
+        for number, context in enumerate(fixed):
+            state.layers[number].context = context
+
+    def _enter_pass(self, arguments: dict[str, Any]) -> bool:
+        """Begin a pass, and its block where the model's own loop shows it; return whether there is one."""
+        cache = cache_argument(arguments)
+        if self._state.cache is not None and cache is not self._state.cache:
+            self.finish_block()  # the model's own loop gave the block up
+        if not self.running:
+            if not self._attachment.begins_block(arguments):
+                self.prefill(cache)
+                return False
+            self._begin(cache)
+        self._attachment.check_still_ours()
+        if not self._state.announced:
+            self.next_pass(is_save=self._attachment.is_save(arguments))
+        self._state.begin_pass(self._attachment.mask(arguments))
+        return True
 
     def prefill(self, cache: Any) -> None:
         """Take note of a forward pass outside of blocks; called by the attachment."""

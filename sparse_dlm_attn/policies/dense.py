@@ -17,6 +17,7 @@ class Dense(PrefixAttentionPolicy[None]):
     """Read everything, always: exact attention, as SDAR and TraDo compute it."""
 
     name: ClassVar[str] = "dense"
+    counts_passes: ClassVar[bool] = False
 
     def select_pages(self, inputs: PassInputs[None], active: Array) -> Selection:
         """Select every page that exists."""

@@ -41,6 +41,7 @@ class FastDLLM(PrefixAttentionPolicy[None]):
     """
 
     name: ClassVar[str] = "fast-dllm"
+    counts_passes: ClassVar[bool] = False
 
     mode: Mode = field(
         default="dual",

@@ -50,6 +50,7 @@ class FlashBlock(PrefixAttentionPolicy[FlashBlockMemory]):
     """
 
     name: ClassVar[str] = "flashblock"
+    counts_passes: ClassVar[bool] = False
 
     limit: int = field(
         default=2,

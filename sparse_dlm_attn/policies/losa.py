@@ -5,27 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, get_args
 
-from sparse_dlm_attn.arrays import Array, copy_of
 from sparse_dlm_attn.policies.page_choice import BoundRanking, FirstPass
 from sparse_dlm_attn.policy import PassInputs, check_choice, check_count, check_fraction, either
-from sparse_dlm_attn.ranked import RankedPass
-from sparse_dlm_attn.selection import Selection
+from sparse_dlm_attn.ranked import Keep
+from sparse_dlm_attn.rules import Rule, RuleMemory
 
-__all__ = ["Losa", "LosaMemory"]
+__all__ = ["Losa"]
 
 Drift = Literal["previous", "refresh"]
 SavePass = Literal["step", "dense", "reuse"]
 
 
-@dataclass(frozen=True, eq=False)
-class LosaMemory:
-    """The queries that the next pass is compared with, ``(batch, q_heads, tokens, head_dim)``."""
-
-    reference: Array
-
-
 @dataclass(frozen=True)
-class Losa(BoundRanking[LosaMemory]):
+class Losa(BoundRanking):
     """Recompute the context part of active rows on their pages; stable rows reuse theirs.
 
     Paper: "LoSA: Locality Aware Sparse Attention for Block-Wise Diffusion Language Models",
@@ -59,27 +51,34 @@ class Losa(BoundRanking[LosaMemory]):
 
     active: int = field(
         default=5,
-        metadata={"help": "Rows recomputed in a pass, at least 0, clamped to the block. 5 is the best "
-                  "of the paper's ablation; 0 never refreshes."},
+        metadata={
+            "help": "Rows recomputed in a pass, at least 0, clamped to the block. 5 is the best "
+            "of the paper's ablation; 0 never refreshes."
+        },
     )
     mass: float | None = field(
         default=None,
-        metadata={"help": "Recompute the fewest rows that hold this share (0..1) of the total change, "
-                  "instead of a number of rows; the paper's figures use 0.5."},
+        metadata={
+            "help": "Recompute the fewest rows that hold this share (0..1) of the total change, "
+            "instead of a number of rows; the paper's figures use 0.5."
+        },
     )
     drift: Drift = field(
         default="previous",
-        metadata={"help": "What change is measured against: the query of the previous pass (paper) or "
-                  "of the row's last refresh."},
+        metadata={
+            "help": "What change is measured against: the query of the previous pass (paper) or "
+            "of the row's last refresh."
+        },
     )
     first_pass: FirstPass = field(
-        default="dense",
-        metadata={"help": "Whether pass 0 reads all pages (dense) or the chosen ones (sparse)."},
+        default="dense", metadata={"help": "Whether pass 0 reads all pages (dense) or the chosen ones (sparse)."}
     )
     save_pass: SavePass = field(
         default="step",
-        metadata={"help": "What the save pass does: an ordinary step, dense for all rows, or reuse "
-                  "without reading the context."},
+        metadata={
+            "help": "What the save pass does: an ordinary step, dense for all rows, or reuse "
+            "without reading the context."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -90,70 +89,20 @@ class Losa(BoundRanking[LosaMemory]):
         check_choice("drift", self.drift, get_args(Drift))
         check_choice("save_pass", self.save_pass, get_args(SavePass))
 
-    def active_set(self, inputs: PassInputs[LosaMemory]) -> Array:
-        """Return the rows that changed most; all rows in pass 0, dense layers and dense save passes."""
-        starts = either(self.in_dense_layer(inputs), inputs.restarts)
-        if self.save_pass == "dense":
-            starts = either(starts, inputs.saves())
-        return inputs.rows_where(starts, inputs.all_rows, lambda: self._changed_rows(inputs))
-
-    def select_pages(self, inputs: PassInputs[LosaMemory], active: Array) -> Selection:
-        """Select the union of the active rows' best pages."""
-        dense = self.reads_everything(inputs)
+    def rule(self, inputs: PassInputs[RuleMemory]) -> Rule:
+        """Return the rule of a pass: all rows in pass 0, dense layers and dense save passes, else those that moved."""
+        dense = self.in_dense_layer(inputs)
         if self.save_pass == "dense":
             dense = either(dense, inputs.saves())
-
-        def ranked() -> Selection:
-            if self._reads_nothing(inputs):  # known on the host: do not read the bounds either
-                return Selection.no_pages(inputs.context, inputs.tokens)
-            return self.ranked_pages(inputs, active)
-
-        return inputs.dense_where(dense, ranked)
-
-    def remember(
-        self, inputs: PassInputs[LosaMemory], active: Array, selection: Selection
-    ) -> LosaMemory | None:
-        """Keep the queries to compare with; a copy, since the caller may write into ``q``."""
-        if self.in_dense_layer(inputs):
-            return None
-        if inputs.kept is not None:
-            return LosaMemory(inputs.kept)
-        xp = inputs.xp
-        if self.drift == "previous" or inputs.memory is None:
-            return LosaMemory(copy_of(inputs.q))
-        rows = active[:, None, :, None]
-        return LosaMemory(xp.where(rows, inputs.q, inputs.memory.reference))
-
-    def ranked_pass(self, inputs: PassInputs[LosaMemory]) -> RankedPass | None:
-        """Say the same as a rule, for passes after the first that rank pages for some rows."""
-        if inputs.restarts is not False or inputs.memory is None or self._reads_nothing(inputs):
-            return None
-        if self.save_pass != "step" and inputs.saves() is not False:
-            return None
+        memory = inputs.memory
         return self.ranking(
-            inputs, reference=inputs.memory.reference, mass=self.mass,
-            count=None if self.mass is not None else min(self.active, inputs.tokens),
-            keep="queries" if self.drift == "previous" else "active_queries",
-        )
+            inputs, all_rows=either(dense, inputs.restarts), all_pages=dense,
+            no_rows=inputs.saves() if self.save_pass == "reuse" else False,
+            reference=None if memory is None else memory.reference, mass=self.mass,
+            count=None if self.mass is not None else min(self.active, inputs.tokens), keep=self._kept(inputs),
+        )  # fmt: skip
 
-    def _changed_rows(self, inputs: PassInputs[LosaMemory]) -> Array:
-        def largest() -> Array:
-            assert inputs.memory is not None  # a sequence without memory restarts
-            change = inputs.ops.query_change(inputs.q, inputs.memory.reference)
-            if self.mass is not None:
-                return inputs.ops.largest_changes(change, mass=self.mass)
-            return inputs.ops.largest_changes(change, count=min(self.active, inputs.tokens))
-
-        if self._reads_nothing(inputs):  # known on the host: do not measure a change that moves nobody
-            return inputs.no_rows()
-        if self.save_pass == "reuse":
-            return inputs.rows_where(inputs.saves(), inputs.no_rows, largest)
-        return largest()
-
-    def _reads_nothing(self, inputs: PassInputs[LosaMemory]) -> bool:
-        """Return whether no row can be active in this pass, as far as the host knows."""
-        if inputs.restarts is not False:
-            return False
-        if self.save_pass == "reuse" and inputs.saves() is True:
-            return True
-        return self.mass == 0 if self.mass is not None else self.active == 0
+    def _kept(self, inputs: PassInputs[RuleMemory]) -> Keep:
+        if self.in_dense_layer(inputs):
+            return "nothing"
+        return "queries" if self.drift == "previous" or inputs.memory is None else "active_queries"

@@ -43,6 +43,7 @@ class Mage(PrefixAttentionPolicy[MageMemory]):
     """
 
     name: ClassVar[str] = "mage"
+    counts_passes: ClassVar[bool] = False
 
     budget: int = field(
         default=512,

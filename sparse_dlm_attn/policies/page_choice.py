@@ -2,41 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, get_args
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, get_args
 
 from sparse_dlm_attn.arrays import Array, namespace, shape_of
-from sparse_dlm_attn.context import SUFFIX, Context
-from sparse_dlm_attn.policy import (
-    PassInputs,
-    PrefixAttentionPolicy,
-    certain,
-    check_choice,
-    check_count,
-    check_flag,
-    either,
-)
-from sparse_dlm_attn.ranked import RankedPass, affordable_pages, united
-from sparse_dlm_attn.selection import Selection
+from sparse_dlm_attn.context import Context
+from sparse_dlm_attn.policy import PassInputs, certain, check_choice, check_count, check_flag, either
+from sparse_dlm_attn.ranked import affordable_pages
+from sparse_dlm_attn.rules import GroupScores, Rule, RulePolicy
 
-__all__ = [
-    "BoundRanking",
-    "newest_page",
-    "pages_of_budget",
-    "with_page_count",
-]
+__all__ = ["BoundRanking", "pages_of_budget", "with_page_count"]
 
-MemoryT = TypeVar("MemoryT")
 Rounding = Literal["floor", "ceil"]
 PagesRead = Literal["union", "own"]
 UnionOver = Literal["kv_head", "query_head", "layer"]
-GroupScores = Literal["query_head", "mean", "max"]
 FirstPass = Literal["dense", "sparse"]
 
 
-def pages_of_budget(
-    context: Context, budget: int, rounding: Rounding = "floor", minimum: int = 1
-) -> Array:
+def pages_of_budget(context: Context, budget: int, rounding: Rounding = "floor", minimum: int = 1) -> Array:
     """Return how many pages a budget buys in each sequence, int32 ``(batch,)``.
 
     Parameters
@@ -65,14 +48,6 @@ def _bought(context: Context, budget: int, rounding: Rounding, minimum: int) -> 
     return max(whole, minimum)
 
 
-def newest_page(context: Context) -> Array:
-    """Return the last page before the block that holds a token, bool ``(batch, pages)``."""
-    xp = namespace(context.page_lengths)
-    before = context.exists & ~context.in_segment(SUFFIX)
-    counted = xp.cumulative_sum(xp.astype(before, xp.int32), axis=-1)
-    return before & (counted == counted[:, -1:])
-
-
 def with_page_count(mask: Array, pages: int) -> Array:
     """Return a stored mask ``(..., pages)`` at the width of the present context.
 
@@ -88,51 +63,62 @@ def with_page_count(mask: Array, pages: int) -> Array:
 
 
 @dataclass(frozen=True)
-class BoundRanking(PrefixAttentionPolicy[MemoryT]):
+class BoundRanking(RulePolicy):
     """Base of `quest` and `losa`: rank pages by the QUEST bound, for active rows only."""
 
+    counts_passes: ClassVar[bool] = False
     budget: int = field(
         default=256,
-        metadata={"help": "Context tokens that each row and head may choose, at least 1. LoSA reports "
-                  "128 to 1024, QUEST's scripts use 512 to 4096."},
+        metadata={
+            "help": "Context tokens that each row and head may choose, at least 1. LoSA reports "
+            "128 to 1024, QUEST's scripts use 512 to 4096."
+        },
     )
     page_count: Rounding = field(
         default="floor",
-        metadata={"help": "What a fraction of a page in the budget becomes: floor (QUEST; never above "
-                  "the budget) or ceil."},
+        metadata={
+            "help": "What a fraction of a page in the budget becomes: floor (QUEST; never above the budget) or ceil."
+        },
     )
     min_pages: int = field(
         default=1,
-        metadata={"help": "Pages to choose however small the budget, at least 1. QUEST's accuracy code "
-                  "has 3, its kernels none."},
+        metadata={
+            "help": "Pages to choose however small the budget, at least 1. QUEST's accuracy code "
+            "has 3, its kernels none."
+        },
     )
     newest: bool = field(
         default=False,
-        metadata={"help": "Always choose the last page before the block, where there is one, within the "
-                  "budget, as QUEST's kernels do; its accuracy code does not."},
+        metadata={
+            "help": "Always choose the last page before the block, where there is one, within the "
+            "budget, as QUEST's kernels do; its accuracy code does not."
+        },
     )
     dense_layers: int = field(
-        default=0,
-        metadata={"help": "First layers that read everything in every pass. QUEST has 2 of 32."},
+        default=0, metadata={"help": "First layers that read everything in every pass. QUEST has 2 of 32."}
     )
     pages: PagesRead = field(
         default="union",
-        metadata={"help": "Pages a row reads: union of what the block's active rows chose (nothing "
-                  "more is loaded for it), or own."},
+        metadata={
+            "help": "Pages a row reads: union of what the block's active rows chose (nothing "
+            "more is loaded for it), or own."
+        },
     )
     union_over: UnionOver = field(
         default="kv_head",
-        metadata={"help": "Heads that a union covers: kv_head (what a kernel loads), query_head (rows "
-                  "only) or layer (all heads). No effect with pages=own."},
+        metadata={
+            "help": "Heads that a union covers: kv_head (what a kernel loads), query_head (rows "
+            "only) or layer (all heads). No effect with pages=own."
+        },
     )
     group_scores: GroupScores = field(
         default="query_head",
-        metadata={"help": "Who ranks pages: each query_head, or each KV head by the mean or max of its "
-                  "group's scores."},
+        metadata={
+            "help": "Who ranks pages: each query_head, or each KV head by the mean or max of its group's scores."
+        },
     )
     first_pass: FirstPass = field(
-        default="sparse",
-        metadata={"help": "Whether pass 0 reads all pages (dense) or the chosen ones (sparse)."},
+        default="sparse", metadata={"help": "Whether pass 0 reads all pages (dense) or the chosen ones (sparse)."}
     )
 
     def __post_init__(self) -> None:
@@ -150,67 +136,17 @@ class BoundRanking(PrefixAttentionPolicy[MemoryT]):
     def mixes_heads(self) -> bool:
         return self.pages == "union" and self.union_over == "layer"
 
-    def in_dense_layer(self, inputs: PassInputs[MemoryT]) -> bool:
+    def in_dense_layer(self, inputs: PassInputs[Any]) -> bool:
         """Return whether this layer always reads everything, for all rows."""
         return certain(inputs.info.layer < self.dense_layers)
 
-    def reads_everything(self, inputs: PassInputs[MemoryT]) -> bool | Array:
-        """Return whether a sequence reads all pages: in dense layers and, if so set, in pass 0."""
-        if self.first_pass == "dense":
-            return either(self.in_dense_layer(inputs), inputs.restarts)
-        return self.in_dense_layer(inputs)
-
-    def ranked_pages(self, inputs: PassInputs[MemoryT], active: Array) -> Selection:
-        """Return the best pages of the active rows; queries of other rows do not matter."""
-        xp = inputs.xp
-        # The mask comes after the ranking, so an inactive row contributes nothing whatever its query.
-        own = self._own_pages(inputs, active) & active[:, None, :, None]
-        if self.pages == "own":
-            return united(own, inputs.context.kv_heads, "row")
-        if self.union_over == "layer":
-            return Selection(xp.any(own, axis=(1, 2), keepdims=True), inputs.tokens)
-        return united(own, inputs.context.kv_heads, self.union_over)
-
-    def ranking(self, inputs: PassInputs[MemoryT], **rows: Any) -> RankedPass | None:
-        """Return the rule that `ranked_pages` follows, where it can be said as one; else None.
-
-        Parameters
-        ----------
-        inputs : PassInputs
-            The pass.
-        **rows
-            Rule of the active rows, as `RankedPass` takes it.
-        """
-        if self.newest or self.group_scores != "query_head" or self.reads_everything(inputs) is not False:
-            return None
-        union = "row" if self.pages == "own" else self.union_over
-        if union == "layer":
-            return None
+    def ranking(self, inputs: PassInputs[Any], **rows: Any) -> Rule:
+        """Return the rule of a pass that ranks pages; ``rows`` say which rows do, and what is kept."""
         context = inputs.context
         budget = min(self.budget, context.pages * context.page_size)
-        bought = _bought(context, budget, self.page_count, self.min_pages)
-        return RankedPass(budget, bought, union, **rows)
-
-    def _own_pages(self, inputs: PassInputs[MemoryT], active: Array) -> Array:
-        """Choose for every row and ranking head, bool ``(batch, heads, tokens, pages)``."""
-        context, ops = inputs.context, inputs.ops
-        scores = self._scores(inputs, active)
-        count = pages_of_budget(context, self.budget, self.page_count, self.min_pages)
-        # Nothing is eligible for an inactive row, so a backend need not rank its scores either.
-        count, eligible = count[:, None, None], context.exists[:, None, None, :] & active[:, None, :, None]
-        if not self.newest:
-            return ops.top_pages(scores, count, eligible=eligible)
-        forced, xp = newest_page(context)[:, None, None, :], inputs.xp
-        bought = xp.astype(xp.any(forced, axis=-1), count.dtype)  # none where only a suffix exists
-        return ops.top_pages(scores, count - bought, eligible=eligible & ~forced) | forced
-
-    def _scores(self, inputs: PassInputs[MemoryT], active: Array) -> Array:
-        bounds = inputs.ops.page_bounds(inputs.context)
-        scores: Any = inputs.ops.page_scores(inputs.q, bounds, active=active)
-        if self.group_scores == "query_head":
-            return scores
-        xp = inputs.xp
-        batch, _, tokens, pages = shape_of(scores)
-        grouped = xp.reshape(scores, (batch, inputs.context.kv_heads, inputs.group, tokens, pages))
-        # The sum ranks as the mean does, and no division can round two scores into a tie.
-        return xp.max(grouped, axis=2) if self.group_scores == "max" else xp.sum(grouped, axis=2)
+        rule = Rule(
+            budget=budget, pages=_bought(context, budget, self.page_count, self.min_pages), newest=self.newest,
+            union="row" if self.pages == "own" else self.union_over, group_scores=self.group_scores, **rows,
+        )  # fmt: skip
+        dense = either(rule.all_pages, inputs.restarts) if self.first_pass == "dense" else rule.all_pages
+        return replace(rule, all_pages=dense)

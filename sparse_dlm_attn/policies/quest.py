@@ -5,17 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from sparse_dlm_attn.arrays import Array
 from sparse_dlm_attn.policies.page_choice import BoundRanking
 from sparse_dlm_attn.policy import PassInputs
-from sparse_dlm_attn.ranked import RankedPass
-from sparse_dlm_attn.selection import Selection
+from sparse_dlm_attn.rules import Rule, RuleMemory
 
 __all__ = ["Quest"]
 
 
 @dataclass(frozen=True)
-class Quest(BoundRanking[None]):
+class Quest(BoundRanking):
     """Select pages by an upper bound of q.k, anew in every pass, for all rows.
 
     Paper: Tang et al. 2024, "QUEST: Query-Aware Sparsity for Efficient Long-Context LLM Inference",
@@ -43,12 +41,6 @@ class Quest(BoundRanking[None]):
 
     name: ClassVar[str] = "quest"
 
-    def select_pages(self, inputs: PassInputs[None], active: Array) -> Selection:
-        """Select the best pages of each row and head, united as the parameters say."""
-        return inputs.dense_where(
-            self.reads_everything(inputs), lambda: self.ranked_pages(inputs, active)
-        )
-
-    def ranked_pass(self, inputs: PassInputs[None]) -> RankedPass | None:
-        """Say the same as a rule: all rows are active."""
-        return self.ranking(inputs)
+    def rule(self, inputs: PassInputs[RuleMemory]) -> Rule:
+        """Return the rule of a pass: all rows rank pages, outside of dense layers."""
+        return self.ranking(inputs, all_rows=True, all_pages=self.in_dense_layer(inputs))

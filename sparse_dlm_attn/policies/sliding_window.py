@@ -35,6 +35,7 @@ class SlidingWindow(PrefixAttentionPolicy[None]):
     """
 
     name: ClassVar[str] = "sliding-window"
+    counts_passes: ClassVar[bool] = False
 
     window: int = field(
         default=512,

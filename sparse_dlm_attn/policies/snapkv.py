@@ -63,6 +63,7 @@ class SnapKV(PrefixAttentionPolicy[SnapKVMemory]):
     """
 
     name: ClassVar[str] = "snapkv"
+    counts_passes: ClassVar[bool] = False
     memory_scope: ClassVar[Literal["block", "sequence"]] = "sequence"
 
     capacity: int = field(
@@ -121,8 +122,6 @@ class SnapKV(PrefixAttentionPolicy[SnapKVMemory]):
         last = prompt & (ends > total - min(self.window, context.pages * context.page_size))
         earlier = prompt & ~last
         scores, half = self._masses(inputs, lengths, total), self.kernel // 2 // context.page_size
-        if half and self.pooling == "avg":  # a sum of different pages needs all of them
-            scores = ops.complete_scores(scores)
         scores = pool_neighbours(scores, earlier, half, largest=self.pooling == "max")
         count = min((self.capacity - self.window) // context.page_size, context.pages)
         fits = total <= min(self.capacity, 2**31 - 1)

@@ -62,6 +62,7 @@ class SparseDLLM(PrefixAttentionPolicy[SparseDLLMMemory]):
     """
 
     name: ClassVar[str] = "sparse-dllm"
+    counts_passes: ClassVar[bool] = False
 
     ratio: float = field(
         default=0.5,
@@ -129,7 +130,7 @@ class SparseDLLM(PrefixAttentionPolicy[SparseDLLMMemory]):
             return delay
         left = inputs.memory.dense_left - 1
         if begins is False:
-            return left
+            return max(left, -1) if isinstance(left, int) else left
         zeros = inputs.xp.zeros_like(inputs.info.of_sequences("index", inputs.q))
         return inputs.xp.where(begins, zeros + delay, zeros + left)
 

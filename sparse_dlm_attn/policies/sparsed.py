@@ -110,6 +110,7 @@ class SparseD(PrefixAttentionPolicy[SparseDMemory]):
     """
 
     name: ClassVar[str] = "sparsed"
+    counts_passes: ClassVar[bool] = False
 
     ratio: float = field(
         default=0.3,
@@ -204,7 +205,7 @@ class SparseD(PrefixAttentionPolicy[SparseDMemory]):
             return whole
         left = inputs.memory.warmup_left - 1
         if inputs.restarts is False:
-            return left
+            return max(left, -1) if isinstance(left, int) else left
         zeros = inputs.xp.zeros_like(inputs.info.of_sequences("index", inputs.q))
         return inputs.xp.where(inputs.restarts, zeros + whole, zeros + left)
 

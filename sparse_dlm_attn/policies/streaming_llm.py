@@ -34,6 +34,7 @@ class StreamingLLM(PrefixAttentionPolicy[None]):
     """
 
     name: ClassVar[str] = "streaming-llm"
+    counts_passes: ClassVar[bool] = False
 
     sinks: int = field(
         default=4,

@@ -12,13 +12,14 @@ from policy_mutation import LOSA, POLICIES, QUEST, PolicyMutant, broken, select
 from sparse_dlm_attn import PassInfo, PassInputs, RankedPass, Selection
 from sparse_dlm_attn.policies.dkv_cache import DKVCache
 from sparse_dlm_attn.policies.flashblock import FlashBlock, FlashBlockMemory
-from sparse_dlm_attn.policies.losa import Losa, LosaMemory
+from sparse_dlm_attn.policies.losa import Losa
 from sparse_dlm_attn.policies.mage import Mage, MageMemory
 from sparse_dlm_attn.policies.quest import Quest
 from sparse_dlm_attn.policies.sliding_window import SlidingWindow
 from sparse_dlm_attn.policies.snapkv import SnapKV
 from sparse_dlm_attn.policies.sparsed import SparseD
 from sparse_dlm_attn.policies.streaming_llm import StreamingLLM
+from sparse_dlm_attn.rules import RuleMemory
 
 
 def register(policy: Any, *clauses: str) -> None:
@@ -27,7 +28,7 @@ def register(policy: Any, *clauses: str) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class WithRows(LosaMemory):
+class WithRows(RuleMemory):
     rows: Any = None
 
 
@@ -57,7 +58,7 @@ def refreshed_rows_keep_their_old_reference(
 def reference_is_a_view_of_the_queries(
     self: Any, right: Any, inputs: PassInputs[Any], active: Any, selection: Any
 ) -> Any:
-    return LosaMemory(inputs.q)
+    return RuleMemory(inputs.q)
 
 
 @broken(FlashBlock, "remember", "PURE-2", "POLICY-1", limit=2)
@@ -262,24 +263,6 @@ class ScaleByHeadsUndeclared(SparseD):
 register(ScaleByHeadsUndeclared(ratio=0.3, warmup=1, score_scale="heads"), "POLICY-8")
 
 
-@broken(Quest, "ranked_pass", "RANKED-2", budget=4, first_pass="dense")
-def rule_for_a_dense_pass_0(self: Any, right: Any, inputs: PassInputs[Any]) -> RankedPass | None:
-    return replace(self, first_pass="sparse").ranking(inputs)
-
-
-@broken(Quest, "ranked_pass", "RANKED-2", budget=4, union_over="query_head")
-def rule_with_another_union(self: Any, right: Any, inputs: PassInputs[Any]) -> RankedPass | None:
-    rule = right(inputs)
-    return None if rule is None else replace(rule, union="kv_head")
-
-
-@broken(Losa, "remember", "RANKED-2", drift="refresh", **LOSA)
-def remembers_other_queries_than_were_kept(
-    self: Any, right: Any, inputs: PassInputs[Any], active: Any, selection: Any
-) -> Any:
-    return right(inputs, active, selection) if inputs.kept is None else LosaMemory(inputs.q.copy())
-
-
 @broken(SlidingWindow, "select_pages", "POLICY-6", window=3)
 def suffix_counts_as_recent(self: Any, right: Any, inputs: PassInputs[Any], active: Any) -> Selection:
     return right(replace(inputs, context=replace(inputs.context, page_segments=None)), active)
@@ -302,7 +285,7 @@ def planned_rows_are_not_computed(self: Any, right: Any, info: PassInfo, rows: A
 
 @broken(Losa, "reorder", "MEMORY-4", **LOSA)
 def references_stay_in_the_order_they_had(self: Any, right: Any, memory: Any, indices: Any) -> Any:
-    return LosaMemory(memory.reference[np.arange(len(indices)) % len(memory.reference)])
+    return RuleMemory(memory.reference[np.arange(len(indices)) % len(memory.reference)])
 
 
 @broken(Mage, "reorder", "MEMORY-4", budget=4, dense_layers=0)

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from policy_mutation import LOSA, POLICIES, QUEST, PolicyMutant, broken, select
 
-from sparse_dlm_attn import AttentionState, PassInputs, RankedPass, Selection
-from sparse_dlm_attn.policies.losa import Losa, LosaMemory
+from sparse_dlm_attn import AttentionState, PassInputs, Selection
+from sparse_dlm_attn.policies.losa import Losa
 from sparse_dlm_attn.policies.mage import Mage
 from sparse_dlm_attn.policies.quest import Quest
+from sparse_dlm_attn.rules import RuleMemory
 
 
 @broken(Quest, "select_pages", "POLICY-6", **QUEST)
@@ -27,12 +28,12 @@ def quest_takes_one_page_less(self: Any, right: Any, inputs: PassInputs[Any], ac
 
 @broken(Quest, "select_pages", "POLICY-6", budget=4, page_count="ceil")
 def quest_floors_where_it_says_ceil(self: Any, right: Any, inputs: PassInputs[Any], active: Any) -> Selection:
-    return replace(self, page_count="floor").ranked_pages(inputs, active)
+    return replace(self, page_count="floor").rule(inputs).selection(inputs, active)
 
 
 @broken(Quest, "select_pages", "POLICY-6", budget=4, newest=True)
 def quest_drops_the_newest_page(self: Any, right: Any, inputs: PassInputs[Any], active: Any) -> Selection:
-    return replace(self, newest=False).ranked_pages(inputs, active)
+    return replace(self.rule(inputs), newest=False).selection(inputs, active)
 
 
 @broken(Quest, "select_pages", "POLICY-6", budget=4)
@@ -78,7 +79,7 @@ def lowest_scores_are_read(self: Any, right: Any, inputs: PassInputs[Any], activ
 
 @broken(Quest, "select_pages", "POLICY-6", budget=4, first_pass="dense")
 def quest_forgets_its_dense_pass_0(self: Any, right: Any, inputs: PassInputs[Any], active: Any) -> Selection:
-    return self.ranked_pages(inputs, active)
+    return replace(self.rule(inputs), all_pages=False).selection(inputs, active)
 
 
 @broken(Quest, "select_pages", "POLICY-4", **QUEST)
@@ -161,14 +162,14 @@ POLICIES["restart_invents_a_state"] = PolicyMutant(
 
 @broken(Losa, "select_pages", "POLICY-6", **LOSA)
 def losa_forgets_its_dense_pass_0(self: Any, right: Any, inputs: PassInputs[Any], active: Any) -> Selection:
-    return self.ranked_pages(inputs, active)
+    return replace(self.rule(inputs), all_pages=False).selection(inputs, active)
 
 
 @broken(Losa, "remember", "POLICY-6", budget=4, active=2, drift="refresh")
 def drift_measured_from_the_previous_pass(
     self: Any, right: Any, inputs: PassInputs[Any], active: Any, selection: Any
 ) -> Any:
-    return LosaMemory(np.array(inputs.q))
+    return RuleMemory(np.array(inputs.q))
 
 
 @broken(Losa, "remember", "POLICY-6", **LOSA)
@@ -177,7 +178,7 @@ def drift_measured_from_the_last_refresh(
 ) -> Any:
     if inputs.memory is None:
         return right(inputs, active, selection)
-    return LosaMemory(np.where(active[:, None, :, None], inputs.q, inputs.memory.reference))
+    return RuleMemory(np.where(active[:, None, :, None], inputs.q, inputs.memory.reference))
 
 
 @broken(Losa, "remember", "POLICY-6", **LOSA)
@@ -282,26 +283,3 @@ POLICIES["memory_leaks_into_the_next_block"] = PolicyMutant(
     ("MEMORY-1", "POLICY-1", "POLICY-6"),
     KeepsItsBlock(budget=4, dense_layers=0),
 )
-
-
-@broken(Losa, "ranked_pass", "RANKED-2", **LOSA)
-def rule_of_another_budget(self: Any, right: Any, inputs: PassInputs[Any]) -> RankedPass | None:
-    rule = right(inputs)
-    return None if rule is None else replace(rule, pages=rule.pages + 1)
-
-
-@broken(Quest, "ranked_pass", "RANKED-2", **QUEST)
-def rule_without_the_contexts_that_fit(self: Any, right: Any, inputs: PassInputs[Any]) -> RankedPass | None:
-    rule = right(inputs)
-    return None if rule is None else replace(rule, budget=0)
-
-
-@broken(Losa, "ranked_pass", "RANKED-2", drift="refresh", **LOSA)
-def rule_that_keeps_every_query(self: Any, right: Any, inputs: PassInputs[Any]) -> RankedPass | None:
-    rule = right(inputs)
-    return None if rule is None else replace(rule, keep="queries")
-
-
-@broken(Losa, "ranked_pass", "RANKED-2", save_pass="dense", **LOSA)
-def rule_for_a_dense_save_pass(self: Any, right: Any, inputs: PassInputs[Any]) -> RankedPass | None:
-    return replace(self, save_pass="step").ranked_pass(inputs)

@@ -177,7 +177,7 @@ def test_calls_out_of_order_say_what_to_call() -> None:
     second = decoder.next_pass()
     with pytest.raises(CallOrderError, match="must be the current one"):
         first(1, q, k, v)
-    with pytest.raises(InvalidArgumentError, match="layer must be less than layers=2; got 2"):
+    with pytest.raises(InvalidArgumentError, match="layer must be less than the model's 2 layers; got 2"):
         second(2, q, k, v)
     decoder.finish_block()
     with pytest.raises(CallOrderError, match="must be the current one"):

@@ -20,6 +20,7 @@ from sparse_dlm_attn import (
     PrefixAttention,
     RankedPass,
     RankedResult,
+    Rule,
     Selection,
     Traffic,
 )
@@ -59,7 +60,8 @@ def values_of(make: Callable[[tuple[int, ...], str], Any]) -> list[Any]:
         attention.policy, 0, 0, 16, table, table, None, state, (q, q), bounds, selection, active, traffic
     )
     result = RankedResult(q, state, active, selection, q)
-    return [bounds, context, state, selection, info, ranked, inputs, traffic, memory, result]
+    rule = Rule(all_rows=active, reference=q)
+    return [bounds, context, state, selection, info, ranked, inputs, traffic, memory, result, rule]
 
 
 def test_every_public_value_with_arrays_is_tried_here() -> None:

@@ -27,11 +27,10 @@ class Ranks:
 
     def _run(self, scenarios: str, device: str, world: int, limit: int = 0) -> list[dict[str, Any]]:
         torch = pytest.importorskip("torch")
-        kind = device.partition("/")[0]
-        limit = limit or TIME_LIMIT[kind]
-        if kind == "cuda" and torch.cuda.device_count() < world:
+        limit = limit or TIME_LIMIT[device]
+        if device == "cuda" and torch.cuda.device_count() < world:
             pytest.skip(f"needs {world} GPUs, there are {torch.cuda.device_count()}")
-        folder = self.folder / f"{scenarios.replace(',', '-')}-{device.replace('/', '-')}-{world}"
+        folder = self.folder / f"{scenarios.replace(',', '-')}-{device}-{world}"
         folder.mkdir()
         logs = [(folder / f"{rank}.log").open("w", encoding="utf-8") for rank in range(world)]
         command = [sys.executable, str(HERE / "worker.py"), scenarios, device]

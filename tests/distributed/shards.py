@@ -77,9 +77,7 @@ def _round_robin(batch: int, pages: int, ranks: int) -> Any:
     return np.broadcast_to(np.arange(pages) % ranks, (batch, pages))
 
 
-def rule_of(name: str) -> Owner:
-    """Return a rule that gives the rank of each page, ``(batch, pages)``."""
-    rules = {
-        "random": _random, "uneven": _uneven, "empty": _empty, "one rank": _one, "round robin": _round_robin
-    }
-    return rules[name]
+RULES: dict[str, Owner] = {
+    "random": _random, "uneven": _uneven, "empty": _empty, "one rank": _one, "round robin": _round_robin
+}
+"""Rules that give the rank of each page, ``(batch, pages)``."""

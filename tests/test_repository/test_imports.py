@@ -29,6 +29,7 @@ ALLOWED = {
     "reference/sparse_dlm_attn_reference": {"sparse_dlm_attn"},
     "models/sparse_dlm_attn_tiny": {"sparse_dlm_attn"},
     "conformance/sparse_dlm_attn_conformance": {"sparse_dlm_attn", "sparse_dlm_attn_reference"},
+    "integrations/sparse_dlm_attn_transformers": {"sparse_dlm_attn", "sparse_dlm_attn_cuda_graphs"},
     # Times one backend against others, and tunes the Triton backend.
     "backends/sparse_dlm_attn_bench": {
         "sparse_dlm_attn", "sparse_dlm_attn_folded", "sparse_dlm_attn_torch", "sparse_dlm_attn_triton",
