@@ -20,13 +20,7 @@ from sparse_dlm_attn_tiny.config import TinyConfig
 
 
 def load_model(path: Path) -> PackedModel:
-    """Return the model in a weights file, in float32 and not compiled.
-
-    Parameters
-    ----------
-    path : Path
-        A ``tiny.safetensors``.
-    """
+    """Return the model in a weights file, in float32 and not compiled."""
     with safe_open(path, "pt") as file:
         config = TinyConfig.from_json(file.metadata()["config"])
         weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
@@ -39,11 +33,6 @@ def without_facts(prompt: retrieval.Prompt) -> bytes:
     """Return the prompt's text with other digits in the facts the answer needs.
 
     A model that still gives the right answer did not read it in the facts.
-
-    Parameters
-    ----------
-    prompt : Prompt
-        Any prompt.
     """
     text = bytearray(prompt.text)
     for start, end in prompt.facts:
@@ -53,21 +42,7 @@ def without_facts(prompt: retrieval.Prompt) -> bytes:
 
 
 def score_retrieval(model: PackedModel, task: str, length: int, count: int, *, damaged: bool) -> None:
-    """Print the share of exact answers.
-
-    Parameters
-    ----------
-    model : PackedModel
-        The model.
-    task : str
-        One of `retrieval.TASKS`.
-    length : int
-        Bytes of the prompts.
-    count : int
-        Prompts.
-    damaged : bool
-        Change the codes in the text but not in the expected answer (the score must be 0).
-    """
+    """Print the share of exact answers; where `damaged` facts hold other digits, it must be 0."""
     exact = 0
     for seed in range(FIRST_SEED, FIRST_SEED + count):
         prompt = retrieval.make_prompt(task, length=length, seed=seed)
