@@ -122,10 +122,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="PNG")
     given = parser.parse_args()
     model = TinyModel.load(given.backend)
-    cells = [
-        cell(row, length, score)
-        for length in given.lengths for row, score in run(model, length, given.prompts)
-    ]
+    cells = [cell(row, length, score) for length in given.lengths for row, score in run(model, length, given.prompts)]
     lines = [
         [
             each["label"], str(each["length"]), f"{each['exact']}/{each['prompts']}",

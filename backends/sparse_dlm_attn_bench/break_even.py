@@ -56,8 +56,7 @@ class Point:
 
 
 def measure_context(
-    shape: Shape, policy: str, densities: Sequence[float], backend: Backend, repeats: int,
-    say: Callable[[str], None],
+    shape: Shape, policy: str, densities: Sequence[float], backend: Backend, repeats: int, say: Callable[[str], None]
 ) -> list[Point]:
     """Measure all densities of one context length.
 

@@ -32,9 +32,7 @@ HeadDim = Annotated[int, typer.Option("--head-dim", help="Channels of a head.")]
 Tokens = Annotated[int, typer.Option(help="Rows of a block.")]
 PageSize = Annotated[int, typer.Option("--page-size", help="Tokens a page.")]
 Dtype = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
-Contexts = Annotated[
-    str, typer.Option(help="Context lengths in tokens, K for 1024 of them.", metavar="N,N,...")
-]
+Contexts = Annotated[str, typer.Option(help="Context lengths in tokens, K for 1024 of them.", metavar="N,N,...")]
 Repeats = Annotated[int, typer.Option(help="Replays of each graph; times are medians.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write results as JSON.", metavar="FILE")]
 
@@ -104,9 +102,7 @@ def tune(
         typer.Option(help="Policy whose passes are timed, reading about a tenth of the context.",
                      metavar="NAME[:key=value,...]"),
     ] = "losa",
-    limit: Annotated[
-        int, typer.Option(help="Most settings to try a context length; each compiles a kernel.")
-    ] = 40,
+    limit: Annotated[int, typer.Option(help="Most settings to try a context length; each compiles a kernel.")] = 40,
     repeats: Repeats = 20,
     file: Annotated[
         Path | None,
@@ -167,9 +163,7 @@ def counts(option: str, text: str) -> list[int]:
         if number.endswith("K"):
             number, factor = number[:-1], 1024
         if not number.isdecimal() or not 1 <= int(number) * factor < 2**31:
-            raise InvalidArgumentError(
-                option, "must be numbers of tokens as in 16K,32768", repr(text)
-            )
+            raise InvalidArgumentError(option, "must be numbers of tokens as in 16K,32768", repr(text))
         found.append(int(number) * factor)
     return sorted(set(found))
 
@@ -194,9 +188,7 @@ def shares(option: str, text: str) -> list[float]:
     except ValueError:
         found = []
     if not found or not all(0 < share <= 1 for share in found):
-        raise InvalidArgumentError(
-            option, "must be shares over 0 and at most 1, as in 0.05,0.1", repr(text)
-        )
+        raise InvalidArgumentError(option, "must be shares over 0 and at most 1, as in 0.05,0.1", repr(text))
     return found
 
 
@@ -246,8 +238,7 @@ def _need_gpu(command: str) -> None:
 
 def _check_backend(backend: Backend, shape: Shape) -> None:
     reasons = backend.why_not(
-        Problem(shape.dtype, shape.head_dim, shape.page_size, shape.q_heads, shape.kv_heads, shape.tokens,
-                "cuda")
+        Problem(shape.dtype, shape.head_dim, shape.page_size, shape.q_heads, shape.kv_heads, shape.tokens, "cuda")
     )
     if reasons:
         raise UnsupportedError(backend.name, reasons)

@@ -21,9 +21,7 @@ class WrongResultError(SparseAttentionError, ArithmeticError):
     """A backend's result differs from the plain path's, so that its time means nothing."""
 
 
-def check_passes(
-    shape: Shape, policy: Any, backend: Backend, layer: Layer, /, **info: Any
-) -> float:
+def check_passes(shape: Shape, policy: Any, backend: Backend, layer: Layer, /, **info: Any) -> float:
     """Run three passes beside the plain path, which multiplies in float32, on the same pages.
 
     Parameters

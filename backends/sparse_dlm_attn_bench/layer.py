@@ -31,8 +31,7 @@ class Layer:
 
 
 def layers(
-    shape: Shape, backend: Backend, *, seed: int = 0, shuffled: bool = False, share: float = 0.1,
-    device: str = "cuda",
+    shape: Shape, backend: Backend, *, seed: int = 0, shuffled: bool = False, share: float = 0.1, device: str = "cuda"
 ) -> list[Layer]:
     """Make as many layers as it takes to keep the L2 cache cold.
 
@@ -89,9 +88,7 @@ def layers(
     return made
 
 
-def _shuffled(
-    context: Context, shape: Shape, cache: tuple[torch.Tensor, ...], generator: torch.Generator
-) -> Context:
+def _shuffled(context: Context, shape: Shape, cache: tuple[torch.Tensor, ...], generator: torch.Generator) -> Context:
     pages = shape.context // shape.page_size
     order = torch.randperm(shape.batch * pages, generator=generator, device=generator.device)
     pools = [
@@ -103,9 +100,7 @@ def _shuffled(
     )
 
 
-def runner(
-    policy: Any, backend: Backend, layer: Layer, index: int = 2, /, **info: Any
-) -> Callable[[], Any]:
+def runner(policy: Any, backend: Backend, layer: Layer, index: int = 2, /, **info: Any) -> Callable[[], Any]:
     """Return a function that runs pass ``index`` of a layer again and again, with the memory before it.
 
     Parameters
@@ -131,9 +126,7 @@ def runner(
     return run
 
 
-def relative_density(
-    policy: Any, backend: Backend, layer: Layer, index: int = 2, /, **info: Any
-) -> float:
+def relative_density(policy: Any, backend: Backend, layer: Layer, index: int = 2, /, **info: Any) -> float:
     """Return the share of the context that pass ``index`` reads, the mean over sequences."""
     return float(runner(policy, backend, layer, index, **info)()[1].traffic.density.mean())
 

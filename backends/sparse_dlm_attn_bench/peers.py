@@ -100,9 +100,7 @@ def flash_attn_3() -> Any:
 
 def _flash_attn_3(layer: Layer, shape: Shape) -> Work:
     splits = 16 if shape.batch == 1 else 0
-    return _with_lse(
-        flash_attn_3().flash_attn_func, layer, num_splits=splits, pack_gqa=True, return_attn_probs=True
-    )
+    return _with_lse(flash_attn_3().flash_attn_func, layer, num_splits=splits, pack_gqa=True, return_attn_probs=True)
 
 
 def _flash_attn_4(layer: Layer, shape: Shape) -> Work:
@@ -223,9 +221,7 @@ def reason(error: BaseException) -> str:
     return lines[0][:120]
 
 
-def dense_peers(
-    layers: Sequence[Layer], shape: Shape, names: Sequence[str] = FAST
-) -> dict[str, list[Work] | str]:
+def dense_peers(layers: Sequence[Layer], shape: Shape, names: Sequence[str] = FAST) -> dict[str, list[Work] | str]:
     """Return for each peer its work on every layer, or in words why it is not there.
 
     A peer whose result differs from float32 sums is not there either.

@@ -43,9 +43,7 @@ class Shape:
             if getattr(self, name) < 1:
                 raise InvalidArgumentError(name, "must be at least 1", getattr(self, name))
         if self.q_heads % self.kv_heads:
-            raise InvalidArgumentError(
-                "q_heads", f"must be a multiple of kv_heads={self.kv_heads}", self.q_heads
-            )
+            raise InvalidArgumentError("q_heads", f"must be a multiple of kv_heads={self.kv_heads}", self.q_heads)
         if self.context % self.page_size:
             raise InvalidArgumentError(
                 "context", f"must be a multiple of page_size={self.page_size} tokens", self.context
@@ -90,9 +88,7 @@ def with_budget(policy: str, budget: int) -> str:
         If the policy has no such parameter.
     """
     if "budget" in split_parameters("policy", policy)[1]:
-        raise InvalidArgumentError(
-            "policy", "must leave its budget out, which follows from the density", repr(policy)
-        )
+        raise InvalidArgumentError("policy", "must leave its budget out, which follows from the density", repr(policy))
     written = f"{policy}{',' if '=' in policy else ':'}budget={budget}"
     get_policy(written)
     return written

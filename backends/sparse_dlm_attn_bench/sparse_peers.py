@@ -20,17 +20,7 @@ import torch
 from sparse_dlm_attn import Context, Selection
 from sparse_dlm_attn_bench.flex_peer import flex_masked, listed_mask
 from sparse_dlm_attn_bench.layer import Layer
-from sparse_dlm_attn_bench.peers import (
-    WORKSPACE,
-    Pair,
-    Peer,
-    Work,
-    differing,
-    flash_attn_3,
-    reason,
-    wait,
-    wrapper_for,
-)
+from sparse_dlm_attn_bench.peers import WORKSPACE, Pair, Peer, Work, differing, flash_attn_3, reason, wait, wrapper_for
 from sparse_dlm_attn_bench.shape import Shape
 from sparse_dlm_attn_folded.flash_attn import build_flags
 from sparse_dlm_attn_folded.folding import Pool, Requests, folded, full_pages, rows_of_lists

@@ -49,9 +49,7 @@ def neighbours(settings: Settings, multiprocessors: int) -> Iterator[Settings]:
                 yield changed
 
 
-def search(
-    default: Settings, multiprocessors: int, limit: int, time: Time
-) -> tuple[Settings, float, float]:
+def search(default: Settings, multiprocessors: int, limit: int, time: Time) -> tuple[Settings, float, float]:
     """Return the fastest settings found, their time and that of the default.
 
     Parameters
@@ -96,9 +94,7 @@ def search(
     return best, least, first
 
 
-def tune_shape(
-    shape: Shape, policy: str, backend: Backend, limit: int, repeats: int, step: Callable[[], Any]
-) -> Entry:
+def tune_shape(shape: Shape, policy: str, backend: Backend, limit: int, repeats: int, step: Callable[[], Any]) -> Entry:
     """Tune for one shape.
 
     Parameters
@@ -137,8 +133,5 @@ def tune_shape(
 
     with watched() as defaults:
         works[0]()
-    best, spent, before = search(
-        defaults[-1], torch.cuda.get_device_properties(0).multi_processor_count, limit, time
-    )
+    best, spent, before = search(defaults[-1], torch.cuda.get_device_properties(0).multi_processor_count, limit, time)
     return Entry(Machine.here(), kind_of(shape), best, before, spent)
-

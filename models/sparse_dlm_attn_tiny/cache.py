@@ -122,9 +122,7 @@ class KVCache:
         joint._copy(joint._buffer.capacity, [cache._buffer for cache in caches])
         xp = namespace(joint._buffer.kv)
         joint._bounds = [
-            PageBounds(*(
-                xp.concat([getattr(each, side) for each in bounds], axis=0) for side in ("lower", "upper")
-            ))
+            PageBounds(*(xp.concat([getattr(each, side) for each in bounds], axis=0) for side in ("lower", "upper")))
             for bounds in zip(*(cache._bounds for cache in caches), strict=True)
         ]
         return joint

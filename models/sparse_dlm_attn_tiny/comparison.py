@@ -120,9 +120,7 @@ def compare(
     prefixes, seconds = [], []
     for prompt in prompts:
         started = time.perf_counter()
-        prefixes.append(
-            model.prefill(prompt.text, block_length=settings.block_length, page_size=settings.page_size)
-        )
+        prefixes.append(model.prefill(prompt.text, block_length=settings.block_length, page_size=settings.page_size))
         seconds.append(time.perf_counter() - started)
     joint = KVCache.together(prefixes) if settings.threshold is None and len(prompts) > 1 else None
     blocks = [settings.blocks_for(prompt.answer) for prompt in prompts]

@@ -233,9 +233,7 @@ def _check_callable(on_pass: object) -> None:
         raise InvalidTypeError("on_pass", "must be callable or None", type(on_pass).__name__)
 
 
-def _check_prefix(
-    model: TinyModel, prefix: KVCache, prompts: Sequence[tuple[int, ...]], block_length: int
-) -> None:
+def _check_prefix(model: TinyModel, prefix: KVCache, prompts: Sequence[tuple[int, ...]], block_length: int) -> None:
     """Raise unless ``prefix`` is what `TinyModel.prefill` returns for these prompts and block length."""
     if not isinstance(prefix, KVCache):
         raise InvalidTypeError("prefix", "must be a KVCache or None", type(prefix).__name__)

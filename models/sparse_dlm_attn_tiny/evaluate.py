@@ -81,9 +81,7 @@ def evaluate(
     return [samples[job] for job in jobs]
 
 
-def _runs(
-    evaluation: Evaluation, groups: list[list[Job]], workers: int
-) -> Iterator[tuple[list[Job], list[Sample]]]:
+def _runs(evaluation: Evaluation, groups: list[list[Job]], workers: int) -> Iterator[tuple[list[Job], list[Sample]]]:
     """Decode groups of prompts, here or in processes; yield each as soon as it is done."""
     if workers <= 1:
         run = _runner(evaluation)

@@ -14,13 +14,7 @@ from sparse_dlm_attn.arrays import Array, namespace
 from sparse_dlm_attn.policy import check_count
 from sparse_dlm_attn_tiny.cache import DEFAULT_PAGE_SIZE, KVCache
 from sparse_dlm_attn_tiny.config import TinyConfig
-from sparse_dlm_attn_tiny.layers import (
-    Layer,
-    block_causal_attention,
-    block_causal_mask,
-    rms_norm,
-    rope_tables,
-)
+from sparse_dlm_attn_tiny.layers import Layer, block_causal_attention, block_causal_mask, rms_norm, rope_tables
 from sparse_dlm_attn_tiny.weights import Weights, load_weights
 
 HostArray = np.ndarray[Any, Any]
@@ -82,8 +76,7 @@ class TinyModel:
         )
 
     def prefill(
-        self, prompt: bytes | Sequence[int], *, block_length: int | None = None,
-        page_size: int = DEFAULT_PAGE_SIZE,
+        self, prompt: bytes | Sequence[int], *, block_length: int | None = None, page_size: int = DEFAULT_PAGE_SIZE
     ) -> KVCache:
         """Compute the KV of the prompt's whole blocks, densely and block-causally.
 
@@ -109,9 +102,7 @@ class TinyModel:
             bytes, or if a length is not supported.
         """
         tokens = self.tokens_of(prompt)
-        cache = self.empty_cache(
-            block_length=block_length, page_size=page_size, capacity=len(tokens) + SPARE_TOKENS
-        )
+        cache = self.empty_cache(block_length=block_length, page_size=page_size, capacity=len(tokens) + SPARE_TOKENS)
         cached = tokens[: len(tokens) // cache.block_length * cache.block_length]
         cache.reserve(len(cached))
         if cached:

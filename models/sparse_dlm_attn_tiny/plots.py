@@ -71,9 +71,7 @@ def heatmap_picture(
     drawing.suptitle(title)
     axes = drawing.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axis, (label, passes) in zip(axes, panels, strict=True):
-        image = axis.imshow(
-            heatmap(passes), aspect="auto", interpolation="nearest", cmap="viridis", vmin=0, vmax=1
-        )
+        image = axis.imshow(heatmap(passes), aspect="auto", interpolation="nearest", cmap="viridis", vmin=0, vmax=1)
         axis.set_title(label, loc="left", fontsize=10, pad=12 if marked_pages else None)
         axis.set_yticks(range(len(passes)), [_name(record) for record in passes], fontsize=7)
         # A frame around each run of consecutive pages, and a pointer above it.

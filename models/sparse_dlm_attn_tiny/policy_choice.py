@@ -22,9 +22,7 @@ from sparse_dlm_attn.registry import split_parameters
 BASELINE = "dense"
 """What agreement and savings are measured against."""
 
-DEFAULT_POLICIES = (
-    BASELINE, "losa", "quest", "sliding-window", "streaming-llm", "flashblock", "mage", "sparsed",
-)
+DEFAULT_POLICIES = (BASELINE, "losa", "quest", "sliding-window", "streaming-llm", "flashblock", "mage", "sparsed")
 
 
 @dataclass(frozen=True)

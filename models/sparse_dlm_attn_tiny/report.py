@@ -22,9 +22,7 @@ CAPTION = (
 
 def printable(output: bytes, limit: int = 48) -> str:
     """Return decoded bytes on one line of at most ``limit``, with escapes for what has no glyph."""
-    shown = "".join(
-        c if " " <= c <= "~" else c.encode("unicode_escape").decode() for c in output.decode("latin-1")
-    )
+    shown = "".join(c if " " <= c <= "~" else c.encode("unicode_escape").decode() for c in output.decode("latin-1"))
     return shown if len(shown) <= limit else shown[: limit - 3] + "..."
 
 

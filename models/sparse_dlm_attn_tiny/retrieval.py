@@ -90,8 +90,7 @@ def draw_name(rng: random.Random, *, held_out: bool) -> str:
     """Return a five-letter name such as ``"Dumel"``, one that training never shows or one of the others."""
     while True:
         letters = [
-            alphabet[rng.randrange(len(alphabet))]
-            for alphabet in (CONSONANTS, VOWELS, CONSONANTS, VOWELS, CONSONANTS)
+            alphabet[rng.randrange(len(alphabet))] for alphabet in (CONSONANTS, VOWELS, CONSONANTS, VOWELS, CONSONANTS)
         ]
         name = "".join(letters).capitalize()
         if is_held_out_name(name) == held_out:
@@ -234,9 +233,7 @@ def _draw_filler(size: int, rng: random.Random) -> bytes:
     return haystack[start : start + size]
 
 
-def _insert(
-    filler: bytes, inserted: list[bytes], places: list[int]
-) -> tuple[bytes, tuple[tuple[int, int], ...]]:
+def _insert(filler: bytes, inserted: list[bytes], places: list[int]) -> tuple[bytes, tuple[tuple[int, int], ...]]:
     """Insert each sentence at its place; return the text and each sentence's span."""
     spans = [(0, 0)] * len(inserted)
     text, taken = b"", 0

@@ -14,9 +14,7 @@ DEFAULT_STEPS = 8
 HostArray = np.ndarray[Any, Any]
 
 
-def confidences(
-    logits: HostArray, read: HostArray, moment: str, first_row: int = 0
-) -> tuple[HostArray, HostArray]:
+def confidences(logits: HostArray, read: HostArray, moment: str, first_row: int = 0) -> tuple[HostArray, HostArray]:
     """Return the likeliest byte of each row, int64, and its softmax probability, float64 ``(batch, tokens)``.
 
     A logit of -inf is a probability of 0; ties go to the smallest byte. Raise `InvalidArgumentError`, with

@@ -34,9 +34,7 @@ def test_break_even_prints_writes_and_draws(
     pytest.importorskip("matplotlib", reason="pictures are drawn by it")
     asked = []
 
-    def measured(
-        shape: Any, policy: str, densities: Any, backend: Backend, repeats: int, say: Any
-    ) -> list[Point]:
+    def measured(shape: Any, policy: str, densities: Any, backend: Backend, repeats: int, say: Any) -> list[Point]:
         asked.append((shape.context, shape.q_heads, policy, tuple(densities), backend.name, repeats))
         say("a peer is not here")
         return [Point(shape.context, density, density, f"{policy}:budget=64", 1e3 * density,
@@ -49,8 +47,7 @@ def test_break_even_prints_writes_and_draws(
         "reference", "--repeats", "3", "--json", str(kept), "--plot", str(drawn),
     ]) == 0
     printed = capsys.readouterr()
-    assert asked == [(8192, 16, "losa", (0.1, 0.5), "reference", 3),
-                     (16384, 16, "losa", (0.1, 0.5), "reference", 3)]
+    assert asked == [(8192, 16, "losa", (0.1, 0.5), "reference", 3), (16384, 16, "losa", (0.1, 0.5), "reference", 3)]
     assert "a peer is not here" in printed.err
     sentence = ("losa beats the fastest dense kernel from 16K tokens on at 10% (1.64x) of the context read.")
     assert sentence in printed.out

@@ -120,9 +120,7 @@ def total(read: float, dense: float) -> TrafficTotal:
     return TrafficTotal(9, read, dense, 4 * read, 2 * read, 0.0, 4 * dense, read, dense, 144, 144)
 
 
-def result(
-    exact: bool, read: float, dense: float = 100.0, policy: str = "losa", budget: int = 64
-) -> PolicyResult:
+def result(exact: bool, read: float, dense: float = 100.0, policy: str = "losa", budget: int = 64) -> PolicyResult:
     return PolicyResult(
         choose_policy(policy, budget, 16), b"48213.", exact, 0.5, 1, 9, total(read, dense),
         total(read / 2, dense / 2), 0.25,
@@ -158,10 +156,8 @@ def test_evaluate_gives_the_same_samples_however_many_prompts_go_together(thresh
 
 
 def test_a_picture_has_a_line_for_each_policy_with_its_parameters_and_a_point_for_each_budget() -> None:
-    chosen = [("losa", 64), ("losa:active=2", 64), ("losa:budget=16", 64), ("losa", 128),
-              ("losa:active=2", 128)]
-    scores = [PolicyScore.of([("chained", result(True, 10.0, policy=name, budget=budget))])
-              for name, budget in chosen]
+    chosen = [("losa", 64), ("losa:active=2", 64), ("losa:budget=16", 64), ("losa", 128), ("losa:active=2", 128)]
+    scores = [PolicyScore.of([("chained", result(True, 10.0, policy=name, budget=budget))]) for name, budget in chosen]
     lines = plots.accuracy_lines(scores)
     assert {label: [budget for _, _, budget in points] for label, points in lines.items()} == {
         "losa": [64, 128], "losa:active=2": [64, 128], "losa:budget=16": [None],

@@ -72,9 +72,7 @@ def test_one_policy_is_explained(run: Run) -> None:
 
 
 @pytest.mark.clause("REGISTRY-1")
-def test_a_broken_plugin_is_listed_with_its_reason_and_breaks_nothing_else(
-    run: Run, plugins: Plugins
-) -> None:
+def test_a_broken_plugin_is_listed_with_its_reason_and_breaks_nothing_else(run: Run, plugins: Plugins) -> None:
     environment = plugins(
         "[sparse_dlm_attn.commands]\ngreet = outsider:greet\nboom = outsider_broken:boom\n"
         "notfunction = outsider:NUMBER\n"
@@ -137,9 +135,7 @@ def test_bad_input_gives_one_message_and_exit_code_2(run: Run, arguments: list[s
 
 
 @pytest.mark.parametrize("command", ["", "backends", "policies", "doctor", *commands()])
-def test_every_command_takes_the_short_option_for_help(
-    command: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_command_takes_the_short_option_for_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "-h"] if command else ["-h"]) == 0
     short = capsys.readouterr().out
     assert main([command, "--help"] if command else ["--help"]) == 0
@@ -215,8 +211,7 @@ def test_the_safe_path_of_python_is_respected() -> None:
 
 def test_a_defect_is_one_message_and_a_traceback_only_on_request(run: Run, plugins: Plugins) -> None:
     environment = plugins(
-        "[sparse_dlm_attn.commands]\nbuggy = outsider:buggy\n",
-        outsider="def buggy() -> None:\n    [][1]\n",
+        "[sparse_dlm_attn.commands]\nbuggy = outsider:buggy\n", outsider="def buggy() -> None:\n    [][1]\n"
     )
     result = run("buggy", code=2, environment=environment)
     assert "unexpected IndexError" in result.stderr and "SDA_TRACEBACK" in result.stderr

@@ -155,9 +155,7 @@ def test_workers_end_when_the_evaluation_is_killed(tmp_path: Path) -> None:
 
 def torch_options(command: str) -> tuple[str, ...]:
     pytest.importorskip("torch", reason="PyTorch is not installed")
-    own = ("--json",) if command == "decode" else (
-        "--prompts", "1", "--workers", "1", "--out", "found.json"
-    )
+    own = ("--json",) if command == "decode" else ("--prompts", "1", "--workers", "1", "--out", "found.json")
     return (command, *SHORT, "--policy", "losa", "--budget", "64", "--steps", "1", *own)
 
 

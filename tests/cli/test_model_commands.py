@@ -45,9 +45,7 @@ def test_json_stands_alone_on_standard_output_and_accounts_for_every_byte(run: R
     assert report["environment"]["weights_sha256"] and report["prompt"]["sha256"]
 
 
-def test_a_prompt_can_be_a_file_or_standard_input(
-    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_prompt_can_be_a_file_or_standard_input(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "The code of Rimon is 48213. " + "There she blows! " * 20
     (tmp_path / "prompt.txt").write_text(text)
     question = ("--question", "What is the code of Rimon?", "--answer", "48213.")
@@ -62,9 +60,7 @@ def test_a_prompt_can_be_a_file_or_standard_input(
 
 def test_a_prompt_without_question_is_continued_and_not_judged(call: Call, tmp_path: Path) -> None:
     (tmp_path / "prompt.txt").write_text("Call me Ishmael. Some years ago")
-    report = json.loads(
-        call("decode", "--prompt", "prompt.txt", "--max-blocks", "1", "--policy", "dense", "--json")[0]
-    )
+    report = json.loads(call("decode", "--prompt", "prompt.txt", "--max-blocks", "1", "--policy", "dense", "--json")[0])
     assert report["results"][0]["exact"] is None
     assert report["results"][0]["blocks"] == 1
 
@@ -103,9 +99,7 @@ def test_the_demonstration_tells_its_story(call: Call) -> None:
     report = json.loads(out)
     assert report["prompt"]["bytes"] == 4096
     exact = {result["name"]: result["exact"] for result in report["results"]}
-    assert exact == {
-        "dense": True, "losa": True, "quest": True, "sliding-window": False, "streaming-llm": False,
-    }
+    assert exact == {"dense": True, "losa": True, "quest": True, "sliding-window": False, "streaming-llm": False}
     shares = {r["name"]: r["reads"]["everything"]["byte_share"] for r in report["results"]}
     assert shares["losa"] < 0.5 and shares["quest"] < 0.5
 

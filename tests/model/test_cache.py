@@ -61,9 +61,7 @@ def shared(one: KVCache, other: KVCache) -> bool:
 @pytest.mark.clause("CONTEXT-1", "CONTEXT-5", "BOUNDS-1")
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
 @pytest.mark.parametrize("sizes", [[1], [16, 1], [3, 16, 1, 44, 16], [300, 32]])
-def test_contexts_hold_the_appended_tokens_in_order_with_their_bounds(
-    sizes: list[int], page_size: int
-) -> None:
+def test_contexts_hold_the_appended_tokens_in_order_with_their_bounds(sizes: list[int], page_size: int) -> None:
     cache = filled(sizes, page_size)
     check(cache, [(tokens, seed) for seed, tokens in enumerate(sizes)])
     assert cache.contexts()[0].pages == -(-sum(sizes) // page_size)
@@ -90,9 +88,7 @@ def test_pages_that_begin_in_the_prompt_are_prompt_and_the_others_generated(mode
 
 @pytest.mark.parametrize(("page_size", "prompt"), [(4, 30), (8, 30), (64, 30), (16, 32)])
 def test_segments_of_a_whole_sequence_are_prompt_generated_and_suffix(page_size: int, prompt: int) -> None:
-    cache = KVCache(
-        CONFIG, ReferenceBackend(), whole=True, capacity=46, prompt_tokens=prompt, page_size=page_size
-    )
+    cache = KVCache(CONFIG, ReferenceBackend(), whole=True, capacity=46, prompt_tokens=prompt, page_size=page_size)
     first = np.arange(0, 46, page_size)
     expected = np.where(first < prompt, 0, np.where(first < 38, 1, 2))
     expected[-1] = max(expected[-1], 1)  # the last page is never of the prompt
@@ -102,9 +98,7 @@ def test_segments_of_a_whole_sequence_are_prompt_generated_and_suffix(page_size:
 
 
 @pytest.mark.clause("MEMORY-1", "MEMORY-2")
-def test_memory_is_of_one_fork_and_does_not_survive_an_append_in_mid_block(
-    model: TinyModel, text: bytes
-) -> None:
+def test_memory_is_of_one_fork_and_does_not_survive_an_append_in_mid_block(model: TinyModel, text: bytes) -> None:
     prefix, attention = model.prefill(text[:32]), PrefixAttention("losa", model.backend)
 
     def saved(block: bytes) -> tuple[KVCache, Any]:

@@ -9,13 +9,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import pytest
 
-from sparse_dlm_attn import (
-    InvalidArgumentError,
-    PassInputs,
-    PrefixAttentionPolicy,
-    Selection,
-    UnknownNameError,
-)
+from sparse_dlm_attn import InvalidArgumentError, PassInputs, PrefixAttentionPolicy, Selection, UnknownNameError
 from sparse_dlm_attn.arrays import to_numpy
 from sparse_dlm_attn_tiny.cache import KVCache
 from sparse_dlm_attn_tiny.config import MASK_ID
@@ -53,12 +47,8 @@ def order_of(model: TinyModel, **options: Any) -> list[tuple[int, ...]]:
     return [record.newly_decoded for record in result.passes if not record.is_save]
 
 
-@pytest.mark.parametrize(
-    ("steps", "counts"), [(3, [3, 3, 2]), (8, [1] * 8), (1, [8]), (5, [2, 2, 2, 1, 1])]
-)
-def test_the_fixed_schedule_gives_the_rest_to_the_first_passes(
-    script: Script, steps: int, counts: list[int]
-) -> None:
+@pytest.mark.parametrize(("steps", "counts"), [(3, [3, 3, 2]), (8, [1] * 8), (1, [8]), (5, [2, 2, 2, 1, 1])])
+def test_the_fixed_schedule_gives_the_rest_to_the_first_passes(script: Script, steps: int, counts: list[int]) -> None:
     assert [len(positions) for positions in order_of(script(LETTERS, RISING), steps=steps)] == counts
 
 
@@ -133,9 +123,7 @@ def test_every_policy_decodes_after_prompts_of_any_length(
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_shared_prefix_changes_no_result_and_is_not_changed(
-    model: TinyModel, text: bytes, policy: str
-) -> None:
+def test_a_shared_prefix_changes_no_result_and_is_not_changed(model: TinyModel, text: bytes, policy: str) -> None:
     prefix = model.prefill(text[:100])
     alone = decode_blocks(model, text[:100], policy=policy, max_blocks=3)
     for _ in range(2):
@@ -168,9 +156,7 @@ def facts_of(decoded: Decoded) -> list[Any]:
 
 @pytest.mark.clause("CONTEXT-5")
 @pytest.mark.parametrize("page_size", [1, 7, 64])
-def test_dense_decoding_does_not_depend_on_the_page_size(
-    model: TinyModel, text: bytes, page_size: int
-) -> None:
+def test_dense_decoding_does_not_depend_on_the_page_size(model: TinyModel, text: bytes, page_size: int) -> None:
     expected = decode_blocks(model, text[:64], policy="dense", max_blocks=2)
     result = decode_blocks(
         model, text[:64], policy="dense", max_blocks=2, page_size=page_size, prefix=model.prefill(text[:64])
@@ -184,8 +170,7 @@ def test_other_array_libraries_decode_the_same(
     model: TinyModel, library_model: TinyModel, text: bytes, policy: str
 ) -> None:
     ours, theirs = (
-        decode_blocks(each, text[:70], policy=policy, steps=4, max_blocks=2)
-        for each in (model, library_model)
+        decode_blocks(each, text[:70], policy=policy, steps=4, max_blocks=2) for each in (model, library_model)
     )
     assert (theirs.generated, theirs.traffic()) == (ours.generated, ours.traffic())
 
@@ -258,11 +243,8 @@ class CountingPerBlock(Counting):
 
 
 @pytest.mark.clause("MEMORY-1")
-@pytest.mark.parametrize(("kind", "counts"), [(Counting, [1, 2, 3, 4, 5, 6]),
-                                              (CountingPerBlock, [1, 2, 3, 1, 2, 3])])
-def test_memory_lasts_as_long_as_the_policy_says(
-    script: Script, kind: type[Counting], counts: list[int]
-) -> None:
+@pytest.mark.parametrize(("kind", "counts"), [(Counting, [1, 2, 3, 4, 5, 6]), (CountingPerBlock, [1, 2, 3, 1, 2, 3])])
+def test_memory_lasts_as_long_as_the_policy_says(script: Script, kind: type[Counting], counts: list[int]) -> None:
     remembered.clear()
     decode_blocks(script(LETTERS, RISING), b"x" * 8, policy=kind(), block_length=8, steps=2, max_blocks=2)
     assert remembered == counts

@@ -52,9 +52,7 @@ def test_prefill_equals_decoding_the_same_blocks_one_after_the_other(
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
-def test_only_whole_blocks_are_prefilled_and_later_bytes_do_not_reach_them(
-    model: TinyModel, text: bytes
-) -> None:
+def test_only_whole_blocks_are_prefilled_and_later_bytes_do_not_reach_them(model: TinyModel, text: bytes) -> None:
     shorter, longer = model.prefill(text[:64]), model.prefill(text[:79])
     assert (shorter.length, longer.length) == (64, 64)
     assert (shorter.prompt_tokens, longer.prompt_tokens) == (64, 79)
@@ -66,9 +64,7 @@ def test_only_whole_blocks_are_prefilled_and_later_bytes_do_not_reach_them(
 
 @pytest.mark.clause("STATE-2")
 @pytest.mark.parametrize("policy", ["quest", "losa", "sliding-window", "flashblock", "mage"])
-def test_without_a_prefix_every_policy_attends_within_the_block(
-    model: TinyModel, text: bytes, policy: str
-) -> None:
+def test_without_a_prefix_every_policy_attends_within_the_block(model: TinyModel, text: bytes, policy: str) -> None:
     dense = run(model, list(text[:16]), model.empty_cache())
     np.testing.assert_allclose(run(model, list(text[:16]), model.empty_cache(), policy), dense, atol=1e-5)
 
@@ -124,9 +120,7 @@ def torch_logits(torch_model: ModuleType, tokens: list[int], seen: np.ndarray) -
 
 
 @pytest.mark.parametrize("block_length", [8, 16, 32])
-def test_block_logits_equal_those_of_the_training_code(
-    torch_model: Any, text: bytes, block_length: int
-) -> None:
+def test_block_logits_equal_those_of_the_training_code(torch_model: Any, text: bytes, block_length: int) -> None:
     tokens = [*text[:96], *text[96:99], *[MASK_ID] * (block_length - 3)]
     block = np.arange(len(tokens)) // block_length
     expected = torch_logits(torch_model, tokens, block[None, :] <= block[:, None])

@@ -80,9 +80,7 @@ def test_rows_that_are_decoded_already_may_hold_anything(
 
 
 @every_loop
-def test_minus_infinity_keeps_a_byte_from_being_decoded(
-    model: TinyModel, changed: Any, text: bytes, loop: str
-) -> None:
+def test_minus_infinity_keeps_a_byte_from_being_decoded(model: TinyModel, changed: Any, text: bytes, loop: str) -> None:
     def spoil(logits: np.ndarray, masked: np.ndarray, number: int) -> None:
         logits[..., :97] = logits[..., 105:] = -np.inf
 
@@ -103,9 +101,7 @@ def test_a_sequence_that_has_ended_may_go_wrong_while_another_is_decoded(
 
 @pytest.mark.parametrize("options", [{"steps": 2}, {"threshold": 0.5}])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 0.0, 0.5, 1.0])
-def test_a_schedule_chooses_a_masked_token_whatever_its_confidence(
-    value: float, options: dict[str, Any]
-) -> None:
+def test_a_schedule_chooses_a_masked_token_whatever_its_confidence(value: float, options: dict[str, Any]) -> None:
     masked = np.array([False, True, True, False, False, True])
     schedule = Schedule(6, **options)
     for confidence in (np.full(6, value), np.where(masked, value, 0.9), np.where(masked, 0.1, value)):

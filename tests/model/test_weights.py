@@ -20,9 +20,7 @@ Write = Callable[..., Path]
 
 @pytest.fixture
 def write(tmp_path: Path, model: TinyModel, small_weights: Weights) -> Write:
-    def write_file(
-        changed: Weights | None = None, without: str = "", metadata: dict[str, str] | None = None
-    ) -> Path:
+    def write_file(changed: Weights | None = None, without: str = "", metadata: dict[str, str] | None = None) -> Path:
         tensors = {**small_weights, **(changed or {})}
         tensors.pop(without, None)
         path = tmp_path / "model.safetensors"
@@ -38,9 +36,7 @@ def test_the_shipped_weights_have_the_shapes_of_their_architecture() -> None:
     assert {array.dtype for array in weights.values()} == {np.dtype(np.float32)}
 
 
-def test_a_file_gives_back_what_was_written_as_float32(
-    write: Write, model: TinyModel, small_weights: Weights
-) -> None:
+def test_a_file_gives_back_what_was_written_as_float32(write: Write, model: TinyModel, small_weights: Weights) -> None:
     half = small_weights["head"].astype(np.float16)
     config, weights = load_weights(str(write({"head": half})))
     assert config == model.config and weights["head"].dtype == np.float32
@@ -110,17 +106,13 @@ def test_a_missing_or_renamed_tensor_is_refused(write: Write) -> None:
         ({"config": json.dumps({"norm_eps": -1.0})}, "norm_eps"),
     ],
 )
-def test_metadata_without_a_sound_architecture_is_refused(
-    write: Write, metadata: dict[str, str], reason: str
-) -> None:
+def test_metadata_without_a_sound_architecture_is_refused(write: Write, metadata: dict[str, str], reason: str) -> None:
     assert reason in refused(write(metadata=metadata))
 
 
 @pytest.mark.clause("ERROR-1")
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
-def test_weights_that_are_no_numbers_are_refused(
-    write: Write, small_weights: Weights, poison: float
-) -> None:
+def test_weights_that_are_no_numbers_are_refused(write: Write, small_weights: Weights, poison: float) -> None:
     head = small_weights["head"].copy()
     head[3, 4] = poison
     assert "'head' holds NaN or inf" in refused(write({"head": head}))

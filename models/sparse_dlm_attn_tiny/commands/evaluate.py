@@ -31,12 +31,10 @@ FULL_BUDGETS, DEFAULT_BUDGETS = (16, 32, 64, 128, 256), (64, 256)
 
 
 def evaluate(
-    prompts: Annotated[int | None, typer.Option(
-        help="Prompts a task.", show_default="4, with --full 20"
-    )] = None,
-    task: Annotated[list[str] | None, typer.Option(
-        help="Task; repeatable.", show_default="single-key and chained, with --full all"
-    )] = None,
+    prompts: Annotated[int | None, typer.Option(help="Prompts a task.", show_default="4, with --full 20")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="Task; repeatable.", show_default="single-key and chained, with --full all")
+    ] = None,
     length: Annotated[int, typer.Option(help="Bytes a prompt.")] = options.DEFAULT_LENGTH,
     seed: Annotated[int, typer.Option(help="First seed; prompt n of a task has seed + n.")] = 0,
     policy: options.Policies = None,

@@ -85,8 +85,7 @@ def placed(backend: str, device: str | None) -> str:
 
 
 def check_settings(
-    block_length: int, steps: int | None, threshold: float | None, page_size: int,
-    max_blocks: int | None = None,
+    block_length: int, steps: int | None, threshold: float | None, page_size: int, max_blocks: int | None = None
 ) -> DecodeSettings:
     """Return the settings of a decoding, checked before anything is loaded."""
     for name, value in (("--page-size", page_size), ("--max-blocks", max_blocks)):
@@ -149,9 +148,7 @@ def _read_prompt(source: str, question: str | None, answer: str | None, limit: i
     return Prompt(text, name, (question or "").strip(), answer)
 
 
-def environment_record(
-    backend: str, weights: Path | None, model: TinyModel, page_size: int
-) -> dict[str, Any]:
+def environment_record(backend: str, weights: Path | None, model: TinyModel, page_size: int) -> dict[str, Any]:
     """Return what a report must say about the software that made it.
 
     ``attention_path`` is how the backend reads the pages of a cache such as the model's: what "auto" came to.

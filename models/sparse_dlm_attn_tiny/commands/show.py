@@ -58,27 +58,21 @@ def show(
         raise InvalidArgumentError(
             "--block", f"must be below {most}, so that the blocks before it fit the model's context", block
         )
-    asked = options.pick_prompt(
-        prompt, question, None, task, length, seed, block_length, model.config.max_context
-    )
+    asked = options.pick_prompt(prompt, question, None, task, length, seed, block_length, model.config.max_context)
     passes: dict[str, list[PassRecord]] = defaultdict(list)
 
     def keep(choice: PolicyChoice, record: PassRecord) -> None:
         if record.block == block:
             passes[choice.label].append(record)
 
-    sample = compare_with_progress(
-        model, asked, choices, dataclasses.replace(settings, max_blocks=block + 1), keep
-    )
+    sample = compare_with_progress(model, asked, choices, dataclasses.replace(settings, max_blocks=block + 1), keep)
     for result in sample.results:
         if result.blocks <= block:
             raise InvalidArgumentError(
                 "--block", f"must be below {result.blocks}: the answer of {result.choice.label} ends", block
             )
     panels = list(passes.items())
-    marked = sorted({
-        page for start, end in asked.facts for page in range(start // page_size, -(-end // page_size))
-    })
+    marked = sorted({page for start, end in asked.facts for page in range(start // page_size, -(-end // page_size))})
     if as_text:
         _print(panels, marked)
     if picture is not None:
