@@ -186,9 +186,8 @@ def decode_full_sequence(
 
     Notes
     -----
-    With ``block_length``, decoding ends after the window that holds a stop byte. Passes are numbered over
-    all windows, as LLaDA numbers its steps; ``total_passes`` counts them all, with a threshold one for
-    each new token.
+    With ``block_length``, decoding ends after the window that holds a stop byte. Passes are numbered over all windows,
+    as LLaDA numbers its steps; ``total_passes`` counts them all, with a threshold one for each new token.
     """
     tokens = model.tokens_of(prompt)
     check_new_tokens(model, len(tokens), new_tokens)
@@ -303,8 +302,7 @@ class _Denoiser:
             results.append(Decoded(
                 output=output, generated=sequence.generated, stopped=stopped, passes=tuple(sequence.records),
                 block_length=length, page_size=self.cache.page_size, prompt_tokens=len(prompt),
-                prefilled_tokens=prefilled, build_bytes=sequence.build_bytes, prefill_seconds=0.0,
-                seconds=seconds,
+                prefilled_tokens=prefilled, build_bytes=sequence.build_bytes, prefill_seconds=0.0, seconds=seconds,
             ))
         return results
 
@@ -364,9 +362,8 @@ class _Denoiser:
             return PassInfo(self.index, is_save, decoded, newly, total_passes=self.total)
         planned = None if order is None else self._told(self._rows(order))
         return PassInfo(
-            self.passes, is_save, decoded, newly, total_passes=self.total,
-            window=self._told(self._rows(self.window)), window_index=self.index, planned=planned,
-            planned_order=None if order is None else self._told(order[None]),
+            self.passes, is_save, decoded, newly, total_passes=self.total, window=self._told(self._rows(self.window)),
+            window_index=self.index, planned=planned, planned_order=None if order is None else self._told(order[None]),
         )
 
     def _unmask(self, logits: HostArray, masked: HostArray, order: HostArray | None) -> None:

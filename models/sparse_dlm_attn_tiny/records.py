@@ -99,8 +99,7 @@ class PassRecord:
     reads : TrafficTotal
         What it read, without the building of metadata.
     metadata_reads, active_rows : numpy.ndarray
-        int64 ``(layers,)``: how often the policy read the page bounds, and rows whose context part was
-        computed.
+        int64 ``(layers,)``: how often the policy read the page bounds, and rows whose context part was computed.
     loaded : numpy.ndarray
         bool ``(layers, kv_heads, pages)``: pages loaded.
     seconds : float
@@ -210,8 +209,7 @@ class Decoded:
         Parameters
         ----------
         first_pass : bool
-            Whether pass 0 of every block counts, and with it the building of page metadata. Save
-            passes always count.
+            Whether pass 0 of every block counts, and with it the building of page metadata. Save passes always count.
 
         Notes
         -----

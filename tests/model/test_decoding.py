@@ -275,10 +275,9 @@ def test_a_block_causal_model_has_nothing_to_refresh(model: TinyModel, text: byt
     ("options", "argument"),
     [
         ({"steps": 0}, "steps"), ({"steps": 17}, "steps"), ({"steps": 2.0}, "steps"),
-        ({"threshold": -0.1}, "threshold"), ({"threshold": 1.1}, "threshold"),
-        ({"threshold": "high"}, "threshold"), ({"threshold": float("nan")}, "threshold"),
-        ({"steps": 4, "threshold": 0.5}, "steps"), ({"block_length": 12}, "block_length"),
-        ({"max_blocks": 0}, "max_blocks"), ({"page_size": 0}, "page_size"),
+        ({"threshold": -0.1}, "threshold"), ({"threshold": 1.1}, "threshold"), ({"threshold": "high"}, "threshold"),
+        ({"threshold": float("nan")}, "threshold"), ({"steps": 4, "threshold": 0.5}, "steps"),
+        ({"block_length": 12}, "block_length"), ({"max_blocks": 0}, "max_blocks"), ({"page_size": 0}, "page_size"),
         ({"page_size": "16"}, "page_size"), ({"on_pass": 3}, "on_pass"), ({"prefix": b"text"}, "prefix"),
     ],
 )

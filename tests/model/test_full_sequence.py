@@ -160,11 +160,10 @@ def test_sparsed_counts_passes_over_all_windows(model: TinyModel, text: bytes) -
 @pytest.mark.parametrize(
     ("prompt", "options"),
     [
-        (b"", {}), (bytes(600), {}), (bytes(500), {"new_tokens": 13}), (b"x", {"new_tokens": 0}),
-        (b"x", {"steps": 17}), (b"x", {"steps": 2, "threshold": 0.5}), (b"x", {"block_length": 5}),
-        (b"x", {"block_length": 0}), (b"x", {"on_pass": 1}), ("x", {}), (b"x", {"page_size": 0}),
-        (b"x", {"order": "left"}), (b"x", {"seed": -1}), (b"x", {"order": "random", "threshold": 0.5}),
-        (b"x", {"policy": "losa:active=-1"}),
+        (b"", {}), (bytes(600), {}), (bytes(500), {"new_tokens": 13}), (b"x", {"new_tokens": 0}), (b"x", {"steps": 17}),
+        (b"x", {"steps": 2, "threshold": 0.5}), (b"x", {"block_length": 5}), (b"x", {"block_length": 0}),
+        (b"x", {"on_pass": 1}), ("x", {}), (b"x", {"page_size": 0}), (b"x", {"order": "left"}), (b"x", {"seed": -1}),
+        (b"x", {"order": "random", "threshold": 0.5}), (b"x", {"policy": "losa:active=-1"}),
     ],
 )
 def test_bad_input_is_refused(model: TinyModel, prompt: Any, options: dict[str, Any]) -> None:
