@@ -1,16 +1,15 @@
 """The KV cache: keys, values and page metadata, of a prefix that grows or of a whole sequence.
 
-Keys and values lie densely in one buffer with room to grow; a `Context` is a view of it. Sequences of
-the same length can share a cache, so that they decode side by side. A prefix can be forked in constant
-time, so that the KV of one prompt serves any number of decodings: forks share the buffer until a second
-one needs the room behind their tokens (copy on write).
+Keys and values lie densely in one buffer with room to grow; a `Context` is a view of it. Sequences of the same length
+can share a cache, so that they decode side by side. Forks of a prefix let the KV of one prompt serve any number of
+decodings.
 """
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,17 +25,6 @@ from sparse_dlm_attn_tiny.config import TinyConfig
 DEFAULT_PAGE_SIZE = 16
 GROWTH_TOKENS = 256  # spare room of a new buffer: a typical answer fits without growing again
 HostArray = np.ndarray[Any, Any]
-
-
-class _Buffer:
-    """Room for keys and values; ``writer`` has taken what lies up to token ``tip``."""
-
-    def __init__(self, config: TinyConfig, backend: Backend, batch: int, capacity: int) -> None:
-        like = backend.asarray(np.zeros(1, dtype=np.float32), dtype="float32")
-        shape = (config.layers, 2, config.kv_heads, batch, capacity, config.head_dim)
-        self.kv = namespace(like).zeros(shape, dtype=like.dtype, device=like.device)
-        self.capacity = capacity
-        self.tip, self.writer = 0, object()
 
 
 class KVCache:
@@ -93,10 +81,9 @@ class KVCache:
         self.tokens: tuple[tuple[int, ...], ...] = ((),)
         self.bounds_key_bytes = 0
         self._versions = itertools.count(1)  # one counter for a cache and all its forks
-        self._claim = object()  # stands for this cache as the writer
-        self._buffer = _Buffer(config, backend, 1, self._rounded(capacity))
         self._bounds: list[PageBounds | None] = [None] * config.layers
         self._contexts: tuple[int, tuple[Context, ...]] | None = None
+        self._kv = self._room(capacity)
         self._rebuild_bounds(0)
 
     def __repr__(self) -> str:
@@ -115,12 +102,12 @@ class KVCache:
                     "caches", f"must have the same {name}", ", ".join(map(repr, values)),
                     "Use prompts of equal length, and one model.",
                 )
-        joint = caches[0].fork()
+        joint = copy.copy(caches[0])
         joint.tokens = tuple(tokens for cache in caches for tokens in cache.tokens)
         joint._versions = itertools.count(1)
         joint.version = next(joint._versions)
-        joint._copy(joint._buffer.capacity, [cache._buffer for cache in caches])
-        xp = namespace(joint._buffer.kv)
+        xp = namespace(joint._kv)
+        joint._grow(0, xp.concat([cache._kv[:, :, :, :, : cache.length, :] for cache in caches], axis=3))
         joint._bounds = [
             PageBounds(*(xp.concat([getattr(each, side) for each in bounds], axis=0) for side in ("lower", "upper")))
             for bounds in zip(*(cache._bounds for cache in caches), strict=True)
@@ -133,42 +120,23 @@ class KVCache:
         return len(self.tokens)
 
     def fork(self, *, page_size: int | None = None) -> KVCache:
-        """Return a prefix of the same tokens that grows independently; nothing is copied now.
-
-        Another ``page_size`` rebuilds the metadata.
-        """
-        fork = KVCache.__new__(KVCache)
-        fork.__dict__.update(self.__dict__)
-        fork._bounds, fork._claim = list(self._bounds), object()
-        if page_size is not None and page_size != self.page_size:
-            check_count("page_size", page_size, 1)
-            fork.page_size, fork.version = page_size, next(self._versions)
-            fork.bounds_key_bytes, fork._bounds = 0, [None] * self.config.layers
-            fork._contexts = None
-            fork._make_room(0)
-            fork._rebuild_bounds(0)
+        """Return a copy of a prefix that grows independently; another ``page_size`` rebuilds the metadata."""
+        fork = copy.copy(self)
+        if page_size is None or page_size == self.page_size:
+            fork._grow(0)
+            return fork
+        check_count("page_size", page_size, 1)
+        fork.page_size, fork.version = page_size, next(self._versions)
+        fork.bounds_key_bytes, fork._bounds = 0, [None] * self.config.layers
+        fork._grow(0)
+        fork._rebuild_bounds(0)
         return fork
 
-    @contextlib.contextmanager
-    def forked(self, *, page_size: int | None = None) -> Iterator[KVCache]:
-        """Lend a `fork` for the time of a decoding; the next one need not copy then.
-
-        What the fork adds may be overwritten as soon as the context ends.
-        """
-        fork, buffer = self.fork(page_size=page_size), self._buffer
-        try:
-            yield fork
-        finally:
-            if buffer.writer is fork._claim:
-                buffer.tip = self.length
-
     def reserve(self, tokens: int) -> None:
-        """Make room for ``tokens`` more tokens of each sequence, to be written by this cache alone."""
+        """Make room for ``tokens`` more tokens of each sequence."""
         check_count("tokens", tokens, 0)
-        if self._buffer.tip != self.length and self._buffer.writer is not self._claim:
-            self._copy(self.length + tokens + GROWTH_TOKENS)
-        self._make_room(tokens)
-        self._buffer.tip, self._buffer.writer = self.length + tokens, self._claim
+        if self.length + tokens > self._capacity:
+            self._grow(tokens)
 
     def write(self, layer: int, rows: slice | HostArray, keys: Array, values: Array) -> None:
         """Store KV of the tokens at ``rows``, ascending; those of a prefix in room that `reserve` made.
@@ -180,9 +148,9 @@ class KVCache:
         check_array("keys", keys, shape, ("float32",))
         check_array("values", values, tuple(int(size) for size in keys.shape), ("float32",))
         if not self.whole:
-            self._check_reserved("rows", end if first >= self.length else -1)
+            self._check_reserved("rows", first, end)
         for part, array in enumerate((keys, values)):
-            room = self._buffer.kv[layer, part, ...]
+            room = self._kv[layer, part, ...]
             room[:, :, rows, :] = namespace(array).permute_dims(array, (1, 0, 2, 3))
 
     def read(self, layer: int, start: int, end: int) -> tuple[Array, Array]:
@@ -190,7 +158,7 @@ class KVCache:
 
         They have the shape ``(batch, kv_heads, end - start, head_dim)``.
         """
-        kv = self._buffer.kv[layer, :, :, :, start:end, :]
+        kv = self._kv[layer, :, :, :, start:end, :]
         kv = namespace(kv).permute_dims(kv, (0, 2, 1, 3, 4))
         return kv[0, ...], kv[1, ...]
 
@@ -206,13 +174,12 @@ class KVCache:
                 f"{[len(row) for row in tokens]} tokens",
             )
         end = self.length + counts.pop()
-        self._check_reserved("tokens", end)
+        self._check_reserved("tokens", self.length, end)
         first_page = self.length // self.page_size  # a partly filled last page has to be rebuilt
         self.tokens = tuple((*old, *map(int, new)) for old, new in zip(self.tokens, tokens, strict=True))
         self.length, self.version, self._contexts = end, next(self._versions), None
         if prompt_tokens is not None:
             self.prompt_tokens = prompt_tokens
-        self._make_room(0)
         self._rebuild_bounds(first_page)
 
     def contexts(self, window_end: int | None = None) -> tuple[Context, ...]:
@@ -234,13 +201,13 @@ class KVCache:
         if self.whole and segments[-1] == PROMPT:
             segments[-1] = GENERATED
         lengths = np.clip(self.length - first, 0, self.page_size)
-        room = np.arange(self.batch)[:, None] * self._buffer.capacity
+        room = np.arange(self.batch)[:, None] * self._capacity
         pages = (first + room) // self.page_size
         pages, lengths, segments = (
             self.backend.asarray(np.broadcast_to(rows, (self.batch, len(first))).astype(dtype), dtype=dtype)
             for rows, dtype in ((pages, "int32"), (lengths, "int32"), (segments, "int8"))
         )
-        kv, config = self._buffer.kv, self.config
+        kv, config = self._kv, self.config
         xp = namespace(kv)
         kv = xp.reshape(kv, (config.layers, 2, config.kv_heads, -1, self.page_size, config.head_dim))
         kv = xp.permute_dims(kv, (0, 1, 3, 2, 4, 5))
@@ -264,32 +231,31 @@ class KVCache:
         read = self.length - min(first_page * self.page_size, self.length)
         self.bounds_key_bytes += read * 4 * self.config.kv_heads * self.config.head_dim
 
-    def _check_reserved(self, argument: str, end: int) -> None:
-        """Raise unless the tokens from `length` to ``end`` are ours to write."""
-        room = self._buffer.tip if self._buffer.writer is self._claim else self.length
-        if not self.length <= end <= room:
+    def _check_reserved(self, argument: str, first: int, end: int) -> None:
+        """Raise unless the tokens ``first..end`` lie in the room behind those that count."""
+        if not self.length <= first <= end <= self._capacity:
             raise InvalidArgumentError(
-                argument, f"must lie in the reserved room {self.length}..{room}", f"an end of {end}",
+                argument, f"must lie in the reserved room {self.length}..{self._capacity}", f"{first}..{end}",
                 "Call reserve() first.",
             )
+
+    @property
+    def _capacity(self) -> int:
+        """Tokens of each sequence that there is room for, in whole pages."""
+        return int(self._kv.shape[4])
 
     def _rounded(self, tokens: int) -> int:
         """Return ``tokens`` rounded up to whole pages, at least one."""
         return max(-(-tokens // self.page_size), 1) * self.page_size
 
-    def _make_room(self, tokens: int) -> None:
-        """Grow so that whole pages hold the tokens that count and ``tokens`` more."""
-        needed = self._rounded(self.length + tokens)
-        if needed > self._buffer.capacity or self._buffer.capacity % self.page_size:
-            self._copy(needed + GROWTH_TOKENS)
+    def _room(self, tokens: int) -> Array:
+        """Return zeros for keys and values of whole pages, which hold ``tokens`` of each sequence."""
+        config, like = self.config, self.backend.asarray(np.zeros(1, dtype=np.float32), dtype="float32")
+        shape = (config.layers, 2, config.kv_heads, self.batch, self._rounded(tokens), config.head_dim)
+        return namespace(like).zeros(shape, dtype=like.dtype, device=like.device)
 
-    def _copy(self, capacity: int, sources: Sequence[_Buffer] | None = None) -> None:
-        """Move to a buffer of our own, which takes the sequences of ``sources`` one after the other."""
-        sources, first = sources or [self._buffer], 0
-        self._buffer = _Buffer(self.config, self.backend, self.batch, self._rounded(capacity))
-        for source in sources:
-            old = source.kv[:, :, :, :, : self.length, :]
-            end = first + int(old.shape[3])
-            self._buffer.kv[:, :, :, first:end, : self.length, :] = old
-            first = end
-        self._buffer.tip, self._contexts = self.length, None
+    def _grow(self, tokens: int, kv: Array | None = None) -> None:
+        """Move to room for ``tokens`` more and some spare ones, taking along what counts of ``kv`` or our own."""
+        old = (self._kv if kv is None else kv)[:, :, :, :, : self.length, :]
+        self._kv, self._contexts = self._room(self.length + tokens + GROWTH_TOKENS), None
+        self._kv[:, :, :, :, : self.length, :] = old

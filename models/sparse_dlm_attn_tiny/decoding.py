@@ -95,11 +95,12 @@ def decode_blocks(
     started, prefill_seconds = time.perf_counter(), 0.0
     if prefix is None:
         pages = DEFAULT_PAGE_SIZE if page_size is None else page_size
-        prefix = model.prefill(tokens, block_length=block_length, page_size=pages)
+        cache = model.prefill(tokens, block_length=block_length, page_size=pages)
         prefill_seconds = time.perf_counter() - started
-    _check_prefix(model, prefix, [tokens], block_length)
-    with prefix.forked(page_size=page_size) as cache:
-        (decoded,) = _Denoiser(model, attention, cache, schedule, [max_blocks], on_pass).decode([tokens])
+    else:
+        _check_prefix(model, prefix, [tokens], block_length)
+        cache = prefix.fork(page_size=page_size)
+    (decoded,) = _Denoiser(model, attention, cache, schedule, [max_blocks], on_pass).decode([tokens])
     return replace(decoded, prefill_seconds=prefill_seconds)
 
 
@@ -145,8 +146,7 @@ def decode_together(
             "Decode its prompts one by one, with decode_blocks.",
         )
     _check_prefix(model, prefix, tokens, block_length)
-    with prefix.forked() as cache:
-        return _Denoiser(model, attention, cache, schedule, max_blocks).decode(tokens)
+    return _Denoiser(model, attention, prefix.fork(), schedule, max_blocks).decode(tokens)
 
 
 def decode_full_sequence(

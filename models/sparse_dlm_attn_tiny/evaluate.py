@@ -19,7 +19,7 @@ from sparse_dlm_attn_tiny.policy_choice import PolicyChoice, choose_policies
 from sparse_dlm_attn_tiny.retrieval import Prompt, make_prompt
 
 PROMPTS_TOGETHER = 4
-"""Prompts decoded side by side unless told otherwise: keys and values of 4096 bytes are 34 MB each, twice."""
+"""Prompts decoded side by side unless told otherwise: keys and values of 4096 bytes are 34 MB, thrice."""
 
 THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 Job = tuple[str, int]  # task and seed

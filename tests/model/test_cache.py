@@ -54,10 +54,6 @@ def tokens_of(context: Context, pages: np.ndarray) -> np.ndarray:
     return np.concatenate([pages[page, :, :length] for page, length in parts], axis=1)
 
 
-def shared(one: KVCache, other: KVCache) -> bool:
-    return np.shares_memory(one.contexts()[1].k_pages, other.contexts()[1].k_pages)
-
-
 @pytest.mark.clause("CONTEXT-1", "CONTEXT-5", "BOUNDS-1")
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
 @pytest.mark.parametrize("sizes", [[1], [16, 1], [3, 16, 1, 44, 16], [300, 32]])
@@ -116,31 +112,6 @@ def test_memory_is_of_one_fork_and_does_not_survive_an_append_in_mid_block(model
     kept, _ = model.forward(following, fork, attention, PassInfo(0), memories)
     fresh, _ = model.forward(following, fork, attention, PassInfo(0))
     np.testing.assert_array_equal(kept, fresh)
-
-
-@pytest.mark.clause("CONTEXT-4")
-def test_a_fork_copies_nothing_until_it_has_to() -> None:
-    prefix = filled([48])
-    first, second = prefix.fork(), prefix.fork()
-    assert shared(first, prefix) and shared(second, prefix)
-    assert shared(append(first, 16, 5), prefix)
-    assert not shared(append(second, 16, 6), prefix)
-
-
-def test_a_lent_fork_gives_its_room_back_unless_others_took_it() -> None:
-    prefix = filled([48])
-    for _ in range(2):
-        with prefix.forked() as fork:
-            assert shared(append(fork, 16, 5), prefix)
-            assert not shared(append(prefix.fork(), 16, 5), prefix)  # while it is lent, its room is taken
-    with pytest.raises(ZeroDivisionError), prefix.forked() as fork:
-        append(fork, 16, 5)
-        raise ZeroDivisionError
-    kept = append(prefix.fork(), 16, 5)
-    assert shared(kept, prefix)
-    with prefix.forked() as fork:
-        assert not shared(append(fork, 16, 5), prefix)
-    assert not shared(append(prefix.fork(), 16, 5), prefix)  # what is not lent is never given away
 
 
 @pytest.mark.parametrize("page_size", [16, 64])
