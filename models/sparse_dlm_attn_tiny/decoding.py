@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -92,16 +91,13 @@ def decode_blocks(
     check_count("max_blocks", max_blocks, 1)
     _check_callable(on_pass)
     attention = PrefixAttention(policy, model.backend)
-    started, prefill_seconds = time.perf_counter(), 0.0
     if prefix is None:
         pages = DEFAULT_PAGE_SIZE if page_size is None else page_size
         cache = model.prefill(tokens, block_length=block_length, page_size=pages)
-        prefill_seconds = time.perf_counter() - started
     else:
         _check_prefix(model, prefix, [tokens], block_length)
         cache = prefix.fork(page_size=page_size)
-    (decoded,) = _Denoiser(model, attention, cache, schedule, [max_blocks], on_pass).decode([tokens])
-    return replace(decoded, prefill_seconds=prefill_seconds)
+    return _Denoiser(model, attention, cache, schedule, [max_blocks], on_pass).decode([tokens])[0]
 
 
 def decode_together(
@@ -297,12 +293,11 @@ class _Denoiser:
             known = self.tokens[:, : self.window.stop if self.cache.whole else 0]
         seconds = (time.perf_counter() - started) / len(prompts)
         results = []
-        for prompt, sequence in zip(prompts, self.sequences, strict=True):
+        for sequence in self.sequences:
             output, stopped = text_before_stop(sequence.generated)
             results.append(Decoded(
                 output=output, generated=sequence.generated, stopped=stopped, passes=tuple(sequence.records),
-                block_length=length, page_size=self.cache.page_size, prompt_tokens=len(prompt),
-                prefilled_tokens=prefilled, build_bytes=sequence.build_bytes, prefill_seconds=0.0, seconds=seconds,
+                prefilled_tokens=prefilled, build_bytes=sequence.build_bytes, seconds=seconds,
             ))
         return results
 

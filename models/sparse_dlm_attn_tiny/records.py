@@ -173,27 +173,20 @@ class Decoded:
         Whether a stop byte was decoded; False if the number of blocks ended it.
     passes : tuple of PassRecord
         Every pass in order.
-    block_length, page_size : int
-        Tokens a block and a page.
-    prompt_tokens, prefilled_tokens : int
-        Bytes of the prompt, and those of them that were prefilled.
+    prefilled_tokens : int
+        Bytes of the prompt that were prefilled.
     build_bytes : float
         See `TrafficTotal`.
-    prefill_seconds, seconds : float
-        Wall time of the prefill (0 if a prefix was given) and of the passes; of several sequences
-        decoded together, an equal part.
+    seconds : float
+        Wall time of the passes; of several sequences decoded together, an equal part.
     """
 
     output: bytes
     generated: bytes
     stopped: bool
     passes: tuple[PassRecord, ...]
-    block_length: int
-    page_size: int
-    prompt_tokens: int
     prefilled_tokens: int
     build_bytes: float
-    prefill_seconds: float
     seconds: float
 
     __repr__ = short_repr
