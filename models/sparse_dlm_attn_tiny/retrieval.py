@@ -32,7 +32,6 @@ import numpy as np
 
 from sparse_dlm_attn.errors import InvalidArgumentError, UnknownNameError
 from sparse_dlm_attn.policy import check_count
-from sparse_dlm_attn_tiny.config import STOP_BYTE
 
 TASKS = ("single-key", "multi-key", "several-values", "several-keys", "chained")
 """Names of the tasks `make_prompt` knows."""
@@ -131,11 +130,6 @@ def sentence_ends(text: bytes) -> np.ndarray[Any, Any]:
 def answer_blocks(answer: str, block_length: int) -> int:
     """Return how many blocks hold an answer and its stop byte."""
     return -(-(len(answer) + 1) // block_length)
-
-
-def decoded_answer(output: bytes) -> str:
-    """Return what a model answered: its output up to the first stop byte."""
-    return output.split(bytes([STOP_BYTE]), 1)[0].decode("latin-1")
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from torch_model import PackedModel, rope_tables
 
 from sparse_dlm_attn_tiny import retrieval
 from sparse_dlm_attn_tiny.config import MASK_ID
+from sparse_dlm_attn_tiny.records import text_before_stop
 
 TOKENS_PER_PASS = 2
 FIRST_SEED = 10_000
@@ -98,7 +99,8 @@ def retrieval_score(
         row_tokens=row_tokens,
         full_sequence=full_sequence,
     )
-    exact = [retrieval.decoded_answer(out) == p.answer for out, p in zip(outputs, prompts, strict=True)]
+    answers = [text_before_stop(output)[0].decode("latin-1") for output in outputs]
+    exact = [answer == prompt.answer for answer, prompt in zip(answers, prompts, strict=True)]
     return sum(exact) / count
 
 

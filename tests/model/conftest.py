@@ -1,18 +1,15 @@
-"""A small random model, its logits changed at will, and a backend on any array API library."""
+"""A small random model, and its logits changed at will."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from sparse_dlm_attn import Backend, Capabilities
-from sparse_dlm_attn.arrays import is_array, to_numpy
-from sparse_dlm_attn_reference import ReferenceBackend
+from sparse_dlm_attn.arrays import to_numpy
 from sparse_dlm_attn_tiny.config import MASK_ID, TinyConfig, weight_shapes
 from sparse_dlm_attn_tiny.model import TinyModel
 
@@ -78,47 +75,3 @@ def model(make_model: Callable[..., TinyModel]) -> TinyModel:
 def text() -> bytes:
     """Bytes of all values, stop bytes included."""
     return np.random.default_rng(1).integers(0, 256, 400).astype(np.uint8).tobytes()
-
-
-def moved(value: Any, convert: Callable[[Any], Any]) -> Any:
-    """Return a value with all of its arrays converted."""
-    if is_dataclass(value):
-        parts = {field.name: moved(getattr(value, field.name), convert) for field in fields(value)}
-        return replace(value, **parts)  # type: ignore[type-var]
-    return convert(value) if is_array(value) else value
-
-
-def by_the_reference(name: str) -> Any:
-    def operator(self: Any, *arguments: Any, **options: Any) -> Any:
-        host = [moved(each, to_numpy) for each in arguments]
-        given = {key: moved(each, to_numpy) for key, each in options.items()}
-        return moved(getattr(ReferenceBackend(), name)(*host, **given), self.asarray)
-
-    return operator
-
-
-class LibraryBackend(Backend):
-    """Arrays of any library; the obligatory operators go by way of the reference."""
-
-    name = "library"
-    page_bounds = by_the_reference("page_bounds")
-    page_scores = by_the_reference("page_scores")
-    attend_pages = by_the_reference("attend_pages")
-    attend_block = by_the_reference("attend_block")
-
-    def __init__(self, library: Any) -> None:
-        self.library = library
-
-    @property
-    def capabilities(self) -> Capabilities:
-        return Capabilities(devices=("cpu", "array_api_strict.device('cpu_device')"))
-
-    def asarray(self, values: Any, *, dtype: str | None = None) -> Any:
-        host = np.array(values, dtype=dtype)
-        return self.library.asarray(host, dtype=getattr(self.library, str(host.dtype)))
-
-
-@pytest.fixture(params=["torch", "array_api_strict"])
-def library_model(request: pytest.FixtureRequest, make_model: Callable[..., TinyModel]) -> TinyModel:
-    library = pytest.importorskip(request.param, reason=f"{request.param} is not installed")
-    return make_model(LibraryBackend(library))

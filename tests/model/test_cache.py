@@ -1,11 +1,9 @@
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 
-from sparse_dlm_attn import Context, InvalidArgumentError, PassInfo, PrefixAttention, StaleMemoryError
+from sparse_dlm_attn import Context, InvalidArgumentError, PassInfo, PrefixAttention
 from sparse_dlm_attn_reference import ReferenceBackend
 from sparse_dlm_attn_tiny.cache import KVCache
 from sparse_dlm_attn_tiny.config import TinyConfig
@@ -68,12 +66,6 @@ def test_building_bounds_reads_every_key_once_and_a_grown_page_again() -> None:
     assert filled([32, 16, 16], page_size=64).bounds_key_bytes == (32 + 48 + 64) * 4 * 2 * 8
 
 
-def test_an_empty_cache_gives_one_absent_page() -> None:
-    context = KVCache(CONFIG, ReferenceBackend()).contexts()[0]
-    assert context.page_lengths.tolist() == [[0]]
-    assert context.bounds is not None and not context.bounds.upper.any()
-
-
 def test_pages_that_begin_in_the_prompt_are_prompt_and_the_others_generated(model: TinyModel) -> None:
     cache = model.prefill(bytes(40), page_size=8)  # 32 bytes cached, 8 in the first block
     block = [[0] * 16]
@@ -91,27 +83,6 @@ def test_segments_of_a_whole_sequence_are_prompt_generated_and_suffix(page_size:
     context = cache.contexts(window_end=38)[0]
     assert context.page_segments.tolist() == [expected.tolist()]
     assert context.bounds is None and int(context.tokens[0]) == 46
-
-
-@pytest.mark.clause("MEMORY-1", "MEMORY-2")
-def test_memory_is_of_one_fork_and_does_not_survive_an_append_in_mid_block(model: TinyModel, text: bytes) -> None:
-    prefix, attention = model.prefill(text[:32]), PrefixAttention("losa", model.backend)
-
-    def saved(block: bytes) -> tuple[KVCache, Any]:
-        fork = prefix.fork()
-        _, memories = model.forward([list(block)], fork, attention, PassInfo(0))
-        fork.advance([list(block)])
-        return fork, memories
-
-    fork, memories = saved(text[32:48])
-    other, _ = saved(text[48:64])
-    following = [list(text[64:80])]
-    for cache in (fork, other):
-        with pytest.raises(StaleMemoryError, match="version"):
-            model.forward(following, cache, attention, PassInfo(1), memories)
-    kept, _ = model.forward(following, fork, attention, PassInfo(0), memories)
-    fresh, _ = model.forward(following, fork, attention, PassInfo(0))
-    np.testing.assert_array_equal(kept, fresh)
 
 
 @pytest.mark.parametrize("page_size", [16, 64])
@@ -132,24 +103,6 @@ def test_a_fork_may_have_another_page_size(page_size: int) -> None:
     fork = prefix.fork(page_size=page_size)
     check(fork, [(16, 0), (16, 1), (3, 2)])
     assert fork.contexts()[0].page_size == page_size and prefix.page_size == 16
-
-
-@pytest.mark.clause("CONTEXT-1", "BOUNDS-1")
-@pytest.mark.parametrize("page_size", [1, 5, 64])
-def test_a_joint_cache_holds_every_sequence_and_forks_like_any_other(
-    model: TinyModel, text: bytes, page_size: int
-) -> None:
-    prompts = [text[start : start + 77] for start in (0, 100, 200)]
-    joint = KVCache.together([model.prefill(prompt) for prompt in prompts]).fork(page_size=page_size)
-    assert joint.tokens == tuple(tuple(prompt[:64]) for prompt in prompts)
-    for place, prompt in enumerate(prompts):
-        singles = model.prefill(prompt, page_size=page_size).contexts()
-        for ours, theirs in zip(joint.contexts(), singles, strict=True):
-            ours.check_contents()
-            for one, other in ((ours.k_pages, theirs.k_pages), (ours.v_pages, theirs.v_pages)):
-                np.testing.assert_array_equal(one[ours.page_table[place]], other[theirs.page_table[0]])
-            assert ours.bounds is not None and theirs.bounds is not None
-            np.testing.assert_array_equal(ours.bounds.upper[place], theirs.bounds.upper[0])
 
 
 @pytest.mark.clause("ERROR-1")

@@ -140,22 +140,6 @@ def test_a_policy_is_told_the_rows_of_a_pass_in_the_order_drawn(
         assert [place + LENGTH for place in record.newly_decoded] == sorted(rows)
 
 
-@pytest.mark.parametrize("policy", ["sparsed:span=8,warmup=1,ratio=1", "fast-dllm"])
-def test_policies_that_leave_nothing_out_agree_in_one_pass(model: TinyModel, text: bytes, policy: str) -> None:
-    dense = decode_full_sequence(model, text[:LENGTH], new_tokens=NEW, steps=1)
-    other = decode_full_sequence(model, text[:LENGTH], policy=policy, new_tokens=NEW, steps=1, page_size=8)
-    assert other.generated == dense.generated
-
-
-def test_sparsed_counts_passes_over_all_windows(model: TinyModel, text: bytes) -> None:
-    """As the authors' LLaDA code does: later windows have no dense pass."""
-    result = decode_full_sequence(
-        model, text[:LENGTH], policy="sparsed:span=4,ratio=0.2", new_tokens=NEW, block_length=8, steps=4, page_size=4
-    )
-    dense = [record.reads.pair_share == 1 for record in result.passes]
-    assert dense == [index < 3 for index in range(len(dense))]  # floor(8 x 0.2) + 2
-
-
 @pytest.mark.clause("ERROR-1")
 @pytest.mark.parametrize(
     ("prompt", "options"),
