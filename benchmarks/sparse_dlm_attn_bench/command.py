@@ -143,20 +143,7 @@ def tune(
 
 
 def counts(option: str, text: str) -> list[int]:
-    """Return numbers of tokens written ``16K,65536``, ascending.
-
-    Parameters
-    ----------
-    option : str
-        Its name, for messages.
-    text : str
-        What was given.
-
-    Raises
-    ------
-    InvalidArgumentError
-        If something else is written there.
-    """
+    """Return numbers of tokens written ``16K,65536``, ascending."""
     found = []
     for part in text.split(","):
         number, factor = part.strip().upper(), 1
@@ -169,20 +156,7 @@ def counts(option: str, text: str) -> list[int]:
 
 
 def shares(option: str, text: str) -> list[float]:
-    """Return shares written ``0.05,0.1``, ascending.
-
-    Parameters
-    ----------
-    option : str
-        Its name, for messages.
-    text : str
-        What was given.
-
-    Raises
-    ------
-    InvalidArgumentError
-        If something else is written there, or a share is not over 0 and at most 1.
-    """
+    """Return shares written ``0.05,0.1``, ascending."""
     try:
         found = sorted({float(part) for part in text.split(",")})
     except ValueError:

@@ -50,30 +50,10 @@ def neighbours(settings: Settings, multiprocessors: int) -> Iterator[Settings]:
 
 
 def search(default: Settings, multiprocessors: int, limit: int, time: Time) -> tuple[Settings, float, float]:
-    """Return the fastest settings found, their time and that of the default.
+    """Return the fastest settings found, their time and that of the default, in microseconds.
 
-    Parameters
-    ----------
-    default : Settings
-        Where the search begins.
-    multiprocessors : int
-        Of the GPU.
-    limit : int
-        Most settings to time, the default included.
-    time : callable
-        Microseconds of settings; None if they do not run or are wrong.
-
-    Returns
-    -------
-    settings : Settings
-        The default, unless others were faster by `LEAST_GAIN`.
-    us, default_us : float
-        Microseconds.
-
-    Raises
-    ------
-    WrongResultError
-        If the default itself does not run.
+    At most ``limit`` settings are timed, the default included; ``time`` says None of those that do not run or are
+    wrong. Raise `WrongResultError` if the default itself does not run.
     """
     first = time(default)
     if first is None:
@@ -95,28 +75,7 @@ def search(default: Settings, multiprocessors: int, limit: int, time: Time) -> t
 
 
 def tune_shape(shape: Shape, policy: str, backend: Backend, limit: int, repeats: int, step: Callable[[], Any]) -> Entry:
-    """Tune for one shape.
-
-    Parameters
-    ----------
-    shape : Shape
-        Sizes.
-    policy : str
-        A policy with a budget, without it.
-    backend : Backend
-        The Triton backend.
-    limit : int
-        Most settings to time. Each compiles the attention kernel once, 1 to 3 seconds, into Triton's cache.
-    repeats : int
-        Replays of each graph.
-    step : callable
-        Called after each of them.
-
-    Returns
-    -------
-    Entry
-        To be kept.
-    """
+    """Tune for one shape: each of at most ``limit`` settings compiles the attention kernel once, 1 to 3 seconds."""
     made = layers(shape, backend)[:MOST_LAYERS]
     chosen, _ = budget_for(DENSITY, policy, shape, backend, made[0], **LAYER)
     works = [runner(chosen, backend, one, **LAYER) for one in made]
