@@ -293,7 +293,8 @@ class TorchBackend(Backend):
             )
             selection = Selection(mask, max(q.shape[2], 1))
             out, state = self.attend(q, k, v, context, selection, active, cached, scale=scale)
-            return RankedResult(out, state, active, selection, kept_queries(q, active, ranked_pass.keep, ranked_pass.reference))
+            kept = kept_queries(q, active, ranked_pass.keep, ranked_pass.reference)
+            return RankedResult(out, state, active, selection, kept)
 
     @property
     def _dense(self) -> str:
