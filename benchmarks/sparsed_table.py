@@ -17,14 +17,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sparse_dlm_attn import get_policy
-from sparse_dlm_attn.cli.console import result_console
+from sparse_dlm_attn.cli.console import result_console, table
 from sparse_dlm_attn_tiny import plots
 from sparse_dlm_attn_tiny.commands.options import environment_record
+from sparse_dlm_attn_tiny.commands.report import share_text
 from sparse_dlm_attn_tiny.comparison import PolicyResult, PolicyScore
 from sparse_dlm_attn_tiny.decoding import Order, decode_full_sequence
 from sparse_dlm_attn_tiny.model import TinyModel
 from sparse_dlm_attn_tiny.policy_choice import PolicyChoice
-from sparse_dlm_attn_tiny.report import share_text, table
 from sparse_dlm_attn_tiny.retrieval import answer_blocks, make_prompt
 
 BLOCK, STEPS = 16, 8

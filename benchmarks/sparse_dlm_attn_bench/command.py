@@ -12,7 +12,7 @@ import typer
 
 from sparse_dlm_attn import Backend, InvalidArgumentError, Problem, UnavailableError, UnsupportedError
 from sparse_dlm_attn import get_backend as find_backend
-from sparse_dlm_attn.cli.console import note, print_json, progress, result_console
+from sparse_dlm_attn.cli.console import note, print_json, progress, result_console, table
 from sparse_dlm_attn.cli.options import named_as_options
 from sparse_dlm_attn.files import check_target, write_atomically
 from sparse_dlm_attn_bench.shape import Shape, with_budget
@@ -219,21 +219,18 @@ def _check_backend(backend: Backend, shape: Shape) -> None:
 
 
 def _print_points(points: list[Point], sentence: str) -> None:
-    from rich.table import Table
-
     from sparse_dlm_attn_bench.break_even import tokens
 
     asked = sorted({point.asked for point in points})
-    table = Table("context", "dense, us", "fastest dense", *(f"{share:.0%} read" for share in asked))
+    rows = []
     for context in sorted({point.context for point in points}):
         row = {point.asked: point for point in points if point.context == context}
         first = next(iter(row.values()))
-        table.add_row(
-            tokens(context), f"{first.dense_us:.1f}", first.peer,
-            *(f"{row[share].speedup:.2f}x ({row[share].sparse_us:.1f} us)" for share in asked),
-        )
+        gains = (f"{row[share].speedup:.2f}x ({row[share].sparse_us:.1f} us)" for share in asked)
+        rows.append((tokens(context), first.peer, f"{first.dense_us:.1f}", *gains))
     console = result_console()
-    console.print(table)
+    figures = ("dense, us", *(f"{share:.0%} read" for share in asked))
+    console.print(table(("context", "fastest dense"), figures, rows))
     console.print(sentence, markup=False, highlight=False)
 
 
@@ -261,15 +258,10 @@ def _plot(points: list[Point], policy: str, path: Path) -> None:
 
 
 def _print_entries(entries: list[Entry], target: Path) -> None:
-    from rich.table import Table
-
-    table = Table("context", "default, us", "tuned, us", "settings")
+    rows = []
     for entry in entries:
-        chosen: dict[str, Any] = entry.settings.as_dict()
-        table.add_row(
-            str(entry.kind.context), f"{entry.default_us:.1f}", f"{entry.tuned_us:.1f}",
-            ", ".join(f"{name}={value}" for name, value in chosen.items()),
-        )
+        chosen = ", ".join(f"{name}={value}" for name, value in entry.settings.as_dict().items())
+        rows.append((str(entry.kind.context), chosen, f"{entry.default_us:.1f}", f"{entry.tuned_us:.1f}"))
     console = result_console()
-    console.print(table)
+    console.print(table(("context", "settings"), ("default, us", "tuned, us"), rows))
     console.print(f"Kept in {target}. Use: --backend triton:tuned=true", markup=False, highlight=False)

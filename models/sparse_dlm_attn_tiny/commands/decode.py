@@ -12,12 +12,12 @@ from sparse_dlm_attn import InvalidArgumentError
 from sparse_dlm_attn.cli.console import print_json, progress, result_console
 from sparse_dlm_attn.cli.options import named_as_options
 from sparse_dlm_attn_tiny.commands import options
+from sparse_dlm_attn_tiny.commands.report import comparison_table, printable, share_text, verdict
 from sparse_dlm_attn_tiny.comparison import DecodeSettings, PolicyResult, Sample, compare
 from sparse_dlm_attn_tiny.decoding import check_new_tokens, decode_full_sequence
 from sparse_dlm_attn_tiny.model import TinyModel
 from sparse_dlm_attn_tiny.policy_choice import PolicyChoice, choose_policies
 from sparse_dlm_attn_tiny.records import PassRecord
-from sparse_dlm_attn_tiny.report import comparison_table, printable, share_text, verdict
 from sparse_dlm_attn_tiny.retrieval import Prompt
 
 FULL_SEQUENCE_LENGTH = 1024

@@ -18,10 +18,10 @@ from sparse_dlm_attn.files import check_target
 from sparse_dlm_attn.policy import check_count, check_fraction
 from sparse_dlm_attn_tiny import plots
 from sparse_dlm_attn_tiny.commands import options
+from sparse_dlm_attn_tiny.commands.report import score_table
 from sparse_dlm_attn_tiny.comparison import scores_of
 from sparse_dlm_attn_tiny.evaluate import Evaluation
 from sparse_dlm_attn_tiny.evaluate import evaluate as run_evaluation
-from sparse_dlm_attn_tiny.report import score_table
 from sparse_dlm_attn_tiny.retrieval import TASKS
 
 DEFAULT_TASKS = ("single-key", "chained")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from sparse_dlm_attn.cli.console import table
 from sparse_dlm_attn_tiny.comparison import PolicyResult, PolicyScore
 from sparse_dlm_attn_tiny.records import TrafficTotal
 
@@ -39,20 +39,6 @@ def share_text(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def table(
-    texts: Sequence[str], figures: Sequence[str], rows: Sequence[Sequence[str | Text]], caption: str = CAPTION
-) -> Table:
-    """Return a table for the console: columns of text, the first of them never wrapped, then of figures."""
-    result = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left", pad_edge=False)
-    for place, name in enumerate(texts):
-        result.add_column(name, no_wrap=place == 0, overflow="ellipsis" if place == 0 else "fold")
-    for name in figures:
-        result.add_column(name, justify="right")
-    for row in rows:
-        result.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
-    return result
-
-
 def comparison_table(results: Sequence[PolicyResult], width: int) -> Table:
     """Return the table of one prompt; a narrow console gets fewer figures."""
     judged = any(result.exact is not None for result in results)
@@ -68,7 +54,7 @@ def comparison_table(results: Sequence[PolicyResult], width: int) -> Table:
         rows.append([result.choice.label, printable(result.output), *mark, *figures])
     if width >= MEDIUM:
         names = ["agrees", "passes", *names, "time"]
-    return table(["policy", "answer"] + ["exact"] * judged, names, rows)
+    return table(["policy", "answer"] + ["exact"] * judged, names, rows, CAPTION)
 
 
 def _figures(total: TrafficTotal, width: int) -> list[str]:
@@ -111,4 +97,4 @@ def score_table(scores: Sequence[PolicyScore], width: int) -> Table:
         for score in scores
     ]
     names = ["density", "bytes", "density *", "bytes *", "time"]
-    return table(["policy"], ["exact", *tasks, "agrees", "passes", *names], rows)
+    return table(["policy"], ["exact", *tasks, "agrees", "passes", *names], rows, CAPTION)
