@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -43,6 +44,19 @@ class Graph(Protocol):
         """Do it again."""
 
 
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Let Python collect no garbage: a graph among it that is freed while another is recorded spoils the latter."""
+    gc.collect()
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 class CudaGraph:
     """A CUDA graph. Those that run one after another share a memory pool.
 
@@ -57,7 +71,7 @@ class CudaGraph:
     def __init__(self, work: Callable[[], None], pool: Any) -> None:
         self._graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+        with _no_collection(), torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             work()
 
     def replay(self) -> None:
