@@ -26,11 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
+from sparse_dlm_attn.cli.console import result_console, table
 from sparse_dlm_attn_transformers import PagedCache, SparseAttention
 
 POLICIES = "dense,losa,quest,mage"
@@ -248,11 +247,11 @@ def case(model: Any, arguments: argparse.Namespace, batch: int, context: int) ->
 def show(rows: list[dict[str, Any]]) -> None:
     """Print a table."""
     names = ("eager_ms", "captured_ms", "by_hand_ms", "busy_ms", "host_ms_a_layer", "kernels", "captures")
-    table = Table("case", "policy", "backend", *names)
+    lines = []
     for row in rows:
         values = [f"{row[name]:.2f}" if isinstance(row.get(name), float) else str(row.get(name, "")) for name in names]
-        table.add_row(row["case"], row["policy"], row["backend"], *values)
-    Console(width=200).print(table)
+        lines.append((row["case"], row["policy"], row["backend"], *values))
+    result_console().print(table(("case", "policy", "backend"), names, lines))
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 import typer
 
 from sparse_dlm_attn import registry
-from sparse_dlm_attn.cli.console import print_json, result_console
+from sparse_dlm_attn.cli.console import print_json, result_console, table
 from sparse_dlm_attn.errors import SparseAttentionError, UnavailableError
 from sparse_dlm_attn.registry import Plugin
 
@@ -143,16 +143,13 @@ def _contributed() -> Iterator[Check]:
 
 
 def _print(checks: list[Check], broken: int) -> None:
-    from rich.table import Table
     from rich.text import Text
 
     styles = {"ok": "green", "missing": "yellow", "broken": "bold red"}
-    table = Table("what", "status", "found", "what to do")
-    for check in checks:
-        table.add_row(
-            check.name, Text(check.status, style=styles[check.status]), Text(check.detail), Text(check.remedy)
-        )
+    rows = [
+        (check.name, Text(check.status, style=styles[check.status]), check.detail, check.remedy) for check in checks
+    ]
     console = result_console()
-    console.print(table)
+    console.print(table(("what", "status", "found", "what to do"), (), rows))
     missing = sum(check.status == "missing" for check in checks)
     console.print(f"{broken} broken, {missing} not available here (optional), {len(checks)} checks.")
