@@ -7,6 +7,7 @@
 
 from typing import TYPE_CHECKING
 
+from sparse_dlm_attn.array_backend import ArrayBackend as ArrayBackend
 from sparse_dlm_attn.arrays import Array as Array
 from sparse_dlm_attn.backend import Backend as Backend
 from sparse_dlm_attn.capabilities import Capabilities as Capabilities
@@ -53,6 +54,7 @@ SPEC_VERSION = "2026.11"
 __all__ = [
     "SPEC_VERSION",
     "Array",
+    "ArrayBackend",
     "AttentionState",
     "Backend",
     "CallOrderError",
