@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparse_dlm_attn import ArrayBackend, Capabilities, Context, Selection
+from sparse_dlm_attn import ArrayBackend, Context, Selection
+from sparse_dlm_attn.capabilities import Capabilities
 from sparse_dlm_attn.rules import newest_page
 
 
