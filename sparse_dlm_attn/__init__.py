@@ -19,6 +19,7 @@ from sparse_dlm_attn.errors import StaleMemoryError as StaleMemoryError
 from sparse_dlm_attn.errors import UnavailableError as UnavailableError
 from sparse_dlm_attn.errors import UnknownNameError as UnknownNameError
 from sparse_dlm_attn.errors import UnsupportedError as UnsupportedError
+from sparse_dlm_attn.pass_info import PassInfo as PassInfo
 from sparse_dlm_attn.policy import PassInputs as PassInputs
 from sparse_dlm_attn.policy import PrefixAttentionPolicy as PrefixAttentionPolicy
 from sparse_dlm_attn.registry import get_backend as get_backend
@@ -30,7 +31,6 @@ from sparse_dlm_attn.rules import RulePolicy as RulePolicy
 from sparse_dlm_attn.selection import Selection as Selection
 from sparse_dlm_attn.values import AttentionState as AttentionState
 from sparse_dlm_attn.values import PageBounds as PageBounds
-from sparse_dlm_attn.values import PassInfo as PassInfo
 
 __version__ = "0.1.0"
 SPEC_VERSION = "2026.11"
