@@ -74,7 +74,7 @@ conformance-seeds: $(VENV)/.dev
 
 # The page of the documentation that shows which clause holds where.
 conformance-matrix: $(VENV)/.dev
-	$(BIN)/sparse-dlm-attn conformance --backend reference --backend torch --profile ci --workers 2 \
+	$(BIN)/sparse-dlm-attn conformance --backend reference --backend torch --profile ci --share 0.1 --workers 2 \
 	  --report docs/conformance-matrix.md
 
 # Through the source distribution, so that a file missing from it shows.
