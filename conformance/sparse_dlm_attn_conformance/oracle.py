@@ -15,7 +15,10 @@ import numpy as np
 from sparse_dlm_attn_conformance.cases import Arrays, Host, round_to
 from sparse_dlm_attn_conformance.tables import HostState
 
-__all__ = ["KeySet", "block_keys", "context_keys", "page_mass", "simulate", "softmax"]
+__all__ = ["KeySet", "block_keys", "context_keys", "page_mass", "simulate", "softmax", "weights"]
+
+COUNTS = math.exp(-80)
+"""Least weight that no float32 computation takes for 0, in whatever order it adds up; NaN below may be dropped."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +108,15 @@ def _softmax(q: Host, keys: KeySet, scale: float, compute: str, dtype: str) -> t
     return out.astype(np.float64), lse[..., 0].astype(np.float64)
 
 
+def weights(arrays: Arrays, keys: KeySet) -> Host:
+    """Return the softmax weight of every key in every row, float64 ``(batch, q_heads, tokens, n)``."""
+    logits = np.where(keys.allowed, scale_of(arrays) * np.einsum("bhtd,bhnd->bhtn", arrays.q, keys.keys), -np.inf)
+    peak = logits.max(axis=3, keepdims=True, initial=-np.inf)
+    parts = np.exp(logits - np.where(peak == -np.inf, 0.0, peak))
+    total = parts.sum(axis=3, keepdims=True)
+    return np.asarray(parts / np.where(total == 0, 1.0, total))
+
+
 def page_mass(arrays: Arrays, span: int) -> Host:
     """Return the mean softmax mass of each page over each span, ``(batch, q_heads, spans, pages)``."""
     everyone = np.broadcast_to(
@@ -115,13 +127,7 @@ def page_mass(arrays: Arrays, span: int) -> Host:
     spans = -(-tokens // span)
     if keys.keys.shape[2] == 0:
         return np.zeros((batch, q_heads, spans, arrays.page_lengths.shape[1]))
-    logits = np.where(
-        keys.allowed, scale_of(arrays) * np.einsum("bhtd,bhnd->bhtn", arrays.q, keys.keys), -np.inf
-    )
-    peak = logits.max(axis=3, keepdims=True)
-    weights = np.exp(logits - np.where(peak == -np.inf, 0.0, peak))
-    total = weights.sum(axis=3, keepdims=True)
-    mass = weights / np.where(total == 0, 1.0, total)
+    mass = weights(arrays, keys)
     paged = mass.reshape(batch, q_heads, tokens, -1, arrays.page_size).sum(axis=4)
     return np.stack(
         [paged[:, :, start : start + span].mean(axis=2) for start in range(0, tokens, span)], axis=2

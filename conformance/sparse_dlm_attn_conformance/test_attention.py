@@ -20,7 +20,7 @@ from sparse_dlm_attn_conformance.checks import (
     expect_state_close,
 )
 from sparse_dlm_attn_conformance.laws import law
-from sparse_dlm_attn_conformance.oracle import block_keys, context_keys, scale_of
+from sparse_dlm_attn_conformance.oracle import COUNTS, block_keys, context_keys, scale_of, weights
 from sparse_dlm_attn_conformance.strategies import cases
 from sparse_dlm_attn_conformance.subjects import Loaded, Subject, host
 from sparse_dlm_attn_conformance.tables import HostState
@@ -173,7 +173,7 @@ def test_a_page_changes_only_the_rows_that_selected_it(subject: Subject, case: C
         k_pages=np.where(where[..., None], arrays.k_pages[..., ::-1] + 1.0, arrays.k_pages),
         v_pages=np.where(where[..., None], 8.0 - arrays.v_pages, arrays.v_pages),
     )
-    touched = touched_rows(arrays, where)
+    touched, _ = touching(arrays, where)
     before, after = attend(subject, arrays), attend(subject, changed)
     for name in ("out", "lse"):
         old, new = host(getattr(before, name)), host(getattr(after, name))
@@ -182,12 +182,13 @@ def test_a_page_changes_only_the_rows_that_selected_it(subject: Subject, case: C
         )
 
 
-def touched_rows(arrays: Arrays, where: Host) -> Host:
-    """Return the rows, bool ``(batch, q_heads, tokens)``, that read one of the physical slots ``where``."""
+def touching(arrays: Arrays, where: Host) -> tuple[Host, Host]:
+    """Return the rows, bool ``(batch, q_heads, tokens)``, that read a physical slot of ``where``; that feel it."""
     table = np.where(arrays.page_lengths > 0, arrays.page_table, 0)
-    slots = np.arange(arrays.page_size) < arrays.page_lengths[:, :, None]
-    hit: Host = np.asarray((where[table] & slots[:, :, None, :]).any(axis=3)).swapaxes(1, 2)
-    return np.asarray((arrays.rows() & np.repeat(hit, arrays.group, axis=1)[:, :, None, :]).any(axis=3))
+    hit: Host = np.repeat(where[table].swapaxes(1, 2), arrays.group, axis=1)
+    keys = context_keys(arrays)
+    hit = keys.allowed & hit.reshape(*hit.shape[:2], 1, keys.allowed.shape[3])
+    return hit.any(axis=3), (hit & (weights(arrays, keys) >= COUNTS)).any(axis=3)
 
 
 @pytest.mark.clause("MERGE-4", "ATTEND-1")
@@ -198,21 +199,14 @@ def test_nan_in_a_key_shows_in_every_row_that_reads_it(subject: Subject, case: C
     where = np.zeros(arrays.stored().shape, dtype=bool)
     if len(stored):
         where[tuple(stored[case.seed % len(stored)])] = True
-    touched = touched_rows(arrays, where)
-    for name in ("k_pages", "v_pages"):
-        poisoned = arrays.but(**{name: np.where(where[..., None], np.nan, getattr(arrays, name))})
-        state = attend(subject, poisoned)
-        expect(
-            np.isnan(host(state.out)[touched]).all(),
-            "MERGE-4",
-            f"NaN in {name} must show in the out of every row that reads it",
-        )
+    touched, felt = touching(arrays, where)
+    for name, rows in (("k_pages", touched), ("v_pages", felt)):
+        rotten = arrays.but(**{name: np.where(where[..., None], np.nan, getattr(arrays, name))})
+        state = attend(subject, rotten)
+        what = f"NaN in {name} must show in the {{}} of every row that reads it, unless its weight is 0"
+        expect(np.isnan(host(state.out)[rows]).all(), "MERGE-4", what.format("out"))
         if name == "k_pages":
-            expect(
-                np.isnan(host(state.lse)[touched]).all(),
-                "MERGE-4",
-                "a NaN key must show in the lse of every row that reads it",
-            )
+            expect(np.isnan(host(state.lse)[rows]).all(), "MERGE-4", what.format("lse"))
 
 
 @pytest.mark.clause("ATTEND-5")

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from sparse_dlm_attn import AttentionState, Backend, Capabilities, PageBounds
+from sparse_dlm_attn import AttentionState, Backend, Capabilities, PageBounds, Selection
 from sparse_dlm_attn.arrays import compute_dtype, namespace, shape_of
 from sparse_dlm_attn.operators import gather_pages, valid_tokens
 from sparse_dlm_attn.values import softmax_scale
@@ -42,6 +42,27 @@ class DefaultOperators(Backend):
 
     def attend_block(self, q: Any, k: Any, v: Any, *, scale: float | None = None) -> AttentionState:
         return self.reference.attend_block(q, k, v, scale=scale)
+
+
+class SplitKeys(ReferenceBackend):
+    """The reference, its attention in two parts that the library's own `merge` joins, as kernels split keys."""
+
+    name: ClassVar[str] = "split-keys"
+
+    def attend_pages(
+        self, q: Any, context: Any, selection: Any, active: Any, *, scale: float | None = None
+    ) -> AttentionState:
+        first = np.arange(context.pages) < context.pages // 2
+        masks = (selection.mask & first, selection.mask & ~first)
+        parts = [Selection(mask, selection.span) for mask in masks]
+        return Backend.merge(self, *(super(SplitKeys, self).attend_pages(q, context, part, active, scale=scale)
+                                     for part in parts))  # fmt: skip
+
+    def attend_block(self, q: Any, k: Any, v: Any, *, scale: float | None = None) -> AttentionState:
+        cut = (k.shape[2] + 1) // 2
+        parts = [(k[:, :, :cut], v[:, :, :cut]), (k[:, :, cut:], v[:, :, cut:])]
+        states = [super(SplitKeys, self).attend_block(q, *part, scale=scale) for part in parts if part[0].shape[2]]
+        return Backend.merge(self, *states)
 
 
 class PlainArrayApi(Backend):
