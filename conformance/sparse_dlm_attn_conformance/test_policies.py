@@ -187,7 +187,7 @@ def test_rows_that_restart_are_active_or_have_no_context_part(
 
 
 @pytest.mark.clause("POLICY-4")
-@law(episode=episodes(), share=SHARE)
+@law(episode=episodes(min_pages=3), share=SHARE)
 def test_pages_do_not_depend_on_queries_of_inactive_rows(
     subject: Subject, policy: Contender, episode: Episode
 ) -> None:
@@ -255,7 +255,7 @@ def test_reuse_with_all_rows_active_returns_fresh(
 
 
 @pytest.mark.clause("POLICY-6")
-@law(episode=episodes(max_passes=5), share=2.0)
+@law(episode=episodes(max_passes=5, sparse_pages=True), share=2.0)
 def test_the_policy_does_what_its_page_states(subject: Subject, policy: Contender, episode: Episode) -> None:
     chosen = loaded(policy)
     rule = rule_of(chosen, episode)
@@ -267,7 +267,7 @@ def test_the_policy_does_what_its_page_states(subject: Subject, policy: Contende
 
 
 @pytest.mark.clause("POLICY-6")
-@law(episode=episodes(max_passes=5), policy_name=policy_texts(), share=3.0, one_dtype=True)
+@law(episode=episodes(max_passes=5, sparse_pages=True), policy_name=policy_texts(), share=3.0, one_dtype=True)
 def test_every_parameter_does_what_its_page_states(
     subject: Subject, episode: Episode, policy_name: str
 ) -> None:
