@@ -32,9 +32,7 @@ def round_to(values: HostArray, dtype: str) -> HostArray:
         if dtype != "bfloat16":
             return values.astype(TRANSPORT[dtype]).astype(np.float64)
         bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-        rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(
-            0xFFFF0000
-        )
+        rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
         result = np.where(np.isfinite(values), rounded.view(np.float32), values.astype(np.float32))
         return result.astype(np.float64).reshape(values.shape)
 

@@ -47,9 +47,7 @@ def expect(condition: object, clause: str, text: str) -> None:
         raise ConformanceFailure(clause, text)
 
 
-def expect_array(
-    subject: Subject, value: Any, what: str, shape: tuple[int, ...], dtype: str, clause: str
-) -> Host:
+def expect_array(subject: Subject, value: Any, what: str, shape: tuple[int, ...], dtype: str, clause: str) -> Host:
     """Check library, device, shape and dtype of a result, and return it on the host."""
     expect(
         subject.owns(value),
@@ -80,22 +78,14 @@ def expect_bounds(
     subject: Subject, value: Any, what: str, shape: tuple[int, ...], clause: str = "BOUNDS-1"
 ) -> tuple[Host, Host]:
     """Check that ``value`` is a `PageBounds` of the right types; return ``(lower, upper)``."""
-    expect(
-        isinstance(value, PageBounds),
-        clause,
-        f"{what} must return PageBounds; got {type(value).__qualname__}",
-    )
+    expect(isinstance(value, PageBounds), clause, f"{what} must return PageBounds; got {type(value).__qualname__}")
     lower = expect_array(subject, value.lower, f"{what}.lower", shape, subject.dtype, clause)
     return lower, expect_array(subject, value.upper, f"{what}.upper", shape, subject.dtype, clause)
 
 
 def expect_same_bits(actual: Host, expected: Host, what: str, clause: str) -> None:
     """Check equality of every element; NaN equals NaN, and 0 equals -0."""
-    expect(
-        actual.shape == expected.shape,
-        clause,
-        f"{what} must have shape {expected.shape}; got {actual.shape}",
-    )
+    expect(actual.shape == expected.shape, clause, f"{what} must have shape {expected.shape}; got {actual.shape}")
     floating = np.issubdtype(actual.dtype, np.floating)
     different = (actual != expected) & ~(floating & (actual != actual) & (expected != expected))
     if different.any():

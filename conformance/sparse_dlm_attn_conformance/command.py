@@ -33,9 +33,7 @@ def conformance(
     backend: Annotated[
         list[str],
         typer.Option(
-            "--backend",
-            help="Backend under test: a registered name or module:attr; repeatable.",
-            metavar="NAME",
+            "--backend", help="Backend under test: a registered name or module:attr; repeatable.", metavar="NAME"
         ),
     ],
     policy: Annotated[
@@ -68,9 +66,7 @@ def conformance(
     ] = None,
     report: Annotated[
         list[Path] | None,
-        typer.Option(
-            help="Write the report: JSON, or a Markdown matrix for .md; repeatable.", metavar="FILE"
-        ),
+        typer.Option(help="Write the report: JSON, or a Markdown matrix for .md; repeatable.", metavar="FILE"),
     ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Draw other problems.", show_default="the same problems every time")
@@ -84,8 +80,7 @@ def conformance(
     workers: Annotated[
         int | None,
         typer.Option(
-            help="Processes; more than 1 needs pytest-xdist.",
-            show_default=f"one a core, at most {MOST_WORKERS}",
+            help="Processes; more than 1 needs pytest-xdist.", show_default=f"one a core, at most {MOST_WORKERS}"
         ),
     ] = None,
 ) -> None:
@@ -99,11 +94,7 @@ def conformance(
         raise InvalidArgumentError("--seconds", "must be 0 (no limit) or more, and finite", seconds)
     for path in report or []:
         check_target(path, "--report")
-    options: list[tuple[str, object]] = [
-        ("--sda-profile", profile),
-        ("--sda-share", share),
-        ("--sda-seconds", seconds),
-    ]
+    options: list[tuple[str, object]] = [("--sda-profile", profile), ("--sda-share", share), ("--sda-seconds", seconds)]
     for name, values in (("backend", backend), ("policy", policy), ("dtype", dtype), ("clause", clause)):
         options += [(f"--sda-{name}", value) for value in values or []]
     if device is not None:

@@ -37,9 +37,7 @@ class Side:
         self.driver = PrefixAttention(policy, self.subject.backend)
         self.memory: LayerMemory | None = None
 
-    def run(
-        self, arrays: Arrays, number: int, info: dict[str, Any], version: int
-    ) -> tuple[Host, LayerMemory]:
+    def run(self, arrays: Arrays, number: int, info: dict[str, Any], version: int) -> tuple[Host, LayerMemory]:
         """Run one pass without keeping its memory."""
         on = self.subject.load(arrays)
         rows = {name: self.subject.ints(info[name]) for name in ("decoded", "newly_decoded")}
@@ -82,10 +80,7 @@ class Denoising(RuleBasedStateMachine):
 
     @precondition(lambda self: self.arrays is not None)
     @rule(
-        moved=st.integers(0, 2**17 - 1),
-        newly=st.integers(0, 2**17 - 1),
-        seed=st.integers(0, 99),
-        saves=st.booleans(),
+        moved=st.integers(0, 2**17 - 1), newly=st.integers(0, 2**17 - 1), seed=st.integers(0, 99), saves=st.booleans()
     )
     def denoise(self, moved: int, newly: int, seed: int, saves: bool) -> None:
         """Run the next pass; some queries have moved, some tokens were decoded."""
@@ -97,12 +92,8 @@ class Denoising(RuleBasedStateMachine):
         self.decoded = self.decoded | now
         info = {"is_save": saves, "decoded": self.decoded, "newly_decoded": np.ascontiguousarray(now)}
         (mine, kept), (theirs, model) = (self.limited(side, arrays, info) for side in self.sides)
-        expect_same_bits(
-            host(kept.active), host(model.active), f"active rows of pass {self.number}", "POLICY-1"
-        )
-        expect_same_bits(
-            rows_of(arrays, kept), rows_of(arrays, model), f"pages of pass {self.number}", "POLICY-1"
-        )
+        expect_same_bits(host(kept.active), host(model.active), f"active rows of pass {self.number}", "POLICY-1")
+        expect_same_bits(rows_of(arrays, kept), rows_of(arrays, model), f"pages of pass {self.number}", "POLICY-1")
         expect_close(mine, theirs, output_budget(arrays), f"out of pass {self.number}", "ACCURACY-2")
         expect_close(host(kept.traffic.density), host(model.traffic.density), 1e-6, "density", "DENSITY-1")
         self.sides[0].memory, self.sides[1].memory = kept, model
@@ -126,9 +117,7 @@ class Denoising(RuleBasedStateMachine):
         """Lose the memory in the middle of a block: the next pass restarts it."""
         self.drop()
 
-    @precondition(
-        lambda self: self.arrays is not None and self.number > 0 and self.sides[0].memory is not None
-    )
+    @precondition(lambda self: self.arrays is not None and self.number > 0 and self.sides[0].memory is not None)
     @rule(what=st.sampled_from(("version", "layer", "lengths")))
     def use_stale_memory(self, what: str) -> None:
         """Use memory where it no longer holds: refused on both sides, and nothing changes."""

@@ -229,9 +229,7 @@ class Probe(PrefixAttentionPolicy[Any]):
         self.check(self.inner, "reuse", inputs, active, fresh, state)
         return state
 
-    def merge(
-        self, inputs: PassInputs[Any], context_state: AttentionState, block_state: AttentionState
-    ) -> Array:
+    def merge(self, inputs: PassInputs[Any], context_state: AttentionState, block_state: AttentionState) -> Array:
         return self.inner.merge(inputs, context_state, block_state)
 
     def remember(self, inputs: PassInputs[Any], active: Array, selection: Selection) -> Any:

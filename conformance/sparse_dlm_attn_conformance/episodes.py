@@ -96,9 +96,7 @@ class Episode:
             queries.append(current)
         return queries
 
-    def info(
-        self, subject: Subject, number: int, index: Any = None, rows: slice | Host = slice(None)
-    ) -> PassInfo:
+    def info(self, subject: Subject, number: int, index: Any = None, rows: slice | Host = slice(None)) -> PassInfo:
         """Return the place of pass ``number`` (with another index, or for some sequences only)."""
         known = np.zeros((self.case.batch, self.case.tokens), dtype=bool)
         for earlier in range(number + 1):

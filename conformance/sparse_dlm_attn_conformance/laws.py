@@ -165,11 +165,7 @@ class LawRun:
                     self.hypothesis_test(entries)()
                 else:
                     self.example({}, entries)
-            except (
-                NothingDeclared,
-                hypothesis_errors.Unsatisfiable,
-                hypothesis_errors.UnsatisfiedAssumption,
-            ):
+            except (NothingDeclared, hypothesis_errors.Unsatisfiable, hypothesis_errors.UnsatisfiedAssumption):
                 pass  # nothing could be run: `conclude` says why
             except hypothesis_errors.Flaky as error:
                 raise self.flaky(error) from None
@@ -261,9 +257,7 @@ class LawRun:
             found[name] = value
             if hasattr(value, "problem"):
                 found.update(vars(value))
-                found.update(
-                    {n: getattr(value, n) for n in ("batch", "pages", "q_heads") if hasattr(value, n)}
-                )
+                found.update({n: getattr(value, n) for n in ("batch", "pages", "q_heads") if hasattr(value, n)})
         return found
 
     def explained(self, clause: str, text: str, drawn: dict[str, Any]) -> ConformanceFailure:

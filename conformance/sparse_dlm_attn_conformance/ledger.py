@@ -91,9 +91,7 @@ class KnownFailure:
     def __post_init__(self) -> None:
         if not self.reason.strip() or not self.link.strip():
             raise InvalidArgumentError(
-                "known_failure",
-                "must have a reason and a link",
-                f"reason {self.reason!r}, link {self.link!r}",
+                "known_failure", "must have a reason and a link", f"reason {self.reason!r}, link {self.link!r}"
             )
         if not self.law and not self.clause:
             raise InvalidArgumentError("known_failure", "must name a law or a clause", "neither")
@@ -108,9 +106,7 @@ class KnownFailure:
         for node in ast.walk(tree):
             if not isinstance(node, ALLOWED_NODES):
                 raise InvalidArgumentError(
-                    "when",
-                    "may only compare and combine facts of a problem",
-                    f"{type(node).__name__} in {self.when!r}",
+                    "when", "may only compare and combine facts of a problem", f"{type(node).__name__} in {self.when!r}"
                 )
         return compile(tree, "<known_failure>", "eval")
 
@@ -170,9 +166,7 @@ class Ledger:
         for entry in entries:
             unknown = sorted(set(entry) - set(known))
             if unknown:
-                raise InvalidArgumentError(
-                    "known_failure", f"may have the keys {', '.join(known)}", ", ".join(unknown)
-                )
+                raise InvalidArgumentError("known_failure", f"may have the keys {', '.join(known)}", ", ".join(unknown))
             wrong = [key for key, value in entry.items() if type(value).__name__ != known[key]]
             if wrong or "reason" not in entry or "link" not in entry:
                 raise InvalidArgumentError(

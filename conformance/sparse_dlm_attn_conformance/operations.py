@@ -117,13 +117,9 @@ def arrays_in(value: Any) -> dict[str, Array]:
     if isinstance(value, RankedResult):
         parts = {"out": value.out, "state": value.state, "active": value.active,
                  "selection": value.selection.mask, "kept": value.kept}  # fmt: skip
-        return {
-            f".{part}{name}": array for part, held in parts.items() for name, array in arrays_in(held).items()
-        }
+        return {f".{part}{name}": array for part, held in parts.items() for name, array in arrays_in(held).items()}
     if isinstance(value, tuple):
-        return {
-            f"[{i}]{name}": array for i, part in enumerate(value) for name, array in arrays_in(part).items()
-        }
+        return {f"[{i}]{name}": array for i, part in enumerate(value) for name, array in arrays_in(part).items()}
     return {"": value} if is_array(value) else {}
 
 

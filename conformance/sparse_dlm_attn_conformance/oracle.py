@@ -129,6 +129,4 @@ def page_mass(arrays: Arrays, span: int) -> Host:
         return np.zeros((batch, q_heads, spans, arrays.page_lengths.shape[1]))
     mass = weights(arrays, keys)
     paged = mass.reshape(batch, q_heads, tokens, -1, arrays.page_size).sum(axis=4)
-    return np.stack(
-        [paged[:, :, start : start + span].mean(axis=2) for start in range(0, tokens, span)], axis=2
-    )
+    return np.stack([paged[:, :, start : start + span].mean(axis=2) for start in range(0, tokens, span)], axis=2)

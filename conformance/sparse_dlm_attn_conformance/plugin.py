@@ -48,9 +48,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="DTYPE",
         help="test only this dtype; may be repeated (default: all that the backend declares)",
     )
-    group.addoption(
-        "--sda-device", default=None, metavar="DEVICE", help="passed to the backend as device=DEVICE"
-    )
+    group.addoption("--sda-device", default=None, metavar="DEVICE", help="passed to the backend as device=DEVICE")
     group.addoption(
         "--sda-clause",
         action="append",
@@ -71,9 +69,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="X",
         help="that part of the profile's problems, e.g. 0.2 for a backend that takes long (default: 1)",
     )
-    group.addoption(
-        "--sda-known-failures", default=None, metavar="FILE", help="ledger of known failures (TOML)"
-    )
+    group.addoption("--sda-known-failures", default=None, metavar="FILE", help="ledger of known failures (TOML)")
     group.addoption(
         "--sda-report",
         action="append",

@@ -166,9 +166,7 @@ class Ranked:
     def united(self, arrays: Arrays, active: Host) -> Host:
         """Return what each row reads: its own best pages, or their union over rows and heads."""
         policy, bounds = self.policy, arrays.bounds()
-        lower, upper = (
-            np.repeat(part, arrays.group, axis=1)[:, :, None] for part in (bounds.lower, bounds.upper)
-        )
+        lower, upper = (np.repeat(part, arrays.group, axis=1)[:, :, None] for part in (bounds.lower, bounds.upper))
         q = arrays.q[:, :, :, None, :]
         scores = np.maximum(q * lower, q * upper).sum(axis=4)
         if policy.group_scores != "query_head":
@@ -327,9 +325,7 @@ class Kept:
     def sparse_dllm(self, arrays: Arrays) -> Host:
         """Choose a share of the pages for all heads, by the rows' and heads' summed bounds."""
         bounds = arrays.bounds()
-        lower, upper = (
-            np.repeat(part, arrays.group, axis=1)[:, :, None] for part in (bounds.lower, bounds.upper)
-        )
+        lower, upper = (np.repeat(part, arrays.group, axis=1)[:, :, None] for part in (bounds.lower, bounds.upper))
         q = arrays.q[:, :, :, None, :]
         scores = np.maximum(q * lower, q * upper).sum(axis=(1, 2, 4))
         mask = np.zeros(scores.shape, dtype=bool)

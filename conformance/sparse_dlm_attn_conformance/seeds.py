@@ -74,9 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--seeds", type=int, default=20, help="how many runs (default: 20)")
     parser.add_argument("--first", type=int, help="seed of the first run (default: a random one)")
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="runs at a time (default: cores)"
-    )
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at a time (default: cores)")
     parser.add_argument("--logs", type=Path, help="folder of logs and reports (default: a temporary one)")
     chosen, options = parser.parse_known_args(arguments)
     if chosen.seeds < 1 or chosen.workers < 1:

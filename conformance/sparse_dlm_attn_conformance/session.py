@@ -56,9 +56,7 @@ def register_profiles(database: str = ".hypothesis/sda-nightly") -> None:
     )
 
 
-def subjects_of(
-    spec: str, dtypes: tuple[str, ...] = (), *, seconds: float = 120.0, **options: Any
-) -> list[Subject]:
+def subjects_of(spec: str, dtypes: tuple[str, ...] = (), *, seconds: float = 120.0, **options: Any) -> list[Subject]:
     """Return a subject for each wanted dtype that a backend declares; one that says why if it has none."""
     backend, error = load_backend(spec, seconds=seconds, **options)
     if backend is None:
@@ -117,9 +115,7 @@ class ConformanceSession:
         subjects = [
             subject
             for spec in dict.fromkeys(option("--sda-backend"))
-            for subject in subjects_of(
-                spec, tuple(option("--sda-dtype")), seconds=option("--sda-seconds"), **options
-            )
+            for subject in subjects_of(spec, tuple(option("--sda-dtype")), seconds=option("--sda-seconds"), **options)
         ]
         described = {subject.spec: describe(subject) for subject in subjects}
         return cls(
@@ -163,9 +159,7 @@ class ConformanceSession:
         record = record or Record()
         outcome, reason = report.outcome, ""
         if outcome == "skipped":
-            reason = (
-                report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else ""
-            )
+            reason = report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else ""
         elif outcome == "failed":
             reason = str(report.longrepr).partition("\n")[0]
         elif record.known:

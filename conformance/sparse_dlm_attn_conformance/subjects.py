@@ -148,9 +148,7 @@ class Subject:
             self.ints(arrays.page_lengths, gapped=gapped),
             None if segments is None else self.ints(segments, gapped=gapped),
         )
-        rows = {
-            name: self.laid_out(getattr(arrays, name), arrays.layout) for name in ("q", "q_other", "k", "v")
-        }
+        rows = {name: self.laid_out(getattr(arrays, name), arrays.layout) for name in ("q", "q_other", "k", "v")}
         return Loaded(
             context=context,
             selection=Selection(self.ints(arrays.mask, gapped=gapped), arrays.span),
@@ -191,9 +189,7 @@ def host(array: Array) -> Host:
     return np.array(to_numpy(array))
 
 
-def load_backend(
-    spec: str | Backend, *, seconds: float = 120.0, **options: Any
-) -> tuple[Backend | None, str]:
+def load_backend(spec: str | Backend, *, seconds: float = 120.0, **options: Any) -> tuple[Backend | None, str]:
     """Return ``(backend, "")``, or ``(None, why)``, whatever foreign code does while it loads.
 
     A backend loads if it can be built and says what it supports, within ``seconds``. A request for what is

@@ -141,10 +141,7 @@ def test_queries_of_inactive_rows_are_not_read(subject: Subject, case: Case) -> 
     arrays = case.arrays(subject.dtype)
     poisoned = arrays.but(q=np.where(arrays.active[:, None, :, None], arrays.q, np.nan))
     expect_same_state(
-        attend(subject, poisoned),
-        attend(subject, arrays),
-        "attend_pages with NaN queries in inactive rows",
-        "ATTEND-2",
+        attend(subject, poisoned), attend(subject, arrays), "attend_pages with NaN queries in inactive rows", "ATTEND-2"
     )
 
 
@@ -177,9 +174,7 @@ def test_a_page_changes_only_the_rows_that_selected_it(subject: Subject, case: C
     before, after = attend(subject, arrays), attend(subject, changed)
     for name in ("out", "lse"):
         old, new = host(getattr(before, name)), host(getattr(after, name))
-        expect_same_bits(
-            new[~touched], old[~touched], f"{name} of rows that did not select page {page}", "ATTEND-3"
-        )
+        expect_same_bits(new[~touched], old[~touched], f"{name} of rows that did not select page {page}", "ATTEND-3")
 
 
 def touching(arrays: Arrays, where: Host) -> tuple[Host, Host]:
@@ -218,9 +213,7 @@ def test_a_superset_of_pages_never_lowers_the_lse(subject: Subject, case: Case) 
     few, many = host(attend(subject, arrays).lse), host(attend(subject, wider).lse)
     slack = accuracy.attention(wider, context_keys(wider)).lse_budget
     lowered = many < few - slack
-    expect(
-        not lowered.any(), "ATTEND-5", f"more pages must not lower the lse; {int(lowered.sum())} rows fell"
-    )
+    expect(not lowered.any(), "ATTEND-5", f"more pages must not lower the lse; {int(lowered.sum())} rows fell")
 
 
 @pytest.mark.clause("GQA-1")
@@ -229,9 +222,7 @@ def test_permuting_the_kv_heads_permutes_the_groups(subject: Subject, case: Case
     arrays = case.arrays(subject.dtype).but(mask=case.mask()[:, :1])
     order = np.random.default_rng(case.seed).permutation(case.kv_heads)
     heads = (order[:, None] * case.group + np.arange(case.group)).ravel()
-    moved = arrays.but(
-        q=arrays.q[:, heads], k_pages=arrays.k_pages[:, order], v_pages=arrays.v_pages[:, order]
-    )
+    moved = arrays.but(q=arrays.q[:, heads], k_pages=arrays.k_pages[:, order], v_pages=arrays.v_pages[:, order])
     before, after = attend(subject, arrays), attend(subject, moved)
     expected = accuracy.attention(moved, context_keys(moved))
     expect_close(

@@ -68,9 +68,7 @@ def test_why_not_gives_every_reason_without_running_a_kernel(subject: Subject, c
     watched = Watched(subject.backend)
     problem = case.problem(subject.dtype, subject.device_kind)
     expect(watched.why_not(problem) == [], "CAPS-1", "a declared problem must have no reason against it")
-    undeclared = Problem(
-        "int4", case.head_dim, case.page_size, case.q_heads, case.kv_heads, case.tokens, "abacus"
-    )
+    undeclared = Problem("int4", case.head_dim, case.page_size, case.q_heads, case.kv_heads, case.tokens, "abacus")
     reasons = watched.why_not(undeclared)
     expect(
         isinstance(reasons, list) and all(isinstance(reason, str) for reason in reasons),
@@ -116,9 +114,7 @@ def test_an_unsupported_problem_raises_with_every_reason(subject: Subject, case:
         PrefixAttention("dense", watched)(on.q, on.k, on.v, on.context)
     except UnsupportedError as error:
         expect(
-            all(reason in str(error) for reason in reasons),
-            "CAPS-1",
-            f"the error must give every reason; got {error}",
+            all(reason in str(error) for reason in reasons), "CAPS-1", f"the error must give every reason; got {error}"
         )
     else:
         expect(False, "CAPS-1", "an unsupported problem must raise UnsupportedError")
@@ -134,17 +130,10 @@ def test_asarray_converts_exactly_and_by_dtype_name(subject: Subject) -> None:
     expect_same_bits(got.astype(np.float64), values, "asarray", "STATE-4")
     for kind in ("bool", "int8", "int32"):
         host = np.asarray([[0, 1], [1, 1]]).astype(kind)
-        got = expect_array(
-            subject, subject.backend.asarray(host, dtype=kind), "asarray", (2, 2), kind, "STATE-4"
-        )
+        got = expect_array(subject, subject.backend.asarray(host, dtype=kind), "asarray", (2, 2), kind, "STATE-4")
         expect_same_bits(got, host, f"asarray of {kind}", "STATE-4")
     expect_array(
-        subject,
-        subject.backend.asarray([1.0, 2.0], dtype="float32"),
-        "asarray of a list",
-        (2,),
-        "float32",
-        "STATE-4",
+        subject, subject.backend.asarray([1.0, 2.0], dtype="float32"), "asarray of a list", (2,), "float32", "STATE-4"
     )
 
 

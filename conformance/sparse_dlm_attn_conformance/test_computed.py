@@ -119,9 +119,7 @@ def computed(subject: Subject, policy: PrefixAttentionPolicy[Any], info: PassInf
 
 @pytest.mark.clause("POLICY-7", "POLICY-2")
 @law(filling=fillings(), share=2.0)
-def test_computed_rows_hold_all_that_must_be_computed(
-    subject: Subject, policy: Contender, filling: Filling
-) -> None:
+def test_computed_rows_hold_all_that_must_be_computed(subject: Subject, policy: Contender, filling: Filling) -> None:
     chosen = loaded(policy)
     decoded, newly, window, planned = filling.masks()
     rows = computed(subject, chosen, filling.info(subject), decoded.shape)
@@ -179,9 +177,7 @@ def taken(masked: Host, centres: list[int], wanted: int) -> list[int]:
 
 @pytest.mark.clause("POLICY-6", "POLICY-7")
 @law(filling=fillings(), share=6.0)
-def test_computed_rows_are_those_that_the_page_states(
-    subject: Subject, policy: Contender, filling: Filling
-) -> None:
+def test_computed_rows_are_those_that_the_page_states(subject: Subject, policy: Contender, filling: Filling) -> None:
     chosen = loaded(policy)
     if chosen.name not in RULES:
         pytest.skip("the policy is none of the published ones")
@@ -260,15 +256,9 @@ def test_a_whole_sequence_is_attention_of_active_rows_over_their_pages(
         )
         state = memory.state
         expect_state_close(
-            host(state.out)[chosen],
-            host(state.lse)[chosen],
-            kept,
-            f"active rows in pass {number}",
-            "DRIVER-4",
+            host(state.out)[chosen], host(state.lse)[chosen], kept, f"active rows in pass {number}", "DRIVER-4"
         )
-        expect_close(
-            out[chosen], expected.state.out[chosen], 2 * kept.out_budget, f"out of pass {number}", "DRIVER-4"
-        )
+        expect_close(out[chosen], expected.state.out[chosen], 2 * kept.out_budget, f"out of pass {number}", "DRIVER-4")
 
 
 @pytest.mark.clause("DRIVER-3")

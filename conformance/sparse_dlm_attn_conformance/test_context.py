@@ -63,9 +63,7 @@ def test_permuting_the_physical_pages_changes_no_bit(subject: Subject, case: Cas
     order = np.random.default_rng(case.seed).permutation(case.num_pages)
     where = np.argsort(order).astype(np.int32)
     table = np.where(
-        arrays.page_lengths > 0,
-        where[np.where(arrays.page_lengths > 0, arrays.page_table, 0)],
-        arrays.page_table,
+        arrays.page_lengths > 0, where[np.where(arrays.page_lengths > 0, arrays.page_table, 0)], arrays.page_table
     )
     moved = arrays.but(k_pages=arrays.k_pages[order], v_pages=arrays.v_pages[order], page_table=table)
     expect_unchanged(subject, arrays, moved, "the physical pages permuted", "CONTEXT-3")
@@ -78,15 +76,10 @@ def test_strides_are_free_but_for_the_last_axis(subject: Subject, case: Case) ->
     everyone = np.broadcast_to((arrays.page_lengths > 0)[:, None, None, :], (*arrays.q.shape[:3], case.pages))
     expected = accuracy.attention(arrays, context_keys(arrays))
     mass = accuracy.pooled_budget(arrays, context_keys(arrays, everyone))
-    budgets: dict[str, Host | float] = {
-        ".out": 2 * expected.out_budget,
-        ".lse": 2 * expected.lse_budget,
-        "": 2 * mass,
-    }
+    budgets: dict[str, Host | float] = {".out": 2 * expected.out_budget, ".lse": 2 * expected.lse_budget, "": 2 * mass}
     for operator in OVER_CONTEXT[:3]:
         strided, plain = (
-            arrays_in(prepare(subject, problem, operator).run())
-            for problem in (arrays, arrays.but(layout="plain"))
+            arrays_in(prepare(subject, problem, operator).run()) for problem in (arrays, arrays.but(layout="plain"))
         )
         for name, value in strided.items():
             expect_close(
@@ -105,22 +98,14 @@ def test_reading_order_is_logical_order(subject: Subject, case: Case) -> None:
     arrays = case.arrays(subject.dtype)
     swapped = np.arange(case.pages)[::-1]
     moved = arrays.but(
-        page_table=arrays.page_table[:, swapped],
-        page_lengths=arrays.page_lengths[:, swapped],
-        page_segments=None,
+        page_table=arrays.page_table[:, swapped], page_lengths=arrays.page_lengths[:, swapped], page_segments=None
     )
     ops, before, after = subject.backend, subject.load(arrays), subject.load(moved)
     old, new = ops.page_bounds(before.context), ops.page_bounds(after.context)
-    expect_same_bits(
-        host(new.lower), host(old.lower)[:, :, swapped], "lower bounds, pages reversed", "CONTEXT-1"
-    )
-    expect_same_bits(
-        host(new.upper), host(old.upper)[:, :, swapped], "upper bounds, pages reversed", "CONTEXT-1"
-    )
+    expect_same_bits(host(new.lower), host(old.lower)[:, :, swapped], "lower bounds, pages reversed", "CONTEXT-1")
+    expect_same_bits(host(new.upper), host(old.upper)[:, :, swapped], "upper bounds, pages reversed", "CONTEXT-1")
     everyone = np.broadcast_to((arrays.page_lengths > 0)[:, None, None, :], (*arrays.q.shape[:3], case.pages))
-    masses = [
-        host(ops.pooled_scores(on.q, on.context, span=case.span, scale=case.scale)) for on in (before, after)
-    ]
+    masses = [host(ops.pooled_scores(on.q, on.context, span=case.span, scale=case.scale)) for on in (before, after)]
     expect_close(
         masses[1],
         masses[0][..., swapped],
@@ -146,18 +131,10 @@ def test_how_tokens_are_cut_into_pages_does_not_matter(subject: Subject, case: C
         on = subject.load(cut)
         state = subject.backend.attend_pages(on.q, on.context, on.selection, on.active, scale=case.scale)
         expect_close(
-            host(state.lse),
-            expected.state.lse,
-            expected.lse_budget,
-            f"lse with pages of {size} tokens",
-            "CONTEXT-5",
+            host(state.lse), expected.state.lse, expected.lse_budget, f"lse with pages of {size} tokens", "CONTEXT-5"
         )
         expect_close(
-            host(state.out),
-            expected.state.out,
-            expected.out_budget,
-            f"out with pages of {size} tokens",
-            "CONTEXT-5",
+            host(state.out), expected.state.out, expected.out_budget, f"out with pages of {size} tokens", "CONTEXT-5"
         )
 
 
@@ -205,20 +182,16 @@ def test_from_dense_views_the_cache(subject: Subject, case: Case) -> None:
         .swapaxes(1, 2)
         .reshape(-1, case.kv_heads, case.page_size, case.head_dim),
         page_table=np.arange(case.batch * case.pages, dtype=np.int32).reshape(case.batch, case.pages),
-        page_lengths=np.clip(
-            lengths[:, None] - np.arange(case.pages) * case.page_size, 0, case.page_size
-        ).astype(np.int32),
+        page_lengths=np.clip(lengths[:, None] - np.arange(case.pages) * case.page_size, 0, case.page_size).astype(
+            np.int32
+        ),
         page_segments=None,
     )
     on = subject.load(problem)
     state = subject.backend.attend_pages(on.q, context, on.selection, on.active, scale=case.scale)
     expected = accuracy.attention(problem, context_keys(problem))
-    expect_close(
-        host(state.lse), expected.state.lse, expected.lse_budget, "lse over a dense cache", "CONTEXT-4"
-    )
-    expect_close(
-        host(state.out), expected.state.out, expected.out_budget, "out over a dense cache", "CONTEXT-4"
-    )
+    expect_close(host(state.lse), expected.state.lse, expected.lse_budget, "lse over a dense cache", "CONTEXT-4")
+    expect_close(host(state.out), expected.state.out, expected.out_budget, "out over a dense cache", "CONTEXT-4")
 
 
 def shares_memory(one: Any, other: Any) -> bool:

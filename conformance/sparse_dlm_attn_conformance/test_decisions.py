@@ -8,13 +8,7 @@ import pytest
 from sparse_dlm_attn import PageBounds
 from sparse_dlm_attn_conformance import accuracy
 from sparse_dlm_attn_conformance.cases import Arrays, Case, Host
-from sparse_dlm_attn_conformance.checks import (
-    expect,
-    expect_array,
-    expect_bounds,
-    expect_close,
-    expect_same_bits,
-)
+from sparse_dlm_attn_conformance.checks import expect, expect_array, expect_bounds, expect_close, expect_same_bits
 from sparse_dlm_attn_conformance.laws import law
 from sparse_dlm_attn_conformance.oracle import context_keys, page_mass
 from sparse_dlm_attn_conformance.strategies import cases, change_tables, score_tables
@@ -46,9 +40,7 @@ def test_page_bounds_are_the_exact_minimum_and_maximum(subject: Subject, case: C
 @law(case=cases(min_pages=1, regimes=EXACT), share=0.5)
 def test_a_nan_key_gives_nan_bounds_in_its_channel(subject: Subject, case: Case) -> None:
     arrays = case.arrays(subject.dtype)
-    stored = arrays.stored()[..., None] & (
-        np.random.default_rng(case.seed).random(arrays.k_pages.shape) < 0.2
-    )
+    stored = arrays.stored()[..., None] & (np.random.default_rng(case.seed).random(arrays.k_pages.shape) < 0.2)
     poisoned = arrays.but(k_pages=np.where(stored, np.nan, arrays.k_pages))
     expected = poisoned.bounds()
     lower, upper = bounds_of(subject, poisoned)
@@ -66,12 +58,8 @@ def test_bounds_after_growth_are_those_from_scratch(subject: Subject, case: Case
     later = np.arange(case.pages) >= first
     per_head = np.broadcast_to(later, (*wanted.lower.shape[:2], case.pages))
     spoilt = arrays.poisoned(arrays.stored(~per_head) & ~arrays.stored(per_head), np.nan)
-    before = PageBounds(
-        *(np.where(later[:, None], np.nan, side) for side in (wanted.lower, wanted.upper))
-    )
-    grown = subject.backend.extend_bounds(
-        subject.load(spoilt).context, subject.bounds(before, arrays.layout), first
-    )
+    before = PageBounds(*(np.where(later[:, None], np.nan, side) for side in (wanted.lower, wanted.upper)))
+    grown = subject.backend.extend_bounds(subject.load(spoilt).context, subject.bounds(before, arrays.layout), first)
     got = expect_bounds(subject, grown, "extend_bounds", wanted.lower.shape)
     for side, want, name in zip(got, (wanted.lower, wanted.upper), ("lower", "upper"), strict=True):
         expect_same_bits(side.astype(np.float64), want, f"extend_bounds: {name}", "BOUNDS-2")
@@ -87,9 +75,7 @@ def scores_of(subject: Subject, arrays: Arrays) -> Host:
 def scores_on_host(arrays: Arrays) -> Host:
     """Return sum_c max(q_c lower_c, q_c upper_c) in float64, for each query head."""
     bounds = arrays.bounds()
-    lower, upper = (
-        np.repeat(part, arrays.group, axis=1)[:, :, None] for part in (bounds.lower, bounds.upper)
-    )
+    lower, upper = (np.repeat(part, arrays.group, axis=1)[:, :, None] for part in (bounds.lower, bounds.upper))
     q = arrays.q[:, :, :, None, :]
     return np.asarray(np.maximum(q * lower, q * upper).sum(axis=4))
 
@@ -98,9 +84,7 @@ def scores_on_host(arrays: Arrays) -> Host:
 @law(case=cases(regimes=EXACT))
 def test_page_scores_are_exact_on_the_dyadic_grid(subject: Subject, case: Case) -> None:
     arrays = case.arrays(subject.dtype)
-    expect_same_bits(
-        scores_of(subject, arrays).astype(np.float64), scores_on_host(arrays), "page_scores", "SCORES-1"
-    )
+    expect_same_bits(scores_of(subject, arrays).astype(np.float64), scores_on_host(arrays), "page_scores", "SCORES-1")
 
 
 @pytest.mark.clause("SCORES-1", "ACCURACY-1", "ACCURACY-2")
@@ -132,9 +116,7 @@ def test_page_scores_of_active_rows_do_not_depend_on_the_others(subject: Subject
 def test_a_page_scores_at_least_as_much_as_each_of_its_keys(subject: Subject, case: Case) -> None:
     arrays = case.arrays(subject.dtype)
     bounds = arrays.bounds()
-    own = (
-        subject.bounds(bounds) if case.seed % 2 else subject.backend.page_bounds(subject.load(arrays).context)
-    )
+    own = subject.bounds(bounds) if case.seed % 2 else subject.backend.page_bounds(subject.load(arrays).context)
     scores = expect_array(
         subject,
         subject.backend.page_scores(subject.load(arrays).q, own),
@@ -168,9 +150,7 @@ def test_pooled_scores_of_a_span_sum_to_1_or_0(subject: Subject, case: Case) -> 
     got = pooled(subject, arrays).astype(np.float64)
     exists = arrays.page_lengths > 0
     expect(
-        (got[np.broadcast_to(~exists[:, None, None, :], got.shape)] == 0).all(),
-        "POOLED-2",
-        "absent pages must get 0",
+        (got[np.broadcast_to(~exists[:, None, None, :], got.shape)] == 0).all(), "POOLED-2", "absent pages must get 0"
     )
     sums = np.broadcast_to(exists.any(axis=1).astype(float)[:, None, None], got.shape[:3])
     expect_close(got.sum(axis=3), sums, 1e-4, "pooled_scores summed over pages", "POOLED-2")
@@ -215,11 +195,7 @@ def check_ranking(table: ScoreTable, mask: Host, best: str, ties: str) -> None:
         chosen, allowed = mask[row], eligible[row]
         wanted = min(max(int(counts[row]), 0), int(allowed.sum()))
         expect(not (chosen & ~allowed).any(), "TOP-3", f"row {row} holds pages that are not eligible")
-        expect(
-            int(chosen.sum()) == wanted,
-            "TOP-1",
-            f"row {row} must hold {wanted} pages; got {int(chosen.sum())}",
-        )
+        expect(int(chosen.sum()) == wanted, "TOP-1", f"row {row} must hold {wanted} pages; got {int(chosen.sum())}")
         left = allowed & ~chosen
         for page in np.flatnonzero(left):
             expect(
@@ -288,9 +264,7 @@ def test_largest_changes_by_count(subject: Subject, table: ChangeTable) -> None:
 
 @pytest.mark.clause("CHANGE-3", "ACCURACY-3")
 @law(table=change_tables(), one_dtype=True)
-def test_largest_changes_by_mass_are_the_smallest_set_that_reaches_it(
-    subject: Subject, table: ChangeTable
-) -> None:
+def test_largest_changes_by_mass_are_the_smallest_set_that_reaches_it(subject: Subject, table: ChangeTable) -> None:
     chosen = largest(subject, table, mass=table.mass)
     for sequence, row in enumerate(table.change().astype(np.float64)):
         order, reached, expected = ranked(row), 0.0, set()
@@ -304,8 +278,7 @@ def test_largest_changes_by_mass_are_the_smallest_set_that_reaches_it(
         expect(
             got == expected,
             "CHANGE-3",
-            f"sequence {sequence}: rows {sorted(expected)} reach {table.mass:g} of the total; "
-            f"got {sorted(got)}",
+            f"sequence {sequence}: rows {sorted(expected)} reach {table.mass:g} of the total; got {sorted(got)}",
         )
 
 
@@ -337,9 +310,7 @@ def test_mass_of_nothing_is_nobody_and_nan_is_everybody(subject: Subject, table:
     expect(not largest(subject, table, mass=0.0).any(), "CHANGE-3", "mass 0 must give the empty set")
     still = ChangeTable(table.batch, (0.0,) * len(table.values), table.count, table.mass)
     expect(
-        not largest(subject, still, mass=max(table.mass, 0.5)).any(),
-        "CHANGE-3",
-        "a total of 0 must give the empty set",
+        not largest(subject, still, mass=max(table.mass, 0.5)).any(), "CHANGE-3", "a total of 0 must give the empty set"
     )
     rotten = ChangeTable(table.batch, (float("nan"), *table.values[1:]), table.count, table.mass)
     chosen = largest(subject, rotten, mass=max(table.mass, 0.5))
@@ -353,9 +324,7 @@ def test_scores_and_ranking_choose_the_same_pages_as_the_reference(subject: Subj
     on, ops = subject.load(arrays), subject.backend
     exists = (arrays.page_lengths > 0)[:, None, None, :]
     count = 1 + case.seed % (case.pages + 1)
-    chosen = ops.top_pages(
-        ops.page_scores(on.q, ops.page_bounds(on.context)), count, eligible=subject.ints(exists)
-    )
+    chosen = ops.top_pages(ops.page_scores(on.q, ops.page_bounds(on.context)), count, eligible=subject.ints(exists))
     scores = reference.page_scores(arrays.q, reference.page_bounds(arrays.context()))
     expected = reference.top_pages(scores, count, eligible=exists)
     got = expect_array(subject, chosen, "top_pages", expected.shape, "bool", "TOP-1")

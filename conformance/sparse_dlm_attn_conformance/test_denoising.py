@@ -92,9 +92,7 @@ def steps(notes: list[str]) -> list[str]:
 def known(subject: Subject, policy: Contender) -> bool:
     """Return whether the ledger knows this state machine to fail, and count that."""
     law = test_denoising_goes_as_on_the_reference
-    entries = OPTIONS.get().ledger.concerning(
-        law.__name__, clauses_of(law), subject.spec, subject.dtype, policy.spec
-    )
+    entries = OPTIONS.get().ledger.concerning(law.__name__, clauses_of(law), subject.spec, subject.dtype, policy.spec)
     entries = tuple(entry for entry in entries if entry.law)
     record = RECORD.get()
     for entry in entries:

@@ -34,9 +34,7 @@ def arguments_of(on: Loaded) -> Arguments:
     return {"q": on.q, "k": on.k, "v": on.v, "context": on.context, "memory": None, "info": PassInfo(0)}
 
 
-def bad_inputs(
-    subject: Subject, arrays: Arrays, on: Loaded
-) -> dict[str, tuple[str, Callable[[], Arguments]]]:
+def bad_inputs(subject: Subject, arrays: Arrays, on: Loaded) -> dict[str, tuple[str, Callable[[], Arguments]]]:
     """Return, by name, the argument that is wrong and a way to make the call."""
     other = "float32" if subject.dtype == "float64" else "float64"
 
@@ -72,17 +70,11 @@ def bad_inputs(
         "memory is foreign": ("memory", swapped(memory=object(), info=PassInfo(1))),
         "newly_decoded has other rows": (
             "newly_decoded",
-            lambda: {
-                **arguments_of(on),
-                "info": PassInfo(0, newly_decoded=subject.ints(np.zeros(rows, bool))),
-            },
+            lambda: {**arguments_of(on), "info": PassInfo(0, newly_decoded=subject.ints(np.zeros(rows, bool)))},
         ),
         "pass indices of another batch": (
             "index",
-            lambda: {
-                **arguments_of(on),
-                "info": PassInfo(subject.ints(np.arange(rows[0] + 1, dtype=np.int32))),
-            },
+            lambda: {**arguments_of(on), "info": PassInfo(subject.ints(np.arange(rows[0] + 1, dtype=np.int32)))},
         ),
         "pass index is negative": ("index", lambda: {**arguments_of(on), "info": PassInfo(-1)}),
         "layer outside": ("layer", lambda: {**arguments_of(on), "info": PassInfo(0, layer=2, num_layers=2)}),
@@ -93,10 +85,7 @@ def bad_inputs(
             "page_table",
             context(page_table=subject.backend.asarray(arrays.page_table.astype(np.int8), dtype="int8")),
         ),
-        "v_pages of another shape": (
-            "v_pages",
-            context(v_pages=subject.floats(np.repeat(arrays.v_pages, 2, axis=2))),
-        ),
+        "v_pages of another shape": ("v_pages", context(v_pages=subject.floats(np.repeat(arrays.v_pages, 2, axis=2)))),
         "selection of span 0": ("span", lambda: {"selection": Selection(on.selection.mask, 0)}),
     }
 
@@ -112,9 +101,7 @@ def test_bad_input_raises_a_typed_error_and_changes_nothing(subject: Subject, ca
         try:
             made = make()
             scale = made.pop("scale", None)
-            attention(
-                made["q"], made["k"], made["v"], made["context"], made["memory"], made["info"], scale=scale
-            )
+            attention(made["q"], made["k"], made["v"], made["context"], made["memory"], made["info"], scale=scale)
         except SparseAttentionError as error:
             text = str(error)
             expect(argument in text, "ERROR-1", f"{name}: the error must name {argument}; got {text}")
@@ -125,9 +112,7 @@ def test_bad_input_raises_a_typed_error_and_changes_nothing(subject: Subject, ca
                     f"{name}: the error must give argument, rule and value; got {text}",
                 )
         except Exception as error:
-            expect(
-                False, "ERROR-1", f"{name}: must raise an error of ours; got {type(error).__name__}: {error}"
-            )
+            expect(False, "ERROR-1", f"{name}: must raise an error of ours; got {type(error).__name__}: {error}")
         else:
             expect(False, "ERROR-1", f"{name}: must be refused")
         expect(watched.calls == [], "DRIVER-1", f"{name}: operators ran before the refusal: {watched.calls}")
@@ -146,9 +131,7 @@ def test_memory_of_something_else_is_refused(subject: Subject, case: Case) -> No
     shorter = np.where(arrays.page_lengths > 0, arrays.page_lengths - 1, 1).astype(np.int32)
     table = np.where(arrays.page_lengths > 0, arrays.page_table, 0).astype(np.int32)
     longer = subject.load(
-        arrays.but(
-            **{name: np.repeat(getattr(arrays, name), 2, axis=2) for name in ("q", "q_other", "k", "v")}
-        )
+        arrays.but(**{name: np.repeat(getattr(arrays, name), 2, axis=2) for name in ("q", "q_other", "k", "v")})
     )
     changed: dict[str, tuple[PrefixAttention, Loaded, Context, PassInfo]] = {
         "another policy": (
@@ -200,11 +183,7 @@ def test_an_unknown_policy_is_refused_with_the_nearest_name(subject: Subject) ->
         try:
             get_policy(name)
         except UnknownNameError as error:
-            expect(
-                nearest in str(error),
-                "ERROR-2",
-                f"the refusal of {name!r} must name {nearest!r}; got {error}",
-            )
+            expect(nearest in str(error), "ERROR-2", f"the refusal of {name!r} must name {nearest!r}; got {error}")
         else:
             expect(False, "ERROR-2", f"{name!r} must be refused")
 

@@ -27,9 +27,7 @@ from sparse_dlm_attn_conformance.test_policies import SHARE, expect_stated, load
 
 @pytest.mark.clause("POLICY-8")
 @law(episode=episodes(kv_heads=(2, 3)), share=SHARE)
-def test_pages_of_a_kv_head_are_those_it_gets_alone(
-    subject: Subject, policy: Contender, episode: Episode
-) -> None:
+def test_pages_of_a_kv_head_are_those_it_gets_alone(subject: Subject, policy: Contender, episode: Episode) -> None:
     """As on a device that holds one KV head of several: only the change of queries is over all of them."""
     chosen, case = loaded(policy), episode.case
     if chosen.mixes_heads:
@@ -65,9 +63,7 @@ def of_head(arrays: Arrays, head: int) -> Arrays:
 
 @pytest.mark.clause("POLICY-6", "MEMORY-1")
 @law(episode=episodes(), share=SHARE)
-def test_the_next_block_does_what_the_page_states(
-    subject: Subject, policy: Contender, episode: Episode
-) -> None:
+def test_the_next_block_does_what_the_page_states(subject: Subject, policy: Contender, episode: Episode) -> None:
     """The block's keys have joined the context, and the memory of its last pass is handed in."""
     chosen, case = loaded(policy), episode.case
     rule, first = rule_of(chosen, episode), episode.begun()
@@ -105,14 +101,10 @@ def test_a_block_that_lost_its_memory_goes_on_as_the_page_states(
 
 @pytest.mark.clause("POLICY-1", "PURE-2")
 @law(episode=episodes(layouts=("plain",)), share=SHARE)
-def test_what_is_remembered_is_no_view_of_what_was_given(
-    subject: Subject, policy: Contender, episode: Episode
-) -> None:
+def test_what_is_remembered_is_no_view_of_what_was_given(subject: Subject, policy: Contender, episode: Episode) -> None:
     """The caller writes the next queries where these were, and the next tokens into the table."""
 
-    def check(
-        inner: PrefixAttentionPolicy[Any], question: str, inputs: PassInputs[Any], *answer: Any
-    ) -> None:
+    def check(inner: PrefixAttentionPolicy[Any], question: str, inputs: PassInputs[Any], *answer: Any) -> None:
         if question != "remember":
             return
         context, info = inputs.context, inputs.info
@@ -131,15 +123,11 @@ def test_what_is_remembered_is_no_view_of_what_was_given(
 
 @pytest.mark.clause("POLICY-1")
 @law(episode=episodes(), share=SHARE)
-def test_questions_asked_in_between_do_not_matter(
-    subject: Subject, policy: Contender, episode: Episode
-) -> None:
+def test_questions_asked_in_between_do_not_matter(subject: Subject, policy: Contender, episode: Episode) -> None:
     """Answers pass from question to question as arguments: other layers may be asked in between."""
     chosen = loaded(policy)
 
-    def disturb(
-        inner: PrefixAttentionPolicy[Any], question: str, inputs: PassInputs[Any], *answer: Any
-    ) -> None:
+    def disturb(inner: PrefixAttentionPolicy[Any], question: str, inputs: PassInputs[Any], *answer: Any) -> None:
         if question in ("active_set", "select_pages"):
             moved = np.asarray(host(inputs.q).astype(np.float64)[:, :, ::-1])
             other = replace(inputs, q=subject.floats(-moved))

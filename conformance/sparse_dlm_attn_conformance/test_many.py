@@ -16,13 +16,9 @@ from sparse_dlm_attn_conformance.subjects import Subject, host
 from sparse_dlm_attn_conformance.tables import RankedRule
 from sparse_dlm_attn_conformance.test_decisions import ranked as by_size
 from sparse_dlm_attn_conformance.test_pass import test_attend_composes_its_four_operators as composes
-from sparse_dlm_attn_conformance.test_pass import (
-    test_attend_is_one_softmax_over_context_and_block as one_softmax,
-)
+from sparse_dlm_attn_conformance.test_pass import test_attend_is_one_softmax_over_context_and_block as one_softmax
 from sparse_dlm_attn_conformance.test_ranked import expect_decided, run
-from sparse_dlm_attn_conformance.test_ranked import (
-    test_a_rule_computes_what_the_operators_compute as computes,
-)
+from sparse_dlm_attn_conformance.test_ranked import test_a_rule_computes_what_the_operators_compute as computes
 
 SMALL: dict[str, Any] = {"head_dims": (2, 4, 3), "page_sizes": (1, 2, 4, 3), "layouts": ("plain",)}
 MANY_SEQUENCES = cases(**SMALL, batches=(4, 9, 5, 17, 33), blocks=(2, 3, 1), max_pages=3, regimes=EXACT)
@@ -36,9 +32,7 @@ MANY_HEADS = cases(
     regimes=("dyadic", "ties"),
 )
 MANY_PAGES = cases(**{**SMALL, "page_sizes": (1, 2)}, max_batch=2, min_pages=65, max_pages=300, regimes=EXACT)
-LONG_BLOCKS = cases(
-    **SMALL, max_batch=2, blocks=(130, 33, 65, 129), max_pages=4, max_elements=4096, regimes=EXACT
-)
+LONG_BLOCKS = cases(**SMALL, max_batch=2, blocks=(130, 33, 65, 129), max_pages=4, max_elements=4096, regimes=EXACT)
 
 
 def expect_pass(subject: Subject, case: Case) -> None:
@@ -104,9 +98,7 @@ def test_the_best_of_many_pages(subject: Subject, pages: int, count: int, batch:
     for position in np.ndindex(*scores.shape[:-1]):
         listed = np.flatnonzero(eligible[position[0], 0, 0])
         wanted[position][listed[np.lexsort((listed, -scores[position][listed]))][:count]] = True
-    chosen = subject.backend.top_pages(
-        subject.floats(scores, "float32"), count, eligible=subject.ints(eligible)
-    )
+    chosen = subject.backend.top_pages(subject.floats(scores, "float32"), count, eligible=subject.ints(eligible))
     expect_same_bits(host(chosen), wanted, f"the {count} best of {pages} pages", "TOP-2")
 
 

@@ -61,10 +61,7 @@ def test_largest_changes_among_many_equals(subject: Subject, seed: int) -> None:
                 break
             by_mass[b][index], reached = True, reached + float(row[index])
     on = subject.floats(change, "float32")
-    for expected, rule, clause in (
-        (by_count, {"count": count}, "CHANGE-2"),
-        (by_mass, {"mass": mass}, "CHANGE-3"),
-    ):
+    for expected, rule, clause in ((by_count, {"count": count}, "CHANGE-2"), (by_mass, {"mass": mass}, "CHANGE-3")):
         chosen = subject.backend.largest_changes(on, **rule)
         got = expect_array(subject, chosen, "largest_changes", change.shape, "bool", clause)
         expect_same_bits(got, expected, f"largest_changes of {tokens} rows by {rule}", clause)
@@ -95,12 +92,7 @@ def test_values_that_differ_in_the_last_bit_are_ranked(subject: Subject, seed: i
     change = np.abs(scores[:, 0])
     on = subject.floats(change, "float32", gapped=seed % 2 == 0)
     got = expect_array(
-        subject,
-        subject.backend.largest_changes(on, count=count),
-        "largest_changes",
-        change.shape,
-        "bool",
-        "CHANGE-2",
+        subject, subject.backend.largest_changes(on, count=count), "largest_changes", change.shape, "bool", "CHANGE-2"
     )
     chosen = np.zeros(change.shape, bool)
     for b, row in enumerate(change):
@@ -121,17 +113,13 @@ def test_nan_in_a_query_or_a_bound_gives_nan(subject: Subject, case: Case) -> No
     got = scores_of(subject, arrays.but(q=q)).astype(np.float64)
     seen = np.broadcast_to(exists, clean.shape)
     expect_same_bits(got[seen], np.where(rows, np.nan, clean)[seen], "scores of NaN queries", "SCORES-1")
-    keys = np.where(
-        arrays.stored()[..., None] & (rng.random(arrays.k_pages.shape) < 0.1), np.nan, arrays.k_pages
-    )
+    keys = np.where(arrays.stored()[..., None] & (rng.random(arrays.k_pages.shape) < 0.1), np.nan, arrays.k_pages)
     rotten = arrays.but(k_pages=keys)
     bounds = rotten.bounds()
     spoilt: Host = np.asarray(np.isnan(bounds.lower).any(axis=3))
     pages = np.repeat(spoilt, arrays.group, axis=1)[:, :, None, :]
     got = scores_of(subject, rotten).astype(np.float64)
-    expect_same_bits(
-        got[seen], np.where(pages & seen, np.nan, clean)[seen], "scores of NaN bounds", "SCORES-1"
-    )
+    expect_same_bits(got[seen], np.where(pages & seen, np.nan, clean)[seen], "scores of NaN bounds", "SCORES-1")
 
 
 @pytest.mark.clause("SCORES-1")

@@ -16,13 +16,7 @@ from sparse_dlm_attn_conformance.laws import law
 from sparse_dlm_attn_conformance.operations import leaves
 from sparse_dlm_attn_conformance.strategies import cases
 from sparse_dlm_attn_conformance.subjects import Loaded, Subject, host
-from sparse_dlm_attn_conformance.test_policies import (
-    SHARE,
-    expect_same_decisions,
-    loaded,
-    on_grid,
-    output_budget,
-)
+from sparse_dlm_attn_conformance.test_policies import SHARE, expect_same_decisions, loaded, on_grid, output_budget
 from sparse_dlm_attn_conformance.test_purity import of_sequences
 
 
@@ -54,9 +48,7 @@ def test_memory_is_a_value(subject: Subject, policy: Contender, episode: Episode
 
 @pytest.mark.clause("DRIVER-2")
 @law(episode=episodes(), share=SHARE)
-def test_values_that_were_not_selected_are_not_read(
-    subject: Subject, policy: Contender, episode: Episode
-) -> None:
+def test_values_that_were_not_selected_are_not_read(subject: Subject, policy: Contender, episode: Episode) -> None:
     chosen, case = loaded(policy), episode.case
     arrays, queries = case.arrays(subject.dtype), episode.queries(subject.dtype)
     attention, memory = PrefixAttention(chosen, subject.backend), None
@@ -70,16 +62,12 @@ def test_values_that_were_not_selected_are_not_read(
         pages = subject.load(rotten if memory.traffic.key_reads == 0 else rotten.but(k_pages=arrays.k_pages))
         poisoned = replace(context, k_pages=pages.context.k_pages, v_pages=pages.context.v_pages)
         again, _ = attention(rows, on.k, on.v, poisoned, given, info, scale=case.scale)
-        expect_same_bits(
-            host(again), host(out), f"out of pass {number} with NaN in pages not selected", "DRIVER-2"
-        )
+        expect_same_bits(host(again), host(out), f"out of pass {number} with NaN in pages not selected", "DRIVER-2")
 
 
 @pytest.mark.clause("MEMORY-1")
 @law(episode=episodes(), share=SHARE)
-def test_memory_of_a_block_does_not_reach_the_next(
-    subject: Subject, policy: Contender, episode: Episode
-) -> None:
+def test_memory_of_a_block_does_not_reach_the_next(subject: Subject, policy: Contender, episode: Episode) -> None:
     chosen = loaded(policy)
     if chosen.memory_scope != "block":
         pytest.skip("the policy's memory spans the sequence")
@@ -110,9 +98,7 @@ def test_dropped_memory_restarts_the_block(subject: Subject, policy: Contender, 
 
 @pytest.mark.clause("MEMORY-4")
 @law(episode=episodes(max_batch=3, max_passes=5), share=SHARE)
-def test_reordered_memory_goes_on_as_each_sequence_would(
-    subject: Subject, policy: Contender, episode: Episode
-) -> None:
+def test_reordered_memory_goes_on_as_each_sequence_would(subject: Subject, policy: Contender, episode: Episode) -> None:
     """Between two passes sequences change places, end, or go on several times."""
     subject, chosen, case = on_grid(subject), loaded(policy), episode.case
     arrays = case.arrays(subject.dtype)
@@ -139,8 +125,10 @@ def test_memory_of_another_sequence_is_refused(subject: Subject, case: Case) -> 
     _, memory = attention(on.q, on.k, on.v, on.context, None, PassInfo(0))
     lengths = arrays.page_lengths
     cut = np.where(np.arange(lengths.shape[1]) < lengths.shape[1] // 2, lengths, 0)
-    others = {"fewer tokens": arrays.but(page_lengths=cut), "two sequences for each": of_sequences(
-        arrays, np.repeat(np.arange(case.batch), 2))}
+    others = {
+        "fewer tokens": arrays.but(page_lengths=cut),
+        "two sequences for each": of_sequences(arrays, np.repeat(np.arange(case.batch), 2)),
+    }
     if (cut == lengths).all() or arrays.page_segments is not None:
         del others["fewer tokens"]  # it has no more, or those that follow the block
     for name, other in others.items():
@@ -155,9 +143,7 @@ def test_memory_of_another_sequence_is_refused(subject: Subject, case: Case) -> 
 
 @pytest.mark.clause("DENSITY-1", "DENSITY-2")
 @law(episode=episodes(), share=SHARE)
-def test_density_and_bytes_are_those_of_the_pages_read(
-    subject: Subject, policy: Contender, episode: Episode
-) -> None:
+def test_density_and_bytes_are_those_of_the_pages_read(subject: Subject, policy: Contender, episode: Episode) -> None:
     case = episode.case
     arrays = case.arrays(subject.dtype)
     size = {"float64": 8, "float32": 4}.get(subject.dtype, 2)
@@ -177,6 +163,4 @@ def test_density_and_bytes_are_those_of_the_pages_read(
             + metadata * traffic.metadata_reads
             + total * case.head_dim * size * traffic.key_reads
         )
-        expect_close(
-            host(traffic.bytes_read), expected, 1e-6 * expected, f"bytes read in pass {number}", "DENSITY-2"
-        )
+        expect_close(host(traffic.bytes_read), expected, 1e-6 * expected, f"bytes read in pass {number}", "DENSITY-2")

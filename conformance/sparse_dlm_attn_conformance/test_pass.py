@@ -41,11 +41,7 @@ def test_attend_is_one_softmax_over_context_and_block(subject: Subject, case: Ca
     out, state = fused(subject, arrays, on, None)
     context, block = context_keys(arrays), block_keys(arrays)
     expect_state_close(
-        host(state.out),
-        host(state.lse),
-        accuracy.attention(arrays, context),
-        "the context state of attend",
-        "ATTEND-4",
+        host(state.out), host(state.lse), accuracy.attention(arrays, context), "the context state of attend", "ATTEND-4"
     )
     expected = accuracy.attention(arrays, context.joined(block), rounded_parts=2)
     expect_close(host(out), expected.state.out, expected.out_budget, "out of attend", "ATTEND-4")
@@ -61,15 +57,11 @@ def test_attend_composes_its_four_operators(subject: Subject, case: Case) -> Non
     rows = np.broadcast_to(arrays.active[:, None, :], arrays.q.shape[:3])
     for name in ("out", "lse"):
         got, want = host(getattr(state, name)), host(getattr(cached, name))
-        expect_same_bits(
-            got[~rows], want[~rows], f"{name} of inactive rows, which keep what was cached", "ATTEND-4"
-        )
+        expect_same_bits(got[~rows], want[~rows], f"{name} of inactive rows, which keep what was cached", "ATTEND-4")
     fresh = accuracy.attention(arrays, context_keys(arrays))
     block = accuracy.attention(arrays, block_keys(arrays))
     merged, budget = merged_expectation(arrays, rows, given, fresh, block)
-    expect_close(
-        host(state.lse)[rows], fresh.state.lse[rows], fresh.lse_budget[rows], "lse of active rows", "ATTEND-4"
-    )
+    expect_close(host(state.lse)[rows], fresh.state.lse[rows], fresh.lse_budget[rows], "lse of active rows", "ATTEND-4")
     expect_close(host(out), merged, budget, "out of attend", "ATTEND-4")
 
 
@@ -80,25 +72,18 @@ def test_what_is_cached_for_active_rows_is_not_read(subject: Subject, case: Case
     on = subject.load(arrays)
     given, cached = cached_state(subject, arrays, case.seed)
     rows = np.broadcast_to(arrays.active[:, None, :], arrays.q.shape[:3])
-    rotten = subject.state(
-        HostState(np.where(rows[..., None], np.nan, given.out), np.where(rows, np.nan, given.lse))
-    )
+    rotten = subject.state(HostState(np.where(rows[..., None], np.nan, given.out), np.where(rows, np.nan, given.lse)))
     (clean, kept), (out, state) = (fused(subject, arrays, on, part) for part in (cached, rotten))
     expect_same_bits(host(out), host(clean), "out with NaN cached for active rows", "ATTEND-4")
     for name in ("out", "lse"):
         expect_same_bits(
-            host(getattr(state, name)),
-            host(getattr(kept, name)),
-            f"{name} to be cached, likewise",
-            "ATTEND-4",
+            host(getattr(state, name)), host(getattr(kept, name)), f"{name} to be cached, likewise", "ATTEND-4"
         )
 
 
 @pytest.mark.clause("ATTEND-4", "MERGE-4")
 @law(case=cases(), share=0.5)
-def test_a_cached_row_without_weight_may_hold_anything_and_nan_with_weight_shows(
-    subject: Subject, case: Case
-) -> None:
+def test_a_cached_row_without_weight_may_hold_anything_and_nan_with_weight_shows(subject: Subject, case: Case) -> None:
     """Memory of rows that were never computed has lse -inf, and an out that nobody wrote."""
     arrays = case.arrays(subject.dtype)
     on = subject.load(arrays)
@@ -115,12 +100,8 @@ def test_a_cached_row_without_weight_may_hold_anything_and_nan_with_weight_shows
     expect(np.isnan(shown[idle & counts]).all(), "MERGE-4", "NaN in a cached row that counts must show")
 
 
-def fused(
-    subject: Subject, arrays: Arrays, on: Loaded, cached: AttentionState | None
-) -> tuple[object, AttentionState]:
-    result = subject.backend.attend(
-        on.q, on.k, on.v, on.context, on.selection, on.active, cached, scale=arrays.scale
-    )
+def fused(subject: Subject, arrays: Arrays, on: Loaded, cached: AttentionState | None) -> tuple[object, AttentionState]:
+    result = subject.backend.attend(on.q, on.k, on.v, on.context, on.selection, on.active, cached, scale=arrays.scale)
     expect(
         isinstance(result, tuple) and len(result) == 2,
         "ATTEND-4",

@@ -88,9 +88,7 @@ def output_budget(arrays: Arrays) -> Host:
     terms, count = keys.keys.shape[3], keys.keys.shape[2]
     spread = accuracy.computing(arrays.dtype) * (np.sqrt(terms) * condition + np.sqrt(count))
     return np.asarray(
-        2
-        * (3 * accuracy.EPS[arrays.dtype] + 3 * spread + accuracy.EPS["float32"] * (1 + condition))
-        * largest
+        2 * (3 * accuracy.EPS[arrays.dtype] + 3 * spread + accuracy.EPS["float32"] * (1 + condition)) * largest
     )
 
 
@@ -110,28 +108,20 @@ def test_the_same_inputs_give_the_same_answers(subject: Subject, policy: Contend
 
 @pytest.mark.clause("POLICY-2")
 @law(episode=episodes(max_batch=3), share=SHARE)
-def test_a_ragged_batch_decides_as_each_sequence_alone(
-    subject: Subject, policy: Contender, episode: Episode
-) -> None:
+def test_a_ragged_batch_decides_as_each_sequence_alone(subject: Subject, policy: Contender, episode: Episode) -> None:
     subject, chosen = on_grid(subject), loaded(policy)
     arrays = episode.case.arrays(subject.dtype)
     together = play(subject, chosen, episode)
     for b in range(episode.case.batch):
         alone = play(subject, chosen, episode, arrays=single(arrays, b), rows=slice(b, b + 1))
         for number, (one, all_) in enumerate(zip(alone, together, strict=True)):
-            expect_same_bits(
-                one.active[0], all_.active[b], f"active rows of sequence {b} in pass {number}", "POLICY-2"
-            )
-            expect_same_bits(
-                one.pages[0], all_.pages[b], f"pages of sequence {b} in pass {number}", "POLICY-2"
-            )
+            expect_same_bits(one.active[0], all_.active[b], f"active rows of sequence {b} in pass {number}", "POLICY-2")
+            expect_same_bits(one.pages[0], all_.pages[b], f"pages of sequence {b} in pass {number}", "POLICY-2")
 
 
 @pytest.mark.clause("POLICY-2", "MEMORY-1")
 @law(episode=episodes(max_batch=3, max_passes=5), share=SHARE)
-def test_sequences_may_stand_at_different_passes(
-    subject: Subject, policy: Contender, episode: Episode
-) -> None:
+def test_sequences_may_stand_at_different_passes(subject: Subject, policy: Contender, episode: Episode) -> None:
     """Sequence b begins a new block at its own time; it decides as it would alone."""
     subject, chosen, case = on_grid(subject), loaded(policy), episode.case
     if chosen.memory_scope != "block":
@@ -162,12 +152,8 @@ def test_sequences_may_stand_at_different_passes(
             )
             kept = alone[b]
             assert kept is not None
-            expect_same_bits(
-                active[b], host(kept.active)[0], f"active rows of sequence {b}, call {step}", "POLICY-2"
-            )
-            expect_same_bits(
-                pages[b], rows_of(lone[b], kept)[0], f"pages of sequence {b}, call {step}", "POLICY-2"
-            )
+            expect_same_bits(active[b], host(kept.active)[0], f"active rows of sequence {b}, call {step}", "POLICY-2")
+            expect_same_bits(pages[b], rows_of(lone[b], kept)[0], f"pages of sequence {b}, call {step}", "POLICY-2")
 
 
 @pytest.mark.clause("POLICY-3")
@@ -180,20 +166,14 @@ def test_rows_that_restart_are_active_or_have_no_context_part(
     lse = host(first.memory.state.lse)
     idle = np.broadcast_to(~first.active[:, None, :], lse.shape)
     expect(
-        np.isneginf(lse[idle]).all(),
-        "POLICY-3",
-        "a row that is not active in pass 0 must have an empty context part",
+        np.isneginf(lse[idle]).all(), "POLICY-3", "a row that is not active in pass 0 must have an empty context part"
     )
 
 
 @pytest.mark.clause("POLICY-4")
 @law(episode=episodes(min_pages=3), share=SHARE)
-def test_pages_do_not_depend_on_queries_of_inactive_rows(
-    subject: Subject, policy: Contender, episode: Episode
-) -> None:
-    def check(
-        inner: PrefixAttentionPolicy[Any], question: str, inputs: PassInputs[Any], *answer: Any
-    ) -> None:
+def test_pages_do_not_depend_on_queries_of_inactive_rows(subject: Subject, policy: Contender, episode: Episode) -> None:
+    def check(inner: PrefixAttentionPolicy[Any], question: str, inputs: PassInputs[Any], *answer: Any) -> None:
         if question != "select_pages":
             return
         active, selection = answer
@@ -220,18 +200,14 @@ def read_by(selection: Selection, active: Host, q: Host) -> Host:
 
 @pytest.mark.clause("POLICY-4", "CONTEXT-2")
 @law(episode=episodes(poisons=("zero",), wild=False, min_pages=3), share=SHARE)
-def test_decisions_do_not_depend_on_what_does_not_exist(
-    subject: Subject, policy: Contender, episode: Episode
-) -> None:
+def test_decisions_do_not_depend_on_what_does_not_exist(subject: Subject, policy: Contender, episode: Episode) -> None:
     chosen = loaded(policy)
     arrays = episode.case.arrays(subject.dtype)
     plain = play(subject, chosen, episode, arrays=arrays)
     for poison, entry in ((np.nan, -(2**31)), (np.inf, 2**31 - 1)):
         table = np.where(arrays.page_lengths > 0, arrays.page_table, entry).astype(np.int32)
         wild = arrays.poisoned(~arrays.stored(), poison).but(page_table=table)
-        for number, (got, want) in enumerate(
-            zip(play(subject, chosen, episode, arrays=wild), plain, strict=True)
-        ):
+        for number, (got, want) in enumerate(zip(play(subject, chosen, episode, arrays=wild), plain, strict=True)):
             what = f"in pass {number} with {poison} and table entry {entry} in what does not exist"
             expect_same_decisions(got, want, what, "POLICY-4")
             expect_same_bits(got.out, want.out, f"out {what}", "POLICY-4")
@@ -239,12 +215,8 @@ def test_decisions_do_not_depend_on_what_does_not_exist(
 
 @pytest.mark.clause("POLICY-5")
 @law(episode=episodes(), share=SHARE)
-def test_reuse_with_all_rows_active_returns_fresh(
-    subject: Subject, policy: Contender, episode: Episode
-) -> None:
-    def check(
-        inner: PrefixAttentionPolicy[Any], question: str, inputs: PassInputs[Any], *answer: Any
-    ) -> None:
+def test_reuse_with_all_rows_active_returns_fresh(subject: Subject, policy: Contender, episode: Episode) -> None:
+    def check(inner: PrefixAttentionPolicy[Any], question: str, inputs: PassInputs[Any], *answer: Any) -> None:
         if question == "reuse":
             fresh: AttentionState = answer[1]
             expect_same_state(
@@ -268,9 +240,7 @@ def test_the_policy_does_what_its_page_states(subject: Subject, policy: Contende
 
 @pytest.mark.clause("POLICY-6")
 @law(episode=episodes(max_passes=5, sparse_pages=True), policy_name=policy_texts(), share=3.0, one_dtype=True)
-def test_every_parameter_does_what_its_page_states(
-    subject: Subject, episode: Episode, policy_name: str
-) -> None:
+def test_every_parameter_does_what_its_page_states(subject: Subject, episode: Episode, policy_name: str) -> None:
     chosen = get_policy(policy_name)
     rule = rule_of(chosen, episode)
     assert rule is not None
@@ -302,9 +272,7 @@ def expect_stated(
 
 @pytest.mark.clause("POLICY-5", "ATTEND-4")
 @law(episode=episodes(), share=SHARE)
-def test_a_pass_that_reads_everything_is_dense_attention(
-    subject: Subject, policy: Contender, episode: Episode
-) -> None:
+def test_a_pass_that_reads_everything_is_dense_attention(subject: Subject, policy: Contender, episode: Episode) -> None:
     arrays, queries = episode.case.arrays(subject.dtype), episode.queries(subject.dtype)
     for number, done in enumerate(play(subject, loaded(policy), episode)):
         everything = arrays.but(
@@ -360,11 +328,7 @@ def test_decisions_follow_the_logical_pages(subject: Subject, policy: Contender,
         page_table=np.where(real, where[np.where(real, arrays.page_table, 0)], arrays.page_table),
     )
     for number, (got, want) in enumerate(
-        zip(
-            play(subject, chosen, episode, arrays=moved),
-            play(subject, chosen, episode, arrays=arrays),
-            strict=True,
-        )
+        zip(play(subject, chosen, episode, arrays=moved), play(subject, chosen, episode, arrays=arrays), strict=True)
     ):
         expect_same_decisions(got, want, f"in pass {number} with the physical pages permuted", "POLICY-4")
         expect_same_bits(got.out, want.out, f"out of pass {number} with the pages permuted", "CONTEXT-3")
@@ -373,9 +337,7 @@ def test_decisions_follow_the_logical_pages(subject: Subject, policy: Contender,
 @pytest.mark.clause("POLICY-1", "SELECTION-1")
 @law(case=cases(regimes=("dyadic",), max_batch=2), share=0.3)
 def test_answers_have_the_declared_shapes(subject: Subject, policy: Contender, case: Any) -> None:
-    def check(
-        inner: PrefixAttentionPolicy[Any], question: str, inputs: PassInputs[Any], *answer: Any
-    ) -> None:
+    def check(inner: PrefixAttentionPolicy[Any], question: str, inputs: PassInputs[Any], *answer: Any) -> None:
         batch, q_heads, tokens, _ = inputs.q.shape
         if question == "active_set":
             shape = tuple(answer[0].shape)

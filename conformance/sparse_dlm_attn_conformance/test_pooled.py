@@ -23,9 +23,7 @@ def everything(arrays: Arrays) -> Host:
 def pooled(subject: Subject, arrays: Arrays, lse: Host) -> Host:
     on = subject.load(arrays)
     known = subject.floats(lse, "float32")
-    return host(
-        subject.backend.pooled_scores(on.q, on.context, span=arrays.span, scale=arrays.scale, lse=known)
-    )
+    return host(subject.backend.pooled_scores(on.q, on.context, span=arrays.span, scale=arrays.scale, lse=known))
 
 
 @pytest.mark.clause("POOLED-3", "POOLED-1")
@@ -64,6 +62,7 @@ def test_an_lse_that_is_too_small_gives_no_score_above_1(subject: Subject, case:
         # A mean of ones may round; NaN of infinite keys is not meant.
         largest = scores.max(initial=0.0)
         expect(
-            not (scores > 1 + 2 * accuracy.EPS["float32"]).any(), "POOLED-3",
+            not (scores > 1 + 2 * accuracy.EPS["float32"]).any(),
+            "POOLED-3",
             f"pooled_scores of an LSE that is {missing} too small must not exceed 1; got {largest}",
         )

@@ -161,9 +161,7 @@ def attend_and_bound(subject: Subject, arrays: Arrays, on: Loaded) -> None:
         "PURE-3",
     )
     lower = host(subject.backend.page_bounds(on.context).lower)
-    expect_same_bits(
-        lower.astype(np.float64), arrays.bounds().lower, "bounds of a cache written in place", "PURE-3"
-    )
+    expect_same_bits(lower.astype(np.float64), arrays.bounds().lower, "bounds of a cache written in place", "PURE-3")
 
 
 def other_problem(arrays: Arrays) -> Arrays:
@@ -216,14 +214,10 @@ def prepared_results(subject: Subject, arrays: Arrays, operator: str) -> dict[st
         rule = RankedPass(arrays.page_size, 2, reference=on.q_other, count=2, keep="queries")
         bounds = subject.bounds(arrays.bounds())
         return arrays_in(
-            subject.backend.attend_ranked(
-                on.q, on.k, on.v, on.context, bounds, rule, None, scale=arrays.scale
-            )
+            subject.backend.attend_ranked(on.q, on.k, on.v, on.context, bounds, rule, None, scale=arrays.scale)
         )
     return arrays_in(
-        subject.backend.attend(
-            on.q, on.k, on.v, on.context, on.selection, on.active, None, scale=arrays.scale
-        )
+        subject.backend.attend(on.q, on.k, on.v, on.context, on.selection, on.active, None, scale=arrays.scale)
     )
 
 

@@ -5,21 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sparse_dlm_attn import (
-    AttentionState,
-    PageBounds,
-    RankedResult,
-    get_policy,
-)
+from sparse_dlm_attn import AttentionState, PageBounds, RankedResult, get_policy
 from sparse_dlm_attn_conformance import accuracy
 from sparse_dlm_attn_conformance.cases import Arrays, Case, Host
-from sparse_dlm_attn_conformance.checks import (
-    expect,
-    expect_array,
-    expect_close,
-    expect_same_bits,
-    expect_state,
-)
+from sparse_dlm_attn_conformance.checks import expect, expect_array, expect_close, expect_same_bits, expect_state
 from sparse_dlm_attn_conformance.doubles import Ranking, Watched
 from sparse_dlm_attn_conformance.episodes import EXACT, Episode, episodes, play
 from sparse_dlm_attn_conformance.laws import law
@@ -56,9 +45,7 @@ def run(
     )
     expect_array(subject, result.out, "out of attend_ranked", arrays.q.shape, subject.dtype, "STATE-4")
     expect_state(subject, result.state, "the context state of attend_ranked", arrays.q.shape)
-    expect_array(
-        subject, result.active, "active of attend_ranked", arrays.active.shape, "bool", "RANKED-1"
-    )
+    expect_array(subject, result.active, "active of attend_ranked", arrays.active.shape, "bool", "RANKED-1")
     return result
 
 
@@ -193,9 +180,7 @@ def test_a_rule_computes_what_the_operators_compute(subject: Subject, case: Case
 
 def decided(arrays: Arrays, result: RankedResult) -> Arrays:
     """Return the problem with what a ranked pass decided in it."""
-    return arrays.but(
-        mask=host(result.selection.mask), span=result.selection.span, active=host(result.active)
-    )
+    return arrays.but(mask=host(result.selection.mask), span=result.selection.span, active=host(result.active))
 
 
 @pytest.mark.clause("RANKED-1", "ATTEND-3", "CONTEXT-2")

@@ -41,10 +41,7 @@ def test_long_contexts_equal_one_masked_softmax(subject: Subject, case: Case) ->
 
 
 @pytest.mark.clause("ATTEND-1", "POOLED-1", "SCORES-1", "BOUNDS-1")
-@law(
-    case=cases(min_pages=65, max_pages=300, page_sizes=(1, 2, 3), head_dims=(2, 4, 8, 3), max_batch=2),
-    share=0.25,
-)
+@law(case=cases(min_pages=65, max_pages=300, page_sizes=(1, 2, 3), head_dims=(2, 4, 8, 3), max_batch=2), share=0.25)
 def test_more_pages_than_a_word_has_bits(subject: Subject, case: Case) -> None:
     """Lists and bitmasks of pages have a capacity: nothing may be dropped beyond it."""
     arrays = case.arrays(subject.dtype)
@@ -89,9 +86,7 @@ def test_long_blocks_attend_to_themselves(subject: Subject, case: Case) -> None:
     state = subject.backend.attend_block(on.q, on.k, on.v, scale=case.scale)
     close = accuracy.attention(arrays, block_keys(arrays))
     expect_state_close(host(state.out), host(state.lse), close, "attend_block of a long block", "BLOCK-1")
-    out, _ = subject.backend.attend(
-        on.q, on.k, on.v, on.context, on.selection, on.active, None, scale=case.scale
-    )
+    out, _ = subject.backend.attend(on.q, on.k, on.v, on.context, on.selection, on.active, None, scale=case.scale)
     keys = context_keys(arrays).joined(block_keys(arrays))
     expected = accuracy.attention(arrays, keys, rounded_parts=2)
     expect_close(host(out), expected.state.out, expected.out_budget, "out of attend, long block", "ATTEND-4")
@@ -99,9 +94,7 @@ def test_long_blocks_attend_to_themselves(subject: Subject, case: Case) -> None:
 
 @pytest.mark.clause("GQA-1", "GQA-2", "ATTEND-1", "SCORES-1", "BOUNDS-1")
 @law(
-    case=cases(
-        max_batch=5, kv_heads=(1, 4, 5, 8), groups=(16, 1, 8, 2, 4), head_dims=(4, 2, 16, 3), max_pages=3
-    ),
+    case=cases(max_batch=5, kv_heads=(1, 4, 5, 8), groups=(16, 1, 8, 2, 4), head_dims=(4, 2, 16, 3), max_pages=3),
     share=0.3,
 )
 def test_many_heads_and_sequences(subject: Subject, case: Case) -> None:
@@ -174,9 +167,7 @@ def test_a_context_of_no_pages(subject: Subject, case: Case) -> None:
         for name, value in arrays_in(prepare(subject, none, operator).run()).items():
             expect(host(value).size == 0, "BOUNDS-1", f"{operator}{name} of no pages must hold no page")
     on = subject.load(none)
-    out, kept = subject.backend.attend(
-        on.q, on.k, on.v, on.context, on.selection, on.active, None, scale=case.scale
-    )
+    out, kept = subject.backend.attend(on.q, on.k, on.v, on.context, on.selection, on.active, None, scale=case.scale)
     expected = accuracy.attention(none, block_keys(none), rounded_parts=1)
     expect_close(host(out), expected.state.out, expected.out_budget, "attend without pages", "ATTEND-4")
     expect(np.isneginf(host(kept.lse)).all(), "STATE-2", "without pages the context state must be empty")

@@ -56,8 +56,7 @@ def test_a_nan_query_spoils_its_row_alone(subject: Subject, case: Case) -> None:
     rows = some(case, arrays.q.shape[:3])
     reads = arrays.rows().any(axis=3)
     out, lse = (
-        host(part)
-        for part in vars(attend(subject, arrays.but(q=np.where(rows[..., None], np.nan, arrays.q)))).values()
+        host(part) for part in vars(attend(subject, arrays.but(q=np.where(rows[..., None], np.nan, arrays.q)))).values()
     )
     expect(np.isnan(out[rows & reads]).all(), "ATTEND-1", "NaN in a query that reads a key must show in out")
     expect(np.isnan(lse[rows & reads]).all(), "ATTEND-1", "NaN in a query that reads a key must show in lse")
@@ -97,9 +96,7 @@ def test_infinite_keys_give_infinite_bounds(subject: Subject, case: Case) -> Non
     changes=change_tables(), scores=score_tables(special=False), exponent=st.sampled_from((-100, 60)),
     one_dtype=True,
 )  # fmt: skip
-def test_a_choice_has_no_unit(
-    subject: Subject, changes: ChangeTable, scores: ScoreTable, exponent: int
-) -> None:
+def test_a_choice_has_no_unit(subject: Subject, changes: ChangeTable, scores: ScoreTable, exponent: int) -> None:
     """Changes and scores times a power of two: the same rows and pages, for nothing is added to them."""
     ops, factor = subject.backend, np.float32(2.0**exponent)
     for rule in ({"count": changes.count}, {"mass": changes.mass}):
@@ -149,8 +146,7 @@ def test_keys_that_score_minus_infinity_do_not_count(subject: Subject, case: Cas
     stored = arrays.stored()
     gone = some(case, stored.shape, (0.3, 1.0)[case.seed % 2]) & stored
     rows = arrays.but(
-        q=np.where(first, 1.0, arrays.q),
-        k_pages=np.where(gone[..., None] & first, -np.inf, arrays.k_pages),
+        q=np.where(first, 1.0, arrays.q), k_pages=np.where(gone[..., None] & first, -np.inf, arrays.k_pages)
     )
     state = attend(subject, rows)
     keys = context_keys(rows)
@@ -174,9 +170,7 @@ def test_a_score_of_plus_infinity_shows(subject: Subject, case: Case) -> None:
     reads = rows.rows().any(axis=3)
     lse = host(state.lse)[reads]
     expect(np.isnan(host(state.out)[reads]).all(), "STATE-1", "a score of +inf must give an out of NaN")
-    expect(
-        (np.isnan(lse) | np.isposinf(lse)).all(), "STATE-1", "a score of +inf must give an lse of NaN or +inf"
-    )
+    expect((np.isnan(lse) | np.isposinf(lse)).all(), "STATE-1", "a score of +inf must give an lse of NaN or +inf")
 
 
 def hot(arrays: Arrays, first: Host) -> Arrays:

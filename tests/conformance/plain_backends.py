@@ -85,8 +85,7 @@ class PlainArrayApi(Backend):
         group = q.shape[1] // bounds.lower.shape[1]
         rows = xp.astype(q, dtype)[:, :, :, None, :]
         low, high = (
-            xp.repeat(xp.astype(part, dtype), group, axis=1)[:, :, None, :, :]
-            for part in (bounds.lower, bounds.upper)
+            xp.repeat(xp.astype(part, dtype), group, axis=1)[:, :, None, :, :] for part in (bounds.lower, bounds.upper)
         )
         return xp.astype(xp.sum(xp.maximum(rows * low, rows * high), axis=-1), xp.float32)
 

@@ -48,13 +48,7 @@ def test_a_hundred_problems_cover_every_feature() -> None:
 
     draw()
     promised = {f"regime {name}" for name in REGIMES} | {f"group {group}" for group in (1, 2, 4, 7)}
-    promised |= {
-        "page size 1",
-        "page size not a power of two",
-        "ragged batch",
-        "empty context",
-        "absent page",
-    }
+    promised |= {"page size 1", "page size not a power of two", "ragged batch", "empty context", "absent page"}
     promised |= {"partial page", "no active row", "all rows active", "nothing selected", "segments"}
     promised |= {"poison nan", "poison inf", "layout gapped", "layout token_major", "explicit scale"}
     assert promised <= set(seen)

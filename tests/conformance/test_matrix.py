@@ -16,9 +16,7 @@ PAGE = ROOT / "docs" / "conformance-matrix.md"
 
 def table(page: str) -> tuple[list[str], dict[str, list[str]]]:
     """Return the columns and, by clause, the cells of a matrix in Markdown."""
-    rows = [
-        [c.strip() for c in line.strip("| ").split(" | ")] for line in page.splitlines() if line[:2] == "| "
-    ]
+    rows = [[c.strip() for c in line.strip("| ").split(" | ")] for line in page.splitlines() if line[:2] == "| "]
     return rows[0][2:], {row[0]: row[2:] for row in rows[1:]}
 
 
@@ -40,19 +38,13 @@ def problems(page: str, wanted: set[str]) -> list[str]:
 
 def test_the_published_matrix_has_every_clause_and_dtype() -> None:
     pytest.importorskip("torch", reason="torch is not installed, and the matrix names its dtypes")
-    wanted = {
-        f"{name} {dtype}"
-        for name in ("reference", "torch")
-        for dtype in get_backend(name).capabilities.dtypes
-    }
+    wanted = {f"{name} {dtype}" for name in ("reference", "torch") for dtype in get_backend(name).capabilities.dtypes}
     assert problems(PAGE.read_text(encoding="utf-8"), wanted) == []
 
 
 def test_a_matrix_that_lacks_something_is_noticed() -> None:
     results = [
-        Result("law", (clause,), "mine", dtype, "", "passed")
-        for clause in CLAUSES
-        for dtype in ("float32", "float64")
+        Result("law", (clause,), "mine", dtype, "", "passed") for clause in CLAUSES for dtype in ("float32", "float64")
     ]
     wanted = {"mine float32", "mine float64"}
     page = Report("ci", {"mine": {}}, results).as_markdown()

@@ -75,18 +75,10 @@ def test_a_backend_that_misbehaves_gives_a_report(folder: Path, kind: str, said:
 def test_a_failure_prints_all_one_needs_and_a_snippet_that_fails_again(folder: Path) -> None:
     done = run(folder, "--backend", "broken:Raises", "--clause", "MERGE-3", "--dtype", "float32")
     text = done.stdout
-    for part in (
-        "MERGE-3:",
-        "law: test_",
-        "backend: broken:Raises, dtype float32",
-        "problem:",
-        "table = MergeTable(",
-    ):
+    for part in ("MERGE-3:", "law: test_", "backend: broken:Raises, dtype float32", "problem:", "table = MergeTable("):
         assert part in text
     snippet = text[text.index("reproduce with:") :].splitlines()[1:]
-    lines = [
-        line[2:] for line in snippet[: next(i for i, line in enumerate(snippet) if line.endswith("))")) + 1]
-    ]
+    lines = [line[2:] for line in snippet[: next(i for i, line in enumerate(snippet) if line.endswith("))")) + 1]]
     again = subprocess.run(
         [sys.executable, "-c", "\n".join(lines)], cwd=folder, text=True, capture_output=True, check=False
     )
@@ -154,9 +146,7 @@ def test_a_wrong_result_names_worst_index_error_and_budget(folder: Path) -> None
         "        return AttentionState(m.out, m.lse + 1)\n",
         encoding="utf-8",
     )
-    done = run(
-        folder, "--backend", "off:Off", "--clause", "MERGE-1", "--dtype", "float32", "--policy", "dense"
-    )
+    done = run(folder, "--backend", "off:Off", "--clause", "MERGE-1", "--dtype", "float32", "--policy", "dense")
     assert done.returncode == 1
     line = next(line for line in done.stdout.splitlines() if line.startswith("MERGE-1: lse of merge"))
     for part in ("worst at (", "got ", "expected ", "error 1", "budget "):

@@ -46,9 +46,6 @@ def test_a_nan_value_whose_weight_underflows_may_be_dropped_with_its_part(law: s
 def test_a_policy_conforms_on_another_array_library() -> None:
     pytest.importorskip("torch", reason="torch is not installed")
     found = check_backend(
-        TorchOperators(),
-        clauses=("POLICY-1", "POLICY-6"),
-        dtypes=("float32",),
-        policies=("losa:budget=4,active=2",),
+        TorchOperators(), clauses=("POLICY-1", "POLICY-6"), dtypes=("float32",), policies=("losa:budget=4,active=2",)
     )
     assert found == []

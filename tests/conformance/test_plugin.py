@@ -93,9 +93,7 @@ BAD_OPTIONS = [
 
 
 @pytest.mark.parametrize(("arguments", "said"), BAD_OPTIONS, ids=[" ".join(a) for a, _ in BAD_OPTIONS])
-def test_bad_options_are_refused_before_anything_runs(
-    folder: Path, arguments: tuple[str, ...], said: str
-) -> None:
+def test_bad_options_are_refused_before_anything_runs(folder: Path, arguments: tuple[str, ...], said: str) -> None:
     before = sorted(folder.iterdir())
     done = run(folder, *arguments)
     assert done.returncode == 2

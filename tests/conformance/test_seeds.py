@@ -28,9 +28,7 @@ def checkout(tmp_path: Path) -> tuple[str, dict[str, str]]:
     interpreter = getattr(sys, "_base_executable", sys.executable)
     environment = {**os.environ, "PYTHONPATH": path}
     find = "import importlib.metadata as m; print([d.name for d in m.distributions() if 'dlm' in d.name])"
-    seen = subprocess.run(
-        [interpreter, "-c", find], env=environment, capture_output=True, text=True, check=True
-    )
+    seen = subprocess.run([interpreter, "-c", find], env=environment, capture_output=True, text=True, check=True)
     if seen.stdout.strip() != "[]":
         pytest.skip("the base interpreter of this environment has the package installed")
     return interpreter, environment
