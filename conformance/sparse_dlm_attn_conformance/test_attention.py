@@ -183,7 +183,8 @@ def touching(arrays: Arrays, where: Host) -> tuple[Host, Host]:
     hit: Host = np.repeat(where[table].swapaxes(1, 2), arrays.group, axis=1)
     keys = context_keys(arrays)
     hit = keys.allowed & hit.reshape(*hit.shape[:2], 1, keys.allowed.shape[3])
-    return hit.any(axis=3), (hit & (weights(arrays, keys) >= COUNTS)).any(axis=3)
+    felt = hit & (weights(arrays, keys) >= COUNTS)
+    return np.asarray(hit.any(axis=3)), np.asarray(felt.any(axis=3))
 
 
 @pytest.mark.clause("MERGE-4", "ATTEND-1")
