@@ -18,13 +18,13 @@ import typer
 from sparse_dlm_attn import InvalidArgumentError, UnavailableError
 from sparse_dlm_attn.cli.console import discard_rest, note, show_error
 from sparse_dlm_attn.files import check_target, write_atomically
+from sparse_dlm_attn_conformance import PROFILES
 
 __all__ = ["conformance"]
 
 EXIT_CODES = {0: 0, 1: 1, 2: 130, 3: 2, 4: 2, 5: 1}
 """Exit codes of pytest as those of this program: 1 a law failed or nothing ran, 2 bad input."""
 
-PROFILES = ("quick", "ci", "nightly")
 MOST_WORKERS = 4
 """Processes unless asked for more: each loads the backend anew, and on a device takes memory of its own."""
 
@@ -140,31 +140,12 @@ def run_pytest(options: list[str], workers: int, reports: Sequence[Path] = ()) -
         settings = Path(empty, "pytest.ini")
         settings.write_text("[pytest]\n", encoding="utf-8")
         over = Path(empty, "finished")
-        command = [
-            sys.executable,
-            "-X",
-            "faulthandler",
-            "-m",
-            "pytest",
-            "-c",
-            str(settings),
-            "--rootdir",
-            empty,
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "sparse_dlm_attn_conformance.plugin",
-            "-p",
-            "_hypothesis_pytestplugin",
-            "--import-mode=importlib",
-            "--tb=short",
-            "-q",
-            "--pyargs",
-            "sparse_dlm_attn_conformance",
-            f"--sda-finished={over}",
-            *options,
-            *(f"--sda-report={path}" for path in made),
-        ]
+        flags = (
+            "-X faulthandler -m pytest -p no:cacheprovider -p sparse_dlm_attn_conformance.plugin "
+            "-p _hypothesis_pytestplugin --import-mode=importlib --tb=short -q --pyargs sparse_dlm_attn_conformance"
+        )
+        command = [sys.executable, *flags.split(), "-c", str(settings), "--rootdir", empty, f"--sda-finished={over}"]
+        command += [*options, *(f"--sda-report={path}" for path in made)]
         if workers > 1:
             command += ["-p", "xdist", "-n", str(workers)]
         environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONDONTWRITEBYTECODE": "1"}

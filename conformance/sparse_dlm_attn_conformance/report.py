@@ -44,9 +44,12 @@ class Result:
     features: dict[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of_dict(cls, data: dict[str, Any]) -> Result:
-        """Rebuild a result that travelled as plain data."""
-        return cls(**{**data, "clauses": tuple(data["clauses"])})
+    def of(
+        cls, law: str, clauses: tuple[str, ...], subject: Any, policy: Any, outcome: str, reason: str, **more: Any
+    ) -> Result:
+        """Describe a law on a subject, if any, and a policy, if any."""
+        backend, dtype = (subject.spec, subject.dtype) if subject else ("", "any")
+        return cls(law, clauses, backend, dtype, str(policy), outcome, reason, **more)
 
 
 @dataclass
@@ -69,6 +72,11 @@ class Report:
     backends: dict[str, dict[str, Any]]
     results: list[Result] = field(default_factory=list)
     processes: int = 1
+
+    def add(self, result: Any) -> None:
+        """Add a result that travelled as plain data, if it is one."""
+        if isinstance(result, dict):
+            self.results.append(Result(**{**result, "clauses": tuple(result["clauses"])}))
 
     def matrix(self) -> dict[str, dict[str, str]]:
         """Return the worst outcome that says something, by clause and by ``"backend dtype"``."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from sparse_dlm_attn_conformance.session import register_profiles
+from sparse_dlm_attn_conformance.run import register_profiles
 
 sys.path.insert(0, str(Path(__file__).parent))
 register_profiles()

@@ -15,7 +15,7 @@ from sparse_dlm_attn import Capabilities
 from sparse_dlm_attn_conformance.cases import REGIMES, Case, fill, round_to
 from sparse_dlm_attn_conformance.episodes import Episode, episodes
 from sparse_dlm_attn_conformance.laws import OPTIONS, LawOptions, law
-from sparse_dlm_attn_conformance.session import register_profiles
+from sparse_dlm_attn_conformance.run import register_profiles
 from sparse_dlm_attn_conformance.strategies import cases, change_tables, merge_tables, score_tables, within
 from sparse_dlm_attn_conformance.subjects import Subject
 from sparse_dlm_attn_reference import ReferenceBackend
