@@ -14,13 +14,14 @@ import numpy as np
 
 from sparse_dlm_attn import Context, PageBounds, Problem, Selection
 
-__all__ = ["REGIMES", "Arrays", "Case", "Host", "fill", "round_to", "transport"]
-
 HostArray: TypeAlias = "np.ndarray[Any, Any]"
 Host = HostArray
 
 REGIMES = ("dyadic", "generic", "ties", "zeros", "one_hot", "large", "mixed_scale")
 """Value regimes, the simplest first, because shrinking moves towards the first."""
+
+EXACT = ("dyadic", "ties", "zeros", "one_hot")
+"""Regimes in which every sum is exact, so that decisions are."""
 
 POISON = {"zero": 0.0, "nan": np.nan, "inf": np.inf, "huge": 3e4}
 TRANSPORT = {"float16": np.float16, "bfloat16": np.float32, "float32": np.float32, "float64": np.float64}
@@ -336,8 +337,16 @@ class Arrays:
         heads = np.arange(self.q.shape[1]) // (self.q.shape[1] // self.mask.shape[1])
         spans = np.arange(self.q.shape[2]) // self.span
         chosen = self.mask[:, heads][:, :, spans]
-        exists = (self.page_lengths > 0)[:, None, None, :]
-        return np.asarray(chosen & self.active[:, None, :, None] & exists, dtype=bool)
+        return np.asarray(chosen & self.active[:, None, :, None] & self.exists, dtype=bool)
+
+    @property
+    def exists(self) -> HostArray:
+        """The pages that hold a token, bool ``(batch, 1, 1, pages)``."""
+        return (self.page_lengths > 0)[:, None, None, :]
+
+    def everyone(self) -> HostArray:
+        """Return the pages of rows that read all there are, bool ``(batch, q_heads, tokens, pages)``."""
+        return np.broadcast_to(self.exists, (*self.q.shape[:3], self.exists.shape[3]))
 
     def loaded(self) -> HostArray:
         """Return the pages that some row of a KV head reads, bool ``(batch, kv_heads, pages)``."""

@@ -20,8 +20,6 @@ from sparse_dlm_attn.cli.console import discard_rest, note, show_error
 from sparse_dlm_attn.files import check_target, write_atomically
 from sparse_dlm_attn_conformance import PROFILES
 
-__all__ = ["conformance"]
-
 EXIT_CODES = {0: 0, 1: 1, 2: 130, 3: 2, 4: 2, 5: 1}
 """Exit codes of pytest as those of this program: 1 a law failed or nothing ran, 2 bad input."""
 

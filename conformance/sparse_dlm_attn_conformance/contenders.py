@@ -9,12 +9,9 @@ from hypothesis import strategies as st
 
 from sparse_dlm_attn import PrefixAttentionPolicy, SparseAttentionError, get_policy
 from sparse_dlm_attn.registry import policies
-from sparse_dlm_attn_conformance.process import restored
+from sparse_dlm_attn_conformance.guards import restored, time_limit
 from sparse_dlm_attn_conformance.strategies import choice
 from sparse_dlm_attn_conformance.subjects import names_nothing
-from sparse_dlm_attn_conformance.timing import time_limit
-
-__all__ = ["VARIANTS", "Contender", "contenders", "policy_texts"]
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "dense": ("dense",),

@@ -24,8 +24,6 @@ from sparse_dlm_attn import (
 from sparse_dlm_attn.arrays import Array, to_numpy
 from sparse_dlm_attn_reference import ReferenceBackend
 
-__all__ = ["Changes", "Delegate", "Grid", "Probe", "Ranking", "Watched"]
-
 GRID = 1024.0
 
 

@@ -10,14 +10,10 @@ import numpy as np
 from hypothesis import strategies as st
 
 from sparse_dlm_attn import LayerMemory, PassInfo, PrefixAttention, PrefixAttentionPolicy, Problem
-from sparse_dlm_attn_conformance.cases import Arrays, Case, Host
+from sparse_dlm_attn_conformance.cases import EXACT, Arrays, Case, Host
 from sparse_dlm_attn_conformance.operations import leaves
 from sparse_dlm_attn_conformance.strategies import cases, choice, integers
 from sparse_dlm_attn_conformance.subjects import Subject, host
-
-__all__ = ["Episode", "Pass", "episodes", "play", "rows_of"]
-
-EXACT = ("dyadic", "ties", "zeros", "one_hot")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -114,30 +110,14 @@ class Episode:
 
 @dataclass(frozen=True, eq=False)
 class Pass:
-    """What happened in one pass, on the host.
-
-    Parameters
-    ----------
-    out : numpy.ndarray
-        Output of the pass.
-    active : numpy.ndarray
-        bool ``(batch, tokens)``.
-    pages : numpy.ndarray
-        bool ``(batch, q_heads, tokens, pages)``: existing pages that active rows read.
-    memory : LayerMemory
-        What the driver returned.
-    kept : tuple of numpy.ndarray
-        A copy of ``memory.state`` (out, lse), taken before any later pass.
-    left : dict of numpy.ndarray
-        A copy of what the policy remembers, likewise.
-    """
+    """What happened in one pass, on the host."""
 
     out: Host
-    active: Host
-    pages: Host
+    active: Host  # bool (batch, tokens)
+    pages: Host  # bool (batch, q_heads, tokens, pages): existing pages that active rows read
     memory: LayerMemory
-    kept: tuple[Host, Host]
-    left: dict[str, Host]
+    kept: tuple[Host, Host]  # a copy of memory.state, taken before any later pass
+    left: dict[str, Host]  # a copy of what the policy remembers, likewise
 
     @classmethod
     def of(cls, arrays: Arrays, out: Any, memory: LayerMemory) -> Pass:

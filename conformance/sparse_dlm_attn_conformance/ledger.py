@@ -25,58 +25,16 @@ from typing import Any
 
 from sparse_dlm_attn import DataFileError, InvalidArgumentError
 
-__all__ = ["KnownFailure", "Ledger"]
-
-ALLOWED_NODES = (
-    ast.Expression,
-    ast.BoolOp,
-    ast.And,
-    ast.Or,
-    ast.UnaryOp,
-    ast.Not,
-    ast.USub,
-    ast.Compare,
-    ast.Eq,
-    ast.NotEq,
-    ast.Lt,
-    ast.LtE,
-    ast.Gt,
-    ast.GtE,
-    ast.In,
-    ast.NotIn,
-    ast.Is,
-    ast.IsNot,
-    ast.BinOp,
-    ast.Add,
-    ast.Sub,
-    ast.Mult,
-    ast.Mod,
-    ast.FloorDiv,
-    ast.Name,
-    ast.Load,
-    ast.Constant,
-    ast.Tuple,
-    ast.List,
+ALLOWED = (
+    "Expression BoolOp And Or UnaryOp Not USub Compare Eq NotEq Lt LtE Gt GtE In NotIn Is IsNot BinOp Add Sub Mult Mod "
+    "FloorDiv Name Load Constant Tuple List"
 )
+ALLOWED_NODES = tuple(getattr(ast, name) for name in ALLOWED.split())
 
 
 @dataclass(frozen=True)
 class KnownFailure:
-    """One entry of a ledger.
-
-    Parameters
-    ----------
-    reason, link : str
-        Why it fails and where that is tracked; both must be given.
-    law, clause : str
-        Name of the law, or clause that it holds; at least one must be given.
-    backend, dtype, policy : str
-        Restrict the entry; "" is no restriction.
-    when : str
-        Expression over the facts of a problem; "" matches every problem.
-    crash : bool
-        Matching problems are not run at all.
-    """
+    """One entry of a ledger, as above; "" is no restriction."""
 
     reason: str
     link: str

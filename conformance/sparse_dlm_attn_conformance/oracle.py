@@ -15,27 +15,17 @@ import numpy as np
 from sparse_dlm_attn_conformance.cases import Arrays, Host, round_to
 from sparse_dlm_attn_conformance.tables import HostState
 
-__all__ = ["KeySet", "block_keys", "context_keys", "page_mass", "simulate", "softmax", "weights"]
-
 COUNTS = math.exp(-80)
 """Least weight that no float32 computation takes for 0, in whatever order it adds up; NaN below may be dropped."""
 
 
 @dataclass(frozen=True, eq=False)
 class KeySet:
-    """The keys of every query head and which of them each row reads.
+    """The keys of every query head and which of them each row reads; keys and values are 0 where none does."""
 
-    Parameters
-    ----------
-    keys, values : numpy.ndarray
-        float64 ``(batch, q_heads, n, head_dim)``; 0 where no row reads.
-    allowed : numpy.ndarray
-        bool ``(batch, q_heads, rows, n)``.
-    """
-
-    keys: Host
+    keys: Host  # float64 (batch, q_heads, n, head_dim)
     values: Host
-    allowed: Host
+    allowed: Host  # bool (batch, q_heads, rows, n)
 
     def joined(self, other: KeySet) -> KeySet:
         """Return the union with a disjoint key set."""
@@ -119,10 +109,7 @@ def weights(arrays: Arrays, keys: KeySet) -> Host:
 
 def page_mass(arrays: Arrays, span: int) -> Host:
     """Return the mean softmax mass of each page over each span, ``(batch, q_heads, spans, pages)``."""
-    everyone = np.broadcast_to(
-        (arrays.page_lengths > 0)[:, None, None, :], (*arrays.q.shape[:3], arrays.page_lengths.shape[1])
-    )
-    keys = context_keys(arrays, everyone)
+    keys = context_keys(arrays, arrays.everyone())
     batch, q_heads, tokens, _ = arrays.q.shape
     spans = -(-tokens // span)
     if keys.keys.shape[2] == 0:

@@ -17,8 +17,6 @@ import sparse_dlm_attn
 from sparse_dlm_attn.files import write_atomically
 from sparse_dlm_attn_conformance.clauses import CLAUSES
 
-__all__ = ["Report", "Result", "write_report"]
-
 GATES = ("test_the_backend_loads", "test_the_policy_loads")
 """Laws that run whatever was asked for, because they say why the others are skipped."""
 
@@ -54,22 +52,10 @@ class Result:
 
 @dataclass
 class Report:
-    """All results of a run.
-
-    Parameters
-    ----------
-    profile : str
-        Hypothesis profile.
-    backends : dict
-        What each backend declares, or why it did not load.
-    results : list of Result
-        One for each law, backend, dtype and policy.
-    processes : int
-        How many processes shared the laws.
-    """
+    """All results of a run: one for each law, backend, dtype and policy."""
 
     profile: str
-    backends: dict[str, dict[str, Any]]
+    backends: dict[str, dict[str, Any]]  # what each declares, or why it did not load
     results: list[Result] = field(default_factory=list)
     processes: int = 1
 

@@ -23,8 +23,6 @@ from sparse_dlm_attn_conformance.ledger import Ledger
 from sparse_dlm_attn_conformance.report import Report, Result, write_report
 from sparse_dlm_attn_conformance.subjects import DTYPES, Subject, load_backend
 
-__all__ = ["Finding", "Session", "check_backend", "register_profiles", "reproduce", "reproduce_denoising"]
-
 
 def register_profiles(database: str = ".hypothesis/sda-nightly") -> None:
     """Register the Hypothesis profiles ``sda-quick``, ``sda-ci`` and ``sda-nightly``.
@@ -327,7 +325,7 @@ def reproduce_denoising(backend: str | Backend, policy: str, *, dtype: str) -> A
     InvalidArgumentError
         If the backend does not load.
     """
-    from sparse_dlm_attn_conformance.denoising import Denoising
+    from sparse_dlm_attn_conformance.test_denoising import Denoising
 
     instance = loaded(backend)
     subject = Subject(backend if isinstance(backend, str) else instance.name, dtype, instance)

@@ -21,8 +21,6 @@ from sparse_dlm_attn.ranked import Keep
 from sparse_dlm_attn_conformance.cases import REGIMES, Case
 from sparse_dlm_attn_conformance.tables import ChangeTable, MergeTable, RankedRule, ScoreTable
 
-__all__ = ["cases", "change_tables", "merge_tables", "ranked_rules", "score_tables", "within"]
-
 MAX_ELEMENTS = int(os.environ.get("SDA_CONFORMANCE_MAX_ELEMENTS", "8192"))
 """Cap on the elements of one sequence in one array, so that a failing problem stays readable."""
 

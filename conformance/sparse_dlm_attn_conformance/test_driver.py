@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from sparse_dlm_attn import (
-    Context,
     InvalidArgumentError,
     PassInfo,
     PrefixAttention,
@@ -92,8 +91,7 @@ def bad_inputs(subject: Subject, arrays: Arrays, on: Loaded) -> dict[str, tuple[
 
 @pytest.mark.clause("ERROR-1", "DRIVER-1")
 @law(case=cases(max_batch=2, min_pages=1, poisons=("zero",)), share=0.2)
-def test_bad_input_raises_a_typed_error_and_changes_nothing(subject: Subject, case: Case) -> None:
-    arrays = case.arrays(subject.dtype)
+def test_bad_input_raises_a_typed_error_and_changes_nothing(subject: Subject, arrays: Arrays) -> None:
     on, watched = subject.load(arrays), Watched(subject.backend)
     attention = PrefixAttention("dense", watched, check_contents=True)  # of tables on a device, too
     before = {name: host(array) for name, array in on.arrays().items()}
@@ -106,11 +104,8 @@ def test_bad_input_raises_a_typed_error_and_changes_nothing(subject: Subject, ca
             text = str(error)
             expect(argument in text, "ERROR-1", f"{name}: the error must name {argument}; got {text}")
             if isinstance(error, InvalidArgumentError):
-                expect(
-                    error.argument and error.rule and str(error.got),
-                    "ERROR-1",
-                    f"{name}: the error must give argument, rule and value; got {text}",
-                )
+                told = f"{name}: the error must give argument, rule and value; got {text}"
+                expect(error.argument and error.rule and str(error.got), "ERROR-1", told)
         except Exception as error:
             expect(False, "ERROR-1", f"{name}: must raise an error of ours; got {type(error).__name__}: {error}")
         else:
@@ -122,8 +117,7 @@ def test_bad_input_raises_a_typed_error_and_changes_nothing(subject: Subject, ca
 
 @pytest.mark.clause("MEMORY-2", "DRIVER-1")
 @law(case=cases(max_batch=2, min_pages=1, regimes=("dyadic",)), share=0.3, one_dtype=True)
-def test_memory_of_something_else_is_refused(subject: Subject, case: Case) -> None:
-    arrays = case.arrays(subject.dtype)
+def test_memory_of_something_else_is_refused(subject: Subject, arrays: Arrays) -> None:
     on, watched = subject.load(arrays), Watched(subject.backend)
     attention = PrefixAttention("dense", watched, check_contents=True)  # of tables on a device, too
     _, memory = attention(on.q, on.k, on.v, on.context, None, PassInfo(0, num_layers=2))
@@ -133,38 +127,22 @@ def test_memory_of_something_else_is_refused(subject: Subject, case: Case) -> No
     longer = subject.load(
         arrays.but(**{name: np.repeat(getattr(arrays, name), 2, axis=2) for name in ("q", "q_other", "k", "v")})
     )
-    changed: dict[str, tuple[PrefixAttention, Loaded, Context, PassInfo]] = {
-        "another policy": (
-            PrefixAttention("sliding-window", watched, check_contents=True),
-            on,
-            on.context,
-            PassInfo(1, num_layers=2),
-        ),
-        "another layer": (attention, on, on.context, PassInfo(1, layer=1, num_layers=2)),
-        "another version": (
-            attention,
-            on,
-            replace(on.context, version=on.context.version + 1),
-            PassInfo(1, num_layers=2),
-        ),
-        "other page lengths": (
-            attention,
-            on,
-            replace(on.context, page_lengths=subject.ints(shorter), page_table=subject.ints(table)),
-            PassInfo(1, num_layers=2),
-        ),
-        "another page table": (
-            attention,
-            on,
-            replace(on.context, page_table=subject.ints((table + 1) % len(arrays.k_pages))),
-            PassInfo(1, num_layers=2),
-        ),
-        "another block shape": (attention, longer, on.context, PassInfo(1, num_layers=2)),
+    other_table = subject.ints((table + 1) % len(arrays.k_pages))
+    cut = replace(on.context, page_lengths=subject.ints(shorter), page_table=subject.ints(table))
+    changed: dict[str, dict[str, Any]] = {
+        "another policy": {"driver": PrefixAttention("sliding-window", watched, check_contents=True)},
+        "another layer": {"info": PassInfo(1, layer=1, num_layers=2)},
+        "another version": {"context": replace(on.context, version=on.context.version + 1)},
+        "other page lengths": {"context": cut},
+        "another page table": {"context": replace(on.context, page_table=other_table)},
+        "another block shape": {"now": longer},
     }
     if len(arrays.k_pages) == 1 or not arrays.page_lengths.any():
         del changed["another page table"]  # there is no other page to point to
     watched.calls.clear()
-    for name, (driver, now, context, info) in changed.items():
+    usual = {"driver": attention, "now": on, "context": on.context, "info": PassInfo(1, num_layers=2)}
+    for name, change in changed.items():
+        driver, now, context, info = {**usual, **change}.values()
         try:
             driver(now.q, now.k, now.v, context, memory, info)
         except StaleMemoryError:

@@ -13,15 +13,15 @@ from sparse_dlm_attn.arrays import is_array
 from sparse_dlm_attn_conformance.cases import Arrays
 from sparse_dlm_attn_conformance.checks import expect, expect_same_bits
 from sparse_dlm_attn_conformance.contenders import Contender
-from sparse_dlm_attn_conformance.denoising import appended, with_room
 from sparse_dlm_attn_conformance.doubles import Changes, Grid, Probe
 from sparse_dlm_attn_conformance.episodes import Episode, episodes, play
+from sparse_dlm_attn_conformance.guards import changed_settings, restored, stirred_settings
 from sparse_dlm_attn_conformance.laws import law
 from sparse_dlm_attn_conformance.operations import array_leaves
-from sparse_dlm_attn_conformance.process import changed_settings, restored, stirred_settings
 from sparse_dlm_attn_conformance.rules import RULES, rule_of
 from sparse_dlm_attn_conformance.subjects import Subject, host
 from sparse_dlm_attn_conformance.test_context import shares_memory
+from sparse_dlm_attn_conformance.test_denoising import appended, with_room
 from sparse_dlm_attn_conformance.test_policies import SHARE, expect_stated, loaded, on_grid
 
 
@@ -51,14 +51,8 @@ def of_head(arrays: Arrays, head: int) -> Arrays:
     """Return the problem of one KV head and its query heads; a selection is that of all heads."""
     one, group = slice(head, head + 1), arrays.group
     mine = slice(head * group, (head + 1) * group)
-    return arrays.but(
-        q=arrays.q[:, mine],
-        q_other=arrays.q_other[:, mine],
-        k=arrays.k[:, one],
-        v=arrays.v[:, one],
-        k_pages=arrays.k_pages[:, one],
-        v_pages=arrays.v_pages[:, one],
-    )
+    query = {name: getattr(arrays, name)[:, mine] for name in ("q", "q_other")}
+    return arrays.but(**query, **{name: getattr(arrays, name)[:, one] for name in ("k", "v", "k_pages", "v_pages")})
 
 
 @pytest.mark.clause("POLICY-6", "MEMORY-1")

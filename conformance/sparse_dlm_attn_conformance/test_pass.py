@@ -35,9 +35,7 @@ def cached_state(subject: Subject, arrays: Arrays, seed: int) -> tuple[HostState
 
 @pytest.mark.clause("ATTEND-4", "MERGE-1")
 @law(case=cases())
-def test_attend_is_one_softmax_over_context_and_block(subject: Subject, case: Case) -> None:
-    arrays = case.arrays(subject.dtype)
-    on = subject.load(arrays)
+def test_attend_is_one_softmax_over_context_and_block(subject: Subject, arrays: Arrays, on: Loaded) -> None:
     out, state = fused(subject, arrays, on, None)
     context, block = context_keys(arrays), block_keys(arrays)
     expect_state_close(
@@ -49,9 +47,7 @@ def test_attend_is_one_softmax_over_context_and_block(subject: Subject, case: Ca
 
 @pytest.mark.clause("ATTEND-4", "REUSE-1")
 @law(case=cases())
-def test_attend_composes_its_four_operators(subject: Subject, case: Case) -> None:
-    arrays = case.arrays(subject.dtype)
-    on = subject.load(arrays)
+def test_attend_composes_its_four_operators(subject: Subject, case: Case, arrays: Arrays, on: Loaded) -> None:
     given, cached = cached_state(subject, arrays, case.seed)
     out, state = fused(subject, arrays, on, cached)
     rows = np.broadcast_to(arrays.active[:, None, :], arrays.q.shape[:3])
@@ -67,9 +63,7 @@ def test_attend_composes_its_four_operators(subject: Subject, case: Case) -> Non
 
 @pytest.mark.clause("ATTEND-4", "REUSE-1")
 @law(case=cases(), share=0.5)
-def test_what_is_cached_for_active_rows_is_not_read(subject: Subject, case: Case) -> None:
-    arrays = case.arrays(subject.dtype)
-    on = subject.load(arrays)
+def test_what_is_cached_for_active_rows_is_not_read(subject: Subject, case: Case, arrays: Arrays, on: Loaded) -> None:
     given, cached = cached_state(subject, arrays, case.seed)
     rows = np.broadcast_to(arrays.active[:, None, :], arrays.q.shape[:3])
     rotten = subject.state(HostState(np.where(rows[..., None], np.nan, given.out), np.where(rows, np.nan, given.lse)))
@@ -83,10 +77,10 @@ def test_what_is_cached_for_active_rows_is_not_read(subject: Subject, case: Case
 
 @pytest.mark.clause("ATTEND-4", "MERGE-4")
 @law(case=cases(), share=0.5)
-def test_a_cached_row_without_weight_may_hold_anything_and_nan_with_weight_shows(subject: Subject, case: Case) -> None:
+def test_a_cached_row_without_weight_may_hold_anything_and_nan_with_weight_shows(
+    subject: Subject, case: Case, arrays: Arrays, on: Loaded
+) -> None:
     """Memory of rows that were never computed has lse -inf, and an out that nobody wrote."""
-    arrays = case.arrays(subject.dtype)
-    on = subject.load(arrays)
     given, _ = cached_state(subject, arrays, case.seed)
     idle = np.broadcast_to(~arrays.active[:, None, :], arrays.q.shape[:3])
     empty = np.isneginf(given.lse)[..., None]
@@ -102,11 +96,8 @@ def test_a_cached_row_without_weight_may_hold_anything_and_nan_with_weight_shows
 
 def fused(subject: Subject, arrays: Arrays, on: Loaded, cached: AttentionState | None) -> tuple[object, AttentionState]:
     result = subject.backend.attend(on.q, on.k, on.v, on.context, on.selection, on.active, cached, scale=arrays.scale)
-    expect(
-        isinstance(result, tuple) and len(result) == 2,
-        "ATTEND-4",
-        f"attend must return (out, context_state); got {type(result).__qualname__}",
-    )
+    text = f"attend must return (out, context_state); got {type(result).__qualname__}"
+    expect(isinstance(result, tuple) and len(result) == 2, "ATTEND-4", text)
     out, state = result
     expect_array(subject, out, "out of attend", arrays.q.shape, subject.dtype, "STATE-4")
     expect_state(subject, state, "the context state of attend", arrays.q.shape)
@@ -132,8 +123,7 @@ def merged_expectation(
 
 @pytest.mark.clause("ATTEND-4", "ATTEND-2", "STATE-2")
 @law(case=cases(), share=0.5)
-def test_without_context_attend_is_the_block_alone(subject: Subject, case: Case) -> None:
-    arrays = case.arrays(subject.dtype)
+def test_without_context_attend_is_the_block_alone(subject: Subject, arrays: Arrays) -> None:
     arrays = arrays.but(mask=np.zeros_like(arrays.mask))
     on = subject.load(arrays)
     out, state = fused(subject, arrays, on, None)

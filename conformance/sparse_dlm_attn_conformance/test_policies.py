@@ -65,9 +65,10 @@ def test_the_policy_loads(subject: Subject, policy: Contender) -> None:
 
 @pytest.mark.clause("POLICY-1")
 @law(episode=episodes(), share=SHARE)
-def test_decisions_are_those_on_the_reference(subject: Subject, policy: Contender, episode: Episode) -> None:
+def test_decisions_are_those_on_the_reference(
+    subject: Subject, policy: Contender, episode: Episode, arrays: Arrays
+) -> None:
     reference = Subject("reference", "float64", ReferenceBackend())
-    arrays = episode.case.arrays(subject.dtype)
     want = play(on_grid(reference), loaded(policy), episode, arrays=arrays)
     got = play(on_grid(subject), loaded(policy), episode, arrays=arrays)
     for number, (mine, theirs) in enumerate(zip(got, want, strict=True)):
@@ -108,9 +109,10 @@ def test_the_same_inputs_give_the_same_answers(subject: Subject, policy: Contend
 
 @pytest.mark.clause("POLICY-2")
 @law(episode=episodes(max_batch=3), share=SHARE)
-def test_a_ragged_batch_decides_as_each_sequence_alone(subject: Subject, policy: Contender, episode: Episode) -> None:
+def test_a_ragged_batch_decides_as_each_sequence_alone(
+    subject: Subject, policy: Contender, episode: Episode, arrays: Arrays
+) -> None:
     subject, chosen = on_grid(subject), loaded(policy)
-    arrays = episode.case.arrays(subject.dtype)
     together = play(subject, chosen, episode)
     for b in range(episode.case.batch):
         alone = play(subject, chosen, episode, arrays=single(arrays, b), rows=slice(b, b + 1))
@@ -180,12 +182,8 @@ def test_pages_do_not_depend_on_queries_of_inactive_rows(subject: Subject, polic
         q, rows = host(inputs.q).astype(np.float64), host(active)[:, None, :, None]
         for changed in (np.where(rows, q, 4.0 - q[:, :, ::-1]), np.where(rows, q, np.nan)):
             other = inner.select_pages(replace(inputs, q=subject.floats(changed)), active)
-            expect_same_bits(
-                read_by(other, host(active), q),
-                read_by(selection, host(active), q),
-                "pages after the queries of inactive rows changed",
-                "POLICY-4",
-            )
+            what = "pages after the queries of inactive rows changed"
+            expect_same_bits(read_by(other, host(active), q), read_by(selection, host(active), q), what, "POLICY-4")
 
     play(subject, Probe(loaded(policy), check), episode)
 
@@ -200,9 +198,10 @@ def read_by(selection: Selection, active: Host, q: Host) -> Host:
 
 @pytest.mark.clause("POLICY-4", "CONTEXT-2")
 @law(episode=episodes(poisons=("zero",), wild=False, min_pages=3), share=SHARE)
-def test_decisions_do_not_depend_on_what_does_not_exist(subject: Subject, policy: Contender, episode: Episode) -> None:
+def test_decisions_do_not_depend_on_what_does_not_exist(
+    subject: Subject, policy: Contender, episode: Episode, arrays: Arrays
+) -> None:
     chosen = loaded(policy)
-    arrays = episode.case.arrays(subject.dtype)
     plain = play(subject, chosen, episode, arrays=arrays)
     for poison, entry in ((np.nan, -(2**31)), (np.inf, 2**31 - 1)):
         table = np.where(arrays.page_lengths > 0, arrays.page_table, entry).astype(np.int32)
@@ -266,7 +265,7 @@ def expect_stated(
         what = f"in pass {number} of {block}"
         expect_same_bits(done.active, stated.active, f"active rows {what}", "POLICY-6")
         pages = np.broadcast_to(stated.pages, done.pages.shape) & stated.active[:, None, :, None]
-        pages = pages & (arrays.page_lengths > 0)[:, None, None, :]
+        pages = pages & arrays.exists
         expect_same_bits(done.pages, pages, f"pages read {what}", "POLICY-6")
 
 
@@ -300,26 +299,17 @@ def test_the_context_part_of_active_rows_is_attention_over_their_pages(
         expected = accuracy.attention(arrays.but(q=queries[number]), keys)
         rows = np.broadcast_to(done.active[:, None, :], done.out.shape[:3])
         state = done.memory.state
-        kept = replace(
-            expected,
-            state=type(expected.state)(expected.state.out[rows], expected.state.lse[rows]),
-            out_budget=expected.out_budget[rows],
-            lse_budget=expected.lse_budget[rows],
-        )
-        expect_state_close(
-            host(state.out)[rows],
-            host(state.lse)[rows],
-            kept,
-            f"context part of active rows in pass {number}",
-            "REUSE-1",
-        )
+        kept = expected.of(rows)
+        what = f"context part of active rows in pass {number}"
+        expect_state_close(host(state.out)[rows], host(state.lse)[rows], kept, what, "REUSE-1")
 
 
 @pytest.mark.clause("POLICY-4", "CONTEXT-3")
 @law(episode=episodes(), share=SHARE)
-def test_decisions_follow_the_logical_pages(subject: Subject, policy: Contender, episode: Episode) -> None:
+def test_decisions_follow_the_logical_pages(
+    subject: Subject, policy: Contender, episode: Episode, arrays: Arrays
+) -> None:
     chosen, case = loaded(policy), episode.case
-    arrays = case.arrays(subject.dtype)
     order = np.random.default_rng(case.seed).permutation(case.num_pages)
     where, real = np.argsort(order).astype(np.int32), arrays.page_lengths > 0
     moved = arrays.but(
@@ -341,22 +331,13 @@ def test_answers_have_the_declared_shapes(subject: Subject, policy: Contender, c
         batch, q_heads, tokens, _ = inputs.q.shape
         if question == "active_set":
             shape = tuple(answer[0].shape)
-            expect(
-                subject.owns(answer[0]) and shape == (batch, tokens),
-                "POLICY-1",
-                f"active_set must return an array (batch, tokens) = {(batch, tokens)}; got {shape}",
-            )
+            text = f"active_set must return an array (batch, tokens) = {(batch, tokens)}; got {shape}"
+            expect(subject.owns(answer[0]) and shape == (batch, tokens), "POLICY-1", text)
         if question == "select_pages":
             selection = answer[1]
-            expect(
-                isinstance(selection, Selection),
-                "POLICY-1",
-                f"select_pages must return a Selection; got {type(selection).__qualname__}",
-            )
-            expect(
-                selection.heads in (1, case.kv_heads, q_heads),
-                "SELECTION-1",
-                f"a selection must have 1, {case.kv_heads} or {q_heads} heads; got {selection.heads}",
-            )
+            text = f"select_pages must return a Selection; got {type(selection).__qualname__}"
+            expect(isinstance(selection, Selection), "POLICY-1", text)
+            text = f"a selection must have 1, {case.kv_heads} or {q_heads} heads; got {selection.heads}"
+            expect(selection.heads in (1, case.kv_heads, q_heads), "SELECTION-1", text)
 
     play(subject, Probe(loaded(policy), check), Episode(case, moves=(0,), decoded=(0,)))

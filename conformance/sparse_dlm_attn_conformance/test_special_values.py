@@ -7,7 +7,7 @@ import pytest
 from hypothesis import strategies as st
 
 from sparse_dlm_attn_conformance import accuracy
-from sparse_dlm_attn_conformance.cases import Arrays, Case, Host
+from sparse_dlm_attn_conformance.cases import EXACT, Arrays, Case, Host
 from sparse_dlm_attn_conformance.checks import expect, expect_same_bits, expect_state, expect_state_close
 from sparse_dlm_attn_conformance.laws import law
 from sparse_dlm_attn_conformance.oracle import COUNTS, block_keys, context_keys, weights
@@ -15,8 +15,6 @@ from sparse_dlm_attn_conformance.strategies import cases, change_tables, merge_t
 from sparse_dlm_attn_conformance.subjects import Subject, host
 from sparse_dlm_attn_conformance.tables import ChangeTable, HostState, MergeTable, ScoreTable
 from sparse_dlm_attn_conformance.test_attention import attend
-
-EXACT = ("dyadic", "ties", "zeros", "one_hot")
 
 
 def some(case: Case, shape: tuple[int, ...], share: float = 0.3) -> Host:
@@ -26,9 +24,8 @@ def some(case: Case, shape: tuple[int, ...], share: float = 0.3) -> Host:
 
 @pytest.mark.clause("BLOCK-1", "MERGE-4")
 @law(case=cases(regimes=EXACT, max_pages=1), share=0.5)
-def test_nan_in_the_block_shows_where_it_is_read(subject: Subject, case: Case) -> None:
+def test_nan_in_the_block_shows_where_it_is_read(subject: Subject, case: Case, arrays: Arrays) -> None:
     """A NaN query spoils its row; a NaN key, or value channel, spoils every row of its group of heads."""
-    arrays = case.arrays(subject.dtype)
     rows, keys = some(case, arrays.q.shape[:3]), some(case, arrays.k.shape[:3], 0.1)
     heads = np.repeat(keys.any(axis=2), arrays.group, axis=1)[:, :, None]
     every = np.broadcast_to(heads, rows.shape)
@@ -51,8 +48,7 @@ def test_nan_in_the_block_shows_where_it_is_read(subject: Subject, case: Case) -
 
 @pytest.mark.clause("ATTEND-1", "MERGE-4")
 @law(case=cases(regimes=EXACT, min_pages=1), share=0.5)
-def test_a_nan_query_spoils_its_row_alone(subject: Subject, case: Case) -> None:
-    arrays = case.arrays(subject.dtype)
+def test_a_nan_query_spoils_its_row_alone(subject: Subject, case: Case, arrays: Arrays) -> None:
     rows = some(case, arrays.q.shape[:3])
     reads = arrays.rows().any(axis=3)
     out, lse = (
@@ -66,8 +62,7 @@ def test_a_nan_query_spoils_its_row_alone(subject: Subject, case: Case) -> None:
 
 @pytest.mark.clause("CHANGE-1")
 @law(case=cases(regimes=EXACT, max_pages=1), share=0.3)
-def test_nan_in_a_query_gives_a_nan_change_in_its_row(subject: Subject, case: Case) -> None:
-    arrays = case.arrays(subject.dtype)
+def test_nan_in_a_query_gives_a_nan_change_in_its_row(subject: Subject, case: Case, arrays: Arrays) -> None:
     where = some(case, arrays.q.shape, 0.05)
     rows = where.any(axis=(1, 3))
     clean = subject.load(arrays)
@@ -80,8 +75,7 @@ def test_nan_in_a_query_gives_a_nan_change_in_its_row(subject: Subject, case: Ca
 
 @pytest.mark.clause("BOUNDS-1")
 @law(case=cases(regimes=EXACT, min_pages=1), share=0.3)
-def test_infinite_keys_give_infinite_bounds(subject: Subject, case: Case) -> None:
-    arrays = case.arrays(subject.dtype)
+def test_infinite_keys_give_infinite_bounds(subject: Subject, case: Case, arrays: Arrays) -> None:
     where = some(case, arrays.k_pages.shape, 0.2) & arrays.stored()[..., None]
     signs = np.where((np.arange(case.head_dim) + case.seed) % 2 == 0, np.inf, -np.inf)
     rotten = arrays.but(k_pages=np.where(where, signs, arrays.k_pages))
@@ -139,9 +133,8 @@ def test_reuse_hides_no_nan(subject: Subject, table: MergeTable) -> None:
 
 @pytest.mark.clause("STATE-1", "STATE-2", "ATTEND-1")
 @law(case=cases(regimes=("generic", "dyadic"), min_pages=1), share=0.5)
-def test_keys_that_score_minus_infinity_do_not_count(subject: Subject, case: Case) -> None:
+def test_keys_that_score_minus_infinity_do_not_count(subject: Subject, case: Case, arrays: Arrays) -> None:
     """Their weight is 0, and a row that reads no others is empty: nothing computes -inf - -inf."""
-    arrays = case.arrays(subject.dtype)
     first = np.arange(case.head_dim) == 0
     stored = arrays.stored()
     gone = some(case, stored.shape, (0.3, 1.0)[case.seed % 2]) & stored
@@ -162,8 +155,7 @@ def test_keys_that_score_minus_infinity_do_not_count(subject: Subject, case: Cas
 
 @pytest.mark.clause("STATE-1")
 @law(case=cases(regimes=("dyadic",), min_pages=1), share=0.3)
-def test_a_score_of_plus_infinity_shows(subject: Subject, case: Case) -> None:
-    arrays = case.arrays(subject.dtype)
+def test_a_score_of_plus_infinity_shows(subject: Subject, case: Case, arrays: Arrays) -> None:
     first = np.arange(case.head_dim) == 0
     rows = hot(arrays, first)
     state = attend(subject, rows)

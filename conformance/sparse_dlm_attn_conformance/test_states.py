@@ -145,18 +145,14 @@ def test_nan_that_has_weight_shows(subject: Subject, table: MergeTable) -> None:
             expect_same_bits(np.isnan(out), where, "the places of NaN after a merge", "MERGE-4")
             expect(not np.isnan(lse).any(), "MERGE-4", "NaN in out must not reach the lse")
         else:
-            expect(
-                np.isnan(out[rows]).all() and np.isnan(lse[rows]).all(),
-                "MERGE-4",
-                "a NaN lse must show in out and lse of its row",
-            )
+            text = "a NaN lse must show in out and lse of its row"
+            expect(np.isnan(out[rows]).all() and np.isnan(lse[rows]).all(), "MERGE-4", text)
             expect(not np.isnan(out[~rows]).any(), "MERGE-4", "a NaN lse must stay in its row")
 
 
 @pytest.mark.clause("MERGE-1", "CONTEXT-5")
 @law(case=cases(min_pages=2, heads=("one", "kv")), share=0.7)
-def test_any_partition_into_pages_merges_to_the_same_state(subject: Subject, case: Case) -> None:
-    arrays = case.arrays(subject.dtype)
+def test_any_partition_into_pages_merges_to_the_same_state(subject: Subject, case: Case, arrays: Arrays) -> None:
     parts = np.random.default_rng(case.seed).integers(0, 3, case.pages)
     states = []
     for part in range(3):
