@@ -71,15 +71,8 @@ def computing(dtype: str) -> float:
 def attention(arrays: Arrays, keys: KeySet, *, rounded_parts: int = 0) -> Expected:
     """Return oracle and budget of attention over ``keys``.
 
-    Parameters
-    ----------
-    arrays : Arrays
-        Gives queries, scale and dtype.
-    keys : KeySet
-        What each row reads.
-    rounded_parts : int
-        How many partial states were merged into the result; each adds the rounding of its ``out``
-        to the dtype and of its ``lse`` to float32.
+    Each of the partial states that were merged into the result (``rounded_parts``) adds the rounding of its ``out``
+    to the dtype and of its ``lse`` to float32.
     """
     scale, dtype = scale_of(arrays), arrays.dtype
     oracle = softmax(arrays.q, keys, scale)

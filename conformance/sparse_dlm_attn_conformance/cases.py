@@ -305,17 +305,9 @@ class Arrays:
         return PageBounds(lower.swapaxes(1, 2), upper.swapaxes(1, 2))
 
     def stored(self, pages: HostArray | None = None) -> HostArray:
-        """Return which physical token slots hold a token of the given logical pages.
+        """Return which physical token slots, bool ``(num_pages, kv_heads, page_size)``, hold a token.
 
-        Parameters
-        ----------
-        pages : numpy.ndarray, optional
-            bool ``(batch, kv_heads, pages)``; default: all pages.
-
-        Returns
-        -------
-        numpy.ndarray
-            bool ``(num_pages, kv_heads, page_size)``.
+        With ``pages``, bool ``(batch, kv_heads, pages)``, those of these logical pages alone.
         """
         stored = np.zeros(self.k_pages.shape[:3], dtype=bool)
         for b, page in np.argwhere(self.page_lengths > 0):

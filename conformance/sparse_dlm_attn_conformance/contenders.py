@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from hypothesis import strategies as st
@@ -74,17 +74,9 @@ class Contender:
     spec: str
     instance: PrefixAttentionPolicy[Any] | None = None
     error: str = ""
-    name: str = field(default="")
 
     def __repr__(self) -> str:
         return self.spec
-
-    @property
-    def policy(self) -> PrefixAttentionPolicy[Any]:
-        """The policy; only for contenders that loaded."""
-        if self.instance is None:
-            raise RuntimeError(f"policy {self.spec!r} did not load: {self.error}")
-        return self.instance
 
 
 def contenders(wanted: list[str], seconds: float = 120.0) -> list[Contender]:

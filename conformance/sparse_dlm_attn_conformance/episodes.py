@@ -150,26 +150,9 @@ def play(
     heads: slice = slice(None),
     first: int = 0,
 ) -> list[Pass]:
-    """Run an episode through the driver.
+    """Run an episode through the driver: some sequences and query heads of it, on other values if given.
 
-    Parameters
-    ----------
-    subject, policy : Subject, PrefixAttentionPolicy
-        What computes and what decides.
-    episode : Episode
-        The passes.
-    arrays : Arrays, optional
-        Values to use instead of the case's own (of the chosen sequences).
-    rows : slice or numpy.ndarray
-        Sequences to run.
-    memory : LayerMemory, optional
-        Memory of an earlier block, handed in at pass 0.
-    version : int
-        Version of the context.
-    heads : slice
-        Query heads to run; ``arrays`` holds their KV heads alone.
-    first : int
-        Pass to begin with, without the memory of those before.
+    ``memory`` is that of an earlier block, handed in at the pass ``first``; ``version`` is the context's.
     """
     base = arrays if arrays is not None else episode.case.arrays(subject.dtype)
     attention = PrefixAttention(policy, subject.backend)

@@ -174,10 +174,7 @@ def _position(clause: str) -> int:
 
 def sum_counts(parts: Iterable[dict[str, int]]) -> Counter[str]:
     """Add up counts."""
-    total: Counter[str] = Counter()
-    for part in parts:
-        total.update(part)
-    return total
+    return sum(map(Counter, parts), Counter())
 
 
 def write_report(report: Report, path: str | Path) -> None:

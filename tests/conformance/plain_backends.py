@@ -18,30 +18,12 @@ class DefaultOperators(Backend):
     """The reference's four functions and the inherited defaults, on NumPy."""
 
     name: ClassVar[str] = "default-operators"
-
-    def __init__(self) -> None:
-        self.reference = ReferenceBackend()
-
-    @property
-    def capabilities(self) -> Capabilities:
-        return Capabilities(dtypes=("float32", "float64", "float16"), batch_invariant=False)
-
-    def asarray(self, values: Any, *, dtype: str | None = None) -> Any:
-        return self.reference.asarray(values, dtype=dtype)
-
-    def page_bounds(self, context: Any) -> PageBounds:
-        return self.reference.page_bounds(context)
-
-    def page_scores(self, q: Any, bounds: PageBounds, *, active: Any = None) -> Any:
-        return self.reference.page_scores(q, bounds)
-
-    def attend_pages(
-        self, q: Any, context: Any, selection: Any, active: Any, *, scale: float | None = None
-    ) -> AttentionState:
-        return self.reference.attend_pages(q, context, selection, active, scale=scale)
-
-    def attend_block(self, q: Any, k: Any, v: Any, *, scale: float | None = None) -> AttentionState:
-        return self.reference.attend_block(q, k, v, scale=scale)
+    capabilities = Capabilities(dtypes=("float32", "float64", "float16"), batch_invariant=False)
+    asarray = ReferenceBackend.asarray
+    page_bounds = ReferenceBackend.page_bounds
+    page_scores = ReferenceBackend.page_scores
+    attend_pages = ReferenceBackend.attend_pages
+    attend_block = ReferenceBackend.attend_block
 
 
 class SplitKeys(ReferenceBackend):
@@ -136,9 +118,7 @@ class TorchOperators(PlainArrayApi):
 
     name: ClassVar[str] = "plain-torch"
 
-    @property
-    def capabilities(self) -> Capabilities:
-        return Capabilities(dtypes=("float32", "float64", "float16", "bfloat16"))
+    capabilities = Capabilities(dtypes=("float32", "float64", "float16", "bfloat16"))
 
     def asarray(self, values: Any, *, dtype: str | None = None) -> Any:
         import torch
@@ -153,10 +133,7 @@ class StrictOperators(PlainArrayApi):
 
     name: ClassVar[str] = "plain-strict"
 
-    @property
-    def capabilities(self) -> Capabilities:
-        places = ("array_api_strict.device('cpu_device')", "cpu")
-        return Capabilities(dtypes=("float32", "float64"), devices=places)
+    capabilities = Capabilities(dtypes=("float32", "float64"), devices=("array_api_strict.device('cpu_device')", "cpu"))
 
     def asarray(self, values: Any, *, dtype: str | None = None) -> Any:
         import array_api_strict
