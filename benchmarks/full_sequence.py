@@ -23,6 +23,7 @@ import full_sequence_peers as peers
 import torch
 
 from sparse_dlm_attn.policies.sparsed import SparseD
+from sparse_dlm_attn_bench.timing import elapsed
 from sparse_dlm_attn_triton.common import shared_memory
 from sparse_dlm_attn_triton.full_sequence import attend_spans, lists_for
 from sparse_dlm_attn_triton.launch import top_pages
@@ -49,15 +50,7 @@ POOLED_TILES = [Tile(128, 128, 8, 2), Tile(128, 128, 8, 3), Tile(128, 64, 8, 3),
 
 def timed(call: Callable[[], Any], repeats: int) -> float:
     """Return the median milliseconds of a call that has run before."""
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return sorted(times)[len(times) // 2]
+    return sorted(elapsed(call) for _ in range(repeats))[repeats // 2] / 1e3
 
 
 class Problem:

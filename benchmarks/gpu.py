@@ -33,6 +33,8 @@ from sparse_dlm_attn_bench.shape import Shape
 from sparse_dlm_attn_bench.sparse_peers import SPARSE, Chosen, sparse_peers
 from sparse_dlm_attn_bench.timing import COLD_BYTES, Timing, bandwidth, measure
 from sparse_dlm_attn_triton import TritonBackend, launch
+from sparse_dlm_attn_triton.common import layout
+from sparse_dlm_attn_triton.launch_decisions import ranking_of
 
 SHAPES = (
     Shape(context=16384), Shape(context=32768), Shape(), Shape(context=131072), Shape(batch=8),
@@ -65,17 +67,18 @@ def kernels(
     stages: dict[str, list[Callable[[], Any]]] = {"scores": [], "change, scores, select": [], "attend": []}
     chosen = []
     for layer in made:
-        bounds, lengths = layer.context.bounds, layer.context.page_lengths
+        context, bounds = layer.context, (layer.context.bounds.lower, layer.context.bounds.upper)
+        lengths, like = context.page_lengths, layer.q_next
+        ranking = ranking_of(
+            like.device, like.dtype, layout(like), tuple(map(layout, bounds)), layout(layer.q), policy.active, None,
+            policy.budget, policy.budget // shape.page_size, "kv_head", True,
+        )  # fmt: skip
 
-        def rank(layer: Layer = layer, bounds: Any = bounds, lengths: Any = lengths) -> Any:
-            return launch.rank(
-                layer.q_next, (bounds.lower, bounds.upper), lengths, layer.q, policy.active, None,
-                policy.budget, policy.budget // shape.page_size, "kv_head",
-            )
+        def rank(layer: Layer = layer, ranking: Any = ranking, bounds: Any = bounds, lengths: Any = lengths) -> Any:
+            return ranking.run(layer.q_next, bounds, lengths, layer.q)
 
         active, mask = rank()
         chosen.append(Chosen(layer, mask, active))
-        context = layer.context
         part = launch.Part(
             context.k_pages, context.v_pages, context.page_table, lengths, mask, shape.tokens, active,
             policy.active,
@@ -86,7 +89,7 @@ def kernels(
             return launch.attend(layer.q_next, (layer.k, layer.v), part, cached, 0.088, 1, layer.q)
 
         stages["scores"].append(
-            lambda layer=layer, bounds=bounds: launch.page_scores(layer.q_next, bounds.lower, bounds.upper)
+            lambda layer=layer, bounds=bounds: launch.page_scores(layer.q_next, *bounds)
         )
         stages["change, scores, select"].append(rank)
         stages["attend"].append(attend)

@@ -3,7 +3,9 @@
     python benchmarks/model_pass.py --cases 1x16384,1x65536,8x32768 --out model_pass.json
 
 The model has Qwen3-8B's shape (SDAR, TraDo) unless told otherwise, and random weights. For each case, sequences x
-tokens of context, medians of the passes of a block after its first two, over several blocks that append to the cache:
+tokens of context, medians of the passes of a block after its first two, over several blocks that append to the cache.
+Eager passes and graphs by hand read the context of the first block that is timed with ``cuda_graph=True``, which stands
+behind those that were captured:
 
 - *own*: the model's own attention over a DynamicCache, which it copies in every layer and pass;
 - *eager*: `SparseAttention` without graphs; *captured*: with ``cuda_graph=True``, over a cache that stays in place;
@@ -24,11 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
+from sparse_dlm_attn.cli.console import result_console, table
 from sparse_dlm_attn_transformers import PagedCache, SparseAttention
 
 POLICIES = "dense,losa,quest,mage"
@@ -66,30 +67,34 @@ class Run:
 
     def __init__(self, model: Any, arguments: argparse.Namespace, batch: int, context: int) -> None:
         self.model, self.arguments, self.batch, self.context = model, arguments, batch, context
+        self.places: dict[int, Any] = {}
         self.text = torch.randint(3, 1000, (batch, arguments.tokens), device="cuda")
 
-    def fill(self, cache: Any) -> Any:
-        """Put random keys and values into a cache."""
-        shape = (self.batch, self.arguments.kv_heads, self.context, self.arguments.head_dim)
+    def fill(self, cache: Any, blocks: int = 0) -> Any:
+        """Put random keys and values into a cache: the context, and blocks behind it."""
+        tokens = self.context + blocks * self.arguments.tokens
+        shape = (self.batch, self.arguments.kv_heads, tokens, self.arguments.head_dim)
         for layer in range(self.arguments.layers):
             k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
             cache.update(k, v, layer)
         return cache
 
     def dynamic(self) -> Any:
-        """Return a cache that grows."""
-        return self.fill(DynamicCache(config=self.model.config))
+        """Return a cache that grows, as long as where the captured passes are timed."""
+        return self.fill(DynamicCache(config=self.model.config), self.arguments.blocks)
 
     def fixed(self) -> Any:
         """Return a cache that stays in place, with room for the blocks to come."""
-        room = self.context + self.arguments.tokens * (self.arguments.blocks + 2)
+        room = self.context + self.arguments.tokens * (2 * self.arguments.blocks + 1)
         return self.fill(PagedCache(self.model.config, self.batch, room, page_size=self.arguments.page_size))
 
     def step(self, cache: Any, **more: Any) -> Any:
         """Run one pass."""
         start = int(cache.get_seq_length())
-        places = torch.arange(start, start + self.arguments.tokens, device="cuda")[None].expand(self.batch, -1)
-        return self.model(self.text, past_key_values=cache, position_ids=places, use_cache=True, **more)
+        if start not in self.places:
+            places = torch.arange(start, start + self.arguments.tokens, device="cuda")
+            self.places[start] = places[None].expand(self.batch, -1)
+        return self.model(self.text, past_key_values=cache, position_ids=self.places[start], use_cache=True, **more)
 
 
 def clock(step: Callable[[], Any], passes: int) -> list[float]:
@@ -204,10 +209,11 @@ def case(model: Any, arguments: argparse.Namespace, batch: int, context: int) ->
     small = Run(model, arguments, batch, 64)
     with without_attention(model):
         cache = small.dynamic()
+        start = cache.get_seq_length()
 
         def alone() -> Any:
             out = small.step(cache)
-            cache.crop(64)
+            cache.crop(start)
             return out
 
         clock(alone, 3)
@@ -215,13 +221,14 @@ def case(model: Any, arguments: argparse.Namespace, batch: int, context: int) ->
     rows.append({"case": where, "policy": "no attention", "backend": "own", "host_ms": floor})
     if arguments.own:
         cache = run.dynamic()
+        length = cache.get_seq_length()
 
         def own() -> Any:
             out = run.step(cache, attention_mask=everything, logits_to_keep=arguments.tokens)
-            cache.crop(context)
+            cache.crop(length)
             return out
 
-        everything = torch.ones(batch, 1, arguments.tokens, context + arguments.tokens, dtype=torch.bool, device="cuda")
+        everything = torch.ones(batch, 1, arguments.tokens, length + arguments.tokens, dtype=torch.bool, device="cuda")
         try:
             row = {"eager_ms": statistics.median(clock(own, 4)[1:])}
             row["busy_ms"], row["kernels"] = busy(own)
@@ -240,11 +247,11 @@ def case(model: Any, arguments: argparse.Namespace, batch: int, context: int) ->
 def show(rows: list[dict[str, Any]]) -> None:
     """Print a table."""
     names = ("eager_ms", "captured_ms", "by_hand_ms", "busy_ms", "host_ms_a_layer", "kernels", "captures")
-    table = Table("case", "policy", "backend", *names)
+    lines = []
     for row in rows:
         values = [f"{row[name]:.2f}" if isinstance(row.get(name), float) else str(row.get(name, "")) for name in names]
-        table.add_row(row["case"], row["policy"], row["backend"], *values)
-    Console(width=200).print(table)
+        lines.append((row["case"], row["policy"], row["backend"], *values))
+    result_console().print(table(("case", "policy", "backend"), names, lines))
 
 
 @torch.no_grad()

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from sparse_dlm_attn import Context, PassInfo, PrefixAttention, Selection, UnsupportedError
+from sparse_dlm_attn.cli.console import result_console, table
 from sparse_dlm_attn_bench.gate import WrongResultError
 from sparse_dlm_attn_bench.layer import Layer, budget_for, layers, relative_density, runner
 from sparse_dlm_attn_bench.peers import TOLERANCE, dense_peers, expected_dense
@@ -200,17 +199,17 @@ def print_rows(rows: list[Row]) -> None:
     """Print a table of one shape."""
     if not rows:
         return
-    table = Table(title=f"{rows[0]['shape']}, microseconds; x: of the fastest dense contender")
-    for column in ("", "read", "graph", "chained", "plain", "x graph", "x chained", "x plain", "error"):
-        table.add_column(column, justify="left" if not column else "right")
+    figures = ("read", "graph", "chained", "plain", "x graph", "x chained", "x plain", "error")
+    lines = []
     for row in rows:
         ratios = [row[f"speedup_{kind}"] for kind in ("alone", "chained", "plain")]
-        table.add_row(
+        lines.append((
             row["name"], f"{row['read']:.1%}",
             *(f"{row[key]:.1f}" for key in ("alone_us", "chained_us", "plain_us")),
             *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios), f"{row['error']:.1e}",
-        )  # fmt: skip
-    Console(width=130).print(table)
+        ))
+    caption = "Microseconds; x: of the fastest dense contender."
+    result_console().print(table((rows[0]["shape"],), figures, lines, caption))
 
 
 class Attempts:

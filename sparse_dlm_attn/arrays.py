@@ -77,7 +77,10 @@ def device_kind(array: Array) -> str:
 
 def is_host(array: Array) -> bool:
     """Return whether ``array`` lies in host memory."""
-    return isinstance(array, np.ndarray) or device_kind(array) == "cpu"
+    if isinstance(array, np.ndarray):
+        return True
+    known = getattr(array, "is_cpu", None)  # of PyTorch, whose devices take long to spell
+    return device_kind(array) == "cpu" if known is None else bool(known)
 
 
 def is_readable(array: Array) -> bool:

@@ -217,7 +217,9 @@ class PrefixAttention:
                 )
             info = PassInfo(0)
         self._forms.check(self._check_problem, q, k, v, context, scale)
-        _check_info(info, q)
+        if not isinstance(info, PassInfo):
+            raise InvalidTypeError("info", "must be a PassInfo", type(info).__name__)
+        info.check_fits(q)
         read = is_readable(context.page_table) if self.check_contents is None else self.check_contents
         if read:
             context.check_contents()
@@ -279,19 +281,3 @@ class PrefixAttention:
 def _kept(array: Array) -> Array:
     """Return what a later pass compares with: a copy on the host, where the owner may write into it."""
     return copy_of(array) if is_host(array) else array
-
-
-def _check_info(info: PassInfo, q: Array) -> None:
-    if not isinstance(info, PassInfo):
-        raise InvalidTypeError("info", "must be a PassInfo", type(info).__name__)
-    batch, _, tokens, _ = shape_of(q)
-    for name in ("index", "is_save", "window_index"):
-        value = getattr(info, name)
-        if value is not None and not isinstance(value, bool | int) and shape_of(value) != (batch,):
-            raise InvalidArgumentError(f"info.{name}", f"must have shape {(batch,)}", shape_of(value))
-    for name in ("decoded", "newly_decoded", "window", "planned"):
-        value = getattr(info, name)
-        if value is not None and shape_of(value) != (batch, tokens):
-            raise InvalidArgumentError(
-                f"info.{name}", f"must have shape (batch, tokens) = {(batch, tokens)}", shape_of(value)
-            )

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 import sys
 import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import fields, is_dataclass
 from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
 
 __all__ = ["Forms", "form_of", "once_a_form", "with_one_form"]
 
@@ -16,14 +19,7 @@ P = ParamSpec("P")
 T = TypeVar("T", bound=type)
 MOST = 4096
 """Forms that each check remembers."""
-_names: dict[type, tuple[str, ...]] = {}  # fields of the dataclasses met so far, () for other classes
-_forms: dict[type, weakref.WeakKeyDictionary[Any, Hashable]] = {}
-
-
-def with_one_form(kind: T) -> T:
-    """Remember the form of each object of a class, which lives long and never changes: a decorator."""
-    _forms[kind] = weakref.WeakKeyDictionary()
-    return kind
+Reader = Callable[[Any], Hashable]
 
 
 def form_of(value: Any) -> Hashable:
@@ -36,26 +32,61 @@ def form_of(value: Any) -> Hashable:
         tuples and lists.
     """
     kind = type(value)
-    names = _names.get(kind)
-    if names is None:
-        names = _names[kind] = tuple(field.name for field in fields(kind)) if is_dataclass(kind) else ()
-    if names:
-        kept = _forms.get(kind)
-        if kept is None or value not in kept:
-            form: Hashable = (kind, *[form_of(getattr(value, name)) for name in names])
-            if kept is not None:
-                kept[value] = form
-            return form
-        if any(getattr(getattr(value, name), "requires_grad", False) for name in names):
-            raise TypeError("its check depends on a mode of PyTorch")
-        return kept[value]
-    if kind is tuple or kind is list:
-        raise TypeError("it may hold arrays")
-    if not hasattr(value, "shape"):
-        return kind, value
-    if getattr(value, "requires_grad", False):
+    reader = _readers.get(kind)
+    if reader is None:
+        reader = _readers[kind] = _reader(kind, value)
+    return reader(value)
+
+
+def with_one_form(kind: T) -> T:
+    """Remember the form of each object of a class, which lives long and never changes: a decorator."""
+    reader = _of_fields(kind)
+    read = operator.attrgetter(*(field.name for field in fields(kind)))
+    kept: weakref.WeakKeyDictionary[Any, tuple[Hashable, list[Any]]] = weakref.WeakKeyDictionary()
+
+    def form(value: Any) -> Hashable:
+        known = kept.get(value)
+        if known is None:
+            tensors = [part for part in read(value) if hasattr(part, "requires_grad")]
+            known = kept[value] = reader(value), tensors
+        for tensor in known[1]:
+            if tensor.requires_grad:
+                raise TypeError("its check depends on a mode of PyTorch")
+        return known[0]
+
+    _readers[kind] = form
+    return kind
+
+
+def _reader(kind: type, value: Any) -> Reader:
+    """Return how the form of objects of a class is read."""
+    if is_dataclass(kind):
+        return _of_fields(kind)
+    if kind in (tuple, list):
+        return _refused
+    if not hasattr(value, "shape") or isinstance(value, np.generic):
+        return lambda value: (kind, value)
+    if hasattr(value, "requires_grad"):
+        return _of_tensor
+    return lambda value: (kind, value.shape, value.dtype, getattr(value, "device", None))
+
+
+def _of_tensor(value: Any) -> Hashable:
+    if value.requires_grad:
         raise TypeError("its check depends on a mode of PyTorch")
-    return kind, value.shape, value.dtype, getattr(value, "device", None)
+    return type(value), value.shape, value.dtype, value.device
+
+
+def _of_fields(kind: Any) -> Reader:
+    names = tuple(field.name for field in fields(kind))
+    return lambda value: (kind, *[form_of(getattr(value, name)) for name in names])
+
+
+def _refused(value: Any) -> Hashable:
+    raise TypeError("it may hold arrays")
+
+
+_readers: dict[type, Reader] = {}
 
 
 class Forms:
@@ -74,7 +105,7 @@ class Forms:
         if torch is not None and torch.compiler.is_compiling():  # sizes may be symbols
             return check(*args)
         try:
-            form = tuple(map(form_of, args))
+            form = tuple([form_of(arg) for arg in args])
             if form in self._passed:
                 return None
         except TypeError:  # what cannot be hashed is for the check to refuse

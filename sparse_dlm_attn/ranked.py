@@ -118,20 +118,27 @@ class RankedResult:
     __repr__ = short_repr
 
 
-@once_a_form
 def check_ranked_pass(
     q: Array, k: Array, v: Array, context: Context, bounds: PageBounds, ranked: RankedPass,
     cached: AttentionState | None, scale: float | None,
 ) -> None:
     """Check the arguments of `attend_ranked`."""
+    if not isinstance(ranked, RankedPass):
+        raise InvalidTypeError("ranked_pass", "must be a RankedPass", type(ranked).__name__)
+    _check_operands(q, k, v, context, bounds, ranked.reference, cached, scale)
+
+
+@once_a_form
+def _check_operands(
+    q: Array, k: Array, v: Array, context: Context, bounds: PageBounds, reference: Array | None,
+    cached: AttentionState | None, scale: float | None,
+) -> None:
     check_block(q, k, v, context)
     check_page_scores(q, bounds)
     shape = (context.batch, context.kv_heads, context.pages, context.head_dim)
     check_array("bounds.lower", bounds.lower, shape)
-    if not isinstance(ranked, RankedPass):
-        raise InvalidTypeError("ranked_pass", "must be a RankedPass", type(ranked).__name__)
-    if ranked.reference is not None:
-        check_query_change(q, ranked.reference)
+    if reference is not None:
+        check_query_change(q, reference)
     if cached is not None:
         check_cached(cached, q)
     softmax_scale(shape_of(q)[3], scale)

@@ -8,9 +8,15 @@ from typing import Any
 from sparse_dlm_attn.arrays import Array, namespace, shape_of, to_numpy
 from sparse_dlm_attn.context import Context
 from sparse_dlm_attn.errors import InvalidArgumentError, InvalidTypeError
+from sparse_dlm_attn.forms import once_a_form
 from sparse_dlm_attn.values import check_array, check_int, check_same_place, short_repr
 
 __all__ = ["Selection"]
+
+
+@once_a_form
+def _check_mask(mask: Array) -> None:
+    check_array("mask", mask, ("batch", "heads", "spans", "pages"), ("bool", "bool_"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +38,7 @@ class Selection:
     __repr__ = short_repr
 
     def __post_init__(self) -> None:
-        check_array("mask", self.mask, ("batch", "heads", "spans", "pages"), ("bool", "bool_"))
+        _check_mask(self.mask)
         object.__setattr__(self, "span", check_int("span", self.span, 1))
 
     @property

@@ -11,7 +11,7 @@ import operator
 import reprlib
 from dataclasses import dataclass, fields, is_dataclass, replace
 from numbers import Real
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from sparse_dlm_attn.arrays import (
     to_numpy,
 )
 from sparse_dlm_attn.errors import InvalidArgumentError, InvalidTypeError
-from sparse_dlm_attn.forms import once_a_form
+from sparse_dlm_attn.forms import once_a_form, with_one_form
 
 __all__ = [
     "AttentionState",
@@ -44,6 +44,7 @@ __all__ = [
 
 T = TypeVar("T")
 
+PER_PASS = ("index", "is_save", "window_index", "decoded", "newly_decoded", "window", "planned")
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 INTEGERS = ("int8", "int16", "int32", "int64")
 
@@ -276,6 +277,7 @@ class AttentionState:
         return cls(xp.zeros_like(q), lse)
 
 
+@with_one_form
 @dataclass(frozen=True, eq=False)
 class PageBounds:
     """Per-channel bounds of the valid keys of each page (QUEST metadata, clause BOUNDS-1).
@@ -339,6 +341,8 @@ class PassInfo:
     window_index: int | Array | None = None
     planned: Array | None = None
     planned_order: Array | None = None
+    arrays: ClassVar[tuple[str, ...]] = ()
+    """Names of the fields that hold an array for each sequence or each row."""
 
     __repr__ = short_repr
 
@@ -357,6 +361,8 @@ class PassInfo:
         for name in ("layer", "num_layers", "total_passes"):
             if name != "total_passes" or self.total_passes is not None:
                 object.__setattr__(self, name, check_int(name, getattr(self, name)))
+        arrays = (name for name in PER_PASS if not isinstance(getattr(self, name), bool | int | None))
+        object.__setattr__(self, "arrays", tuple(arrays))
         if self.num_layers < 1:
             raise InvalidArgumentError("num_layers", "must be at least 1", self.num_layers)
         if not 0 <= self.layer < self.num_layers:
@@ -365,6 +371,16 @@ class PassInfo:
             )
         if self.total_passes is not None and self.total_passes < 1:
             raise InvalidArgumentError("total_passes", "must be at least 1 or None", self.total_passes)
+
+    def check_fits(self, q: Array) -> None:
+        """Raise unless arrays are of the sequences and rows of queries ``(batch, q_heads, tokens, head_dim)``."""
+        for name in self.arrays:
+            shape = shape_of(q)[::2][: 1 if name in PER_PASS[:3] else 2]
+            if shape_of(getattr(self, name)) != shape:
+                axes = "(batch,)" if len(shape) == 1 else "(batch, tokens)"
+                raise InvalidArgumentError(
+                    f"info.{name}", f"must have shape {axes} = {shape}", shape_of(getattr(self, name))
+                )
 
     @property
     def pass_in_window(self) -> int | Array:

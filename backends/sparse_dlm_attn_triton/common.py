@@ -16,6 +16,7 @@ from sparse_dlm_attn.errors import UnavailableError
 __all__ = [
     "INTERPRETED",
     "Launch",
+    "aligned",
     "bytes_of",
     "chained",
     "layout",
@@ -73,7 +74,7 @@ class Launch:
 
     The first launch binds and specialises arguments, and compiles; later ones hand tensors to what was compiled,
     which spares most of the host's time. That holds as long as tensors begin at multiples of 16 bytes, which the
-    compiler was told; others take the long way.
+    compiler was told, as all fresh ones do; with others every launch takes the long way.
 
     Parameters
     ----------
@@ -85,23 +86,26 @@ class Launch:
         What follows the tensors.
     device : torch.device
         Where it runs.
+    aligned : bool
+        Whether all tensors begin at multiples of 16 bytes.
     **constants
         Compile-time constants but PDL, and options of the launch.
     """
 
     def __init__(
-        self, kernel: Any, grid: tuple[int, ...], *numbers: Any, device: torch.device, **constants: Any
-    ) -> None:
+        self, kernel: Any, grid: tuple[int, ...], *numbers: Any, device: torch.device, aligned: bool = True,
+        **constants: Any,
+    ) -> None:  # fmt: skip
         # It may start while the kernel before it ends, where the GPU can.
         constants |= {"PDL": True, "launch_pdl": True} if chained(device) else {"PDL": False}
         self._kernel, self._numbers, self._constants = kernel, numbers, constants
         self._grid = grid + (1,) * (3 - len(grid))
-        self._device = device if device.type == "cuda" else None
+        self._device, self._aligned = device if device.type == "cuda" else None, aligned
         self._run: Any = None
         self._rest: tuple[Any, ...] = ()
 
     def __call__(self, *tensors: Tensor) -> None:
-        if self._run is None or any(tensor.data_ptr() % 16 for tensor in tensors):
+        if self._run is None:
             self._bind(tensors)
         elif self._device is None or torch.cuda.current_device() == self._device.index:
             self._run(*tensors, *self._rest)
@@ -114,16 +118,24 @@ class Launch:
         with torch.cuda.device(self._device) if self._device is not None else nullcontext():
             given = [bytes_of(tensor) for tensor in tensors]
             compiled = self._kernel[self._grid](*given, *self._numbers, **self._constants)
-        if compiled is None or any(tensor.data_ptr() % 16 for tensor in tensors):
+        if compiled is None or not self._aligned:
             return
         names = self._kernel.arg_names[len(tensors) + len(self._numbers) :]
         self._rest = (*self._numbers, *(self._constants[name] for name in names))
         self._run = compiled[self._grid]
 
 
-def layout(tensor: Tensor | None) -> tuple[Any, Any] | None:
+def layout(tensor: Tensor) -> tuple[Any, Any]:
     """Return the shape and strides of a tensor, which decide how it is read."""
-    return None if tensor is None else (tensor.shape, tensor.stride())
+    return tensor.shape, tensor.stride()
+
+
+def aligned(*tensors: Tensor) -> bool:
+    """Return whether all tensors begin at multiples of 16 bytes."""
+    addresses = 0
+    for tensor in tensors:
+        addresses |= tensor.data_ptr()
+    return addresses & 15 == 0
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -14,6 +14,7 @@ from sparse_dlm_attn_triton.attention import finish_kernel, splits_kernel
 from sparse_dlm_attn_triton.common import (
     INTERPRETED,
     Launch,
+    aligned,
     layout,
     lined,
     power_of_two,
@@ -24,7 +25,6 @@ from sparse_dlm_attn_triton.launch_decisions import (
     MOST_RANKED,
     page_bounds,
     page_scores,
-    rank,
     top_pages,
 )
 from sparse_dlm_attn_triton.settings import Settings
@@ -36,11 +36,14 @@ __all__ = [
     "MOST_RANKED",
     "MOST_ROWS",
     "Part",
+    "Plan",
+    "Sizes",
     "attend",
     "lined",
     "page_bounds",
     "page_scores",
-    "rank",
+    "planned",
+    "sizes_of",
     "top_pages",
 ]
 
@@ -129,7 +132,7 @@ def _rows_of_tile(dtype: torch.dtype, head_dim: int, rows: int) -> int:
     return min(power_of_two(rows), most)
 
 
-class _Sizes(NamedTuple):
+class Sizes(NamedTuple):
     """What decides how a pass is launched: sizes and strides, and nothing that a tensor holds."""
 
     device: torch.device
@@ -149,6 +152,7 @@ class _Sizes(NamedTuple):
     keep: int
     later: bool
     ragged: bool
+    straight: bool
 
     @property
     def has_context(self) -> bool:
@@ -174,7 +178,7 @@ class _Grid:
     mask_rows: int
 
 
-def _grid(sizes: _Sizes) -> _Grid:
+def _grid(sizes: Sizes) -> _Grid:
     batch, q_heads, tokens, head_dim = sizes.q[0]
     kv_heads, pages = sizes.kv_heads, sizes.mask[0][3] if sizes.has_pages else 0
     page_size = sizes.k_pages[0][2] if sizes.has_context else 1
@@ -197,13 +201,17 @@ def _grid(sizes: _Sizes) -> _Grid:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """The launches of a pass, and the sizes of what they hand to each other.
+
+    ``whole`` says whether context and block are merged into an output, ``keeps`` whether queries are stored.
 
     Parts of rows are states, ``lse`` in log2 units. Those of splits lie row by row. Those of shares have numbers of
     the first and the last share of each pair of sequence and KV head, and the length of its list (``pairs``).
     """
 
+    whole: bool
+    keeps: bool
     parts: tuple[int, ...]
     scratch: int
     pairs: int
@@ -211,11 +219,32 @@ class _Plan:
     launches: tuple[Launch, ...]
     finish: Launch
 
-    def run(self, q: Tensor, part: Part, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    def run(
+        self, q: Tensor, k: Tensor, v: Tensor, part: Part, cached: tuple[Tensor, Tensor] | None,
+        reference: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Launch a pass; return its output, ``out`` and ``lse`` of the part that is kept, and the kept queries."""
+        state_out, state_lse = torch.empty_like(q, memory_format=torch.contiguous_format), self._lse(q)
+        out = torch.empty_like(state_out) if self.whole else q.new_empty(0)
+        kept = torch.empty_like(state_out) if self.keeps else q.new_empty(0)
+        part_out, part_lse, firsts, lasts, counts = self._parts(q, part, k, v)
+        old, old_lse = (q, state_lse) if cached is None else cached
+        self.finish(
+            q, part.active, part_out, part_lse, firsts, lasts, counts, old, old_lse,
+            q if reference is None else reference, out, state_out, state_lse, kept,
+        )
+        return out, state_out, state_lse, kept
+
+    @staticmethod
+    def _lse(q: Tensor) -> Tensor:
+        return torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+
+    def _parts(self, q: Tensor, part: Part, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         """Launch all but the last kernel; return the parts, and what finds them."""
-        part_out = torch.empty(self.parts, dtype=torch.float32, device=q.device)
-        part_lse = torch.empty(self.parts[:-1], dtype=torch.float32, device=q.device)
-        scratch = torch.empty(self.scratch, dtype=torch.int64, device=q.device)
+        device = q.device
+        part_out = torch.empty(self.parts, dtype=torch.float32, device=device)
+        part_lse = torch.empty(self.parts[:-1], dtype=torch.float32, device=device)
+        scratch = torch.empty(self.scratch, dtype=torch.int64, device=device)
         mask, active, table, lengths = part.mask, part.active, part.page_table, part.page_lengths
         if not self.pairs:
             (splits,) = self.launches
@@ -233,7 +262,7 @@ class _Plan:
 
 
 @functools.lru_cache(maxsize=1024)
-def _planned(sizes: _Sizes, epoch: int) -> _Plan:
+def planned(sizes: Sizes, epoch: int) -> Plan:
     """Settle the launches of a pass; ``epoch`` counts changes of the settings."""
     grid = _grid(sizes)
     ragged = sizes.has_pages and sizes.ragged and sizes.q[0][0] > 1
@@ -242,7 +271,7 @@ def _planned(sizes: _Sizes, epoch: int) -> _Plan:
     return _splits(sizes, grid)
 
 
-def _strides(sizes: _Sizes, grid: _Grid) -> tuple[int, ...]:
+def _strides(sizes: Sizes, grid: _Grid) -> tuple[int, ...]:
     """Return the strides that both kernels of attention take, in their order."""
     mask = (0, 0, 0, 0) if not sizes.has_context else sizes.mask[1]
     heads = sizes.mask[0][1] if sizes.has_context else 1
@@ -252,7 +281,7 @@ def _strides(sizes: _Sizes, grid: _Grid) -> tuple[int, ...]:
     return (*sizes.q[1][:3], *of_pages[0], *of_pages[1], *of_mask, *of_block[0], *of_block[1])
 
 
-def _constants(sizes: _Sizes, grid: _Grid) -> dict[str, Any]:
+def _constants(sizes: Sizes, grid: _Grid) -> dict[str, Any]:
     """Return the compile-time constants that both kernels of attention take."""
     tokens, head_dim = sizes.q[0][2:]
     keys = tokens if sizes.k is None else sizes.k[0][2]
@@ -268,7 +297,7 @@ def _constants(sizes: _Sizes, grid: _Grid) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _splits(sizes: _Sizes, grid: _Grid) -> _Plan:
+def _splits(sizes: Sizes, grid: _Grid) -> Plan:
     batch, q_heads, tokens, head_dim = sizes.q[0]
     spans, pages = sizes.mask[0][2:] if sizes.has_pages else (1, 0)
     page_size = sizes.k_pages[0][2] if sizes.has_context else 1
@@ -284,22 +313,26 @@ def _splits(sizes: _Sizes, grid: _Grid) -> _Plan:
     launch = Launch(
         splits_kernel, (slots * tiles * grid.pairs,), *_strides(sizes, grid), sizes.scale * LOG2_E,
         sizes.kv_heads, grid.pairs, tiles, pages, spans, min(sizes.span, tokens), capacity,
-        0 if sizes.k is None else sizes.k[0][2], device=sizes.device, SPLITS=splits, SLOTS=slots,
+        0 if sizes.k is None else sizes.k[0][2], device=sizes.device,
+        aligned=sizes.straight, SPLITS=splits, SLOTS=slots,
         BLOCK_P=min(power_of_two(pages), MOST_LISTED), BLOCK_T=power_of_two(tokens) if splits else 16,
         LONG=pages > MOST_LISTED, PIECES=pieces, LATER=sizes.later, **_constants(sizes, grid),
     )  # fmt: skip
     scratch = grid.pairs * tiles * splits * 2 * capacity
     finish = _finish(sizes, SPLITS=splits, SLOTS=slots)
-    return _Plan((batch, q_heads, tokens, slots, head_dim), scratch, 0, 0, (launch,), finish)
+    whole = sizes.has_context and sizes.k is not None
+    parts = batch, q_heads, tokens, slots, head_dim
+    return Plan(whole, sizes.keep > 0, parts, scratch, 0, 0, (launch,), finish)
 
 
-def _shares(sizes: _Sizes, grid: _Grid) -> _Plan:
+def _shares(sizes: Sizes, grid: _Grid) -> Plan:
     _, _, tokens, head_dim = sizes.q[0]
     (spans, pages), pairs, span = sizes.mask[0][2:], grid.pairs, min(sizes.span, tokens)
     constants, strides = _constants(sizes, grid), _strides(sizes, grid)
     names = "TOKENS", "MASK_ROWS", "OWN", "PAGE_SIZE"
     lists = Launch(
         lists_kernel, (pairs,), *strides[9:13], sizes.kv_heads, pages, spans, span, device=sizes.device,
+        aligned=sizes.straight,
         **{name: constants[name] for name in names}, BLOCK_P=min(power_of_two(pages), MOST_LISTED),
         BLOCK_T=power_of_two(tokens), num_warps=4,
     )  # fmt: skip
@@ -307,15 +340,17 @@ def _shares(sizes: _Sizes, grid: _Grid) -> _Plan:
     blocks = 0 if sizes.k is None else pairs
     shares = Launch(
         shares_kernel, (programs + blocks,), *strides, sizes.scale * LOG2_E, sizes.kv_heads, pages, span, pairs,
-        programs, blocks, sizes.k[0][2] if blocks else 0, device=sizes.device, BLOCK_L=power_of_two(pairs),
+        programs, blocks, sizes.k[0][2] if blocks else 0, device=sizes.device,
+        aligned=sizes.straight, BLOCK_L=power_of_two(pairs),
         BLOCK_T=power_of_two(tokens), **constants,
     )  # fmt: skip
     parts = programs + pairs + blocks, grid.group * tokens, head_dim
     finish = _finish(sizes, SPLITS=0, SLOTS=0, block_slots=programs + pairs)
-    return _Plan(parts, 2 * pairs * pages, pairs, pages, (lists, shares), finish)
+    whole = sizes.has_context and sizes.k is not None
+    return Plan(whole, sizes.keep > 0, parts, 2 * pairs * pages, pairs, pages, (lists, shares), finish)
 
 
-def _finish(sizes: _Sizes, *, SPLITS: int, SLOTS: int, block_slots: int = 0) -> Launch:
+def _finish(sizes: Sizes, *, SPLITS: int, SLOTS: int, block_slots: int = 0) -> Launch:
     batch, q_heads, tokens, head_dim = sizes.q[0]
     shared = block_slots > 0
     several = not shared and SPLITS <= 8 and batch * q_heads * tokens >= MANY_ROWS
@@ -325,6 +360,7 @@ def _finish(sizes: _Sizes, *, SPLITS: int, SLOTS: int, block_slots: int = 0) -> 
     return Launch(
         finish_kernel, (triton.cdiv(tokens, rows), q_heads, batch),
         *sizes.q[1][:3], *old[:3], *old_lse[:2], *before[:3], q_heads, block_slots, device=sizes.device,
+        aligned=sizes.straight,
         TOKENS=tokens, GROUP=q_heads // sizes.kv_heads, SPLITS=SPLITS, SLOTS=SLOTS, HEAD_DIM=head_dim,
         BLOCK_R=rows, BLOCK_S=8 if shared else power_of_two(SPLITS, 1), BLOCK_D=padded_dim(head_dim),
         CONTEXT=sizes.has_context, CACHED=sizes.cached is not None, BLOCK=sizes.k is not None, SHARED=shared,
@@ -384,33 +420,41 @@ def attend(
     """
     # Copies, if there have to be any, before the first launch: see `attend_ranked`.
     q = lined(q)
-    state_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    state_lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    nothing = q.new_empty(0)
-    out = torch.empty_like(state_out) if part is not None and block is not None else nothing
-    kept = torch.empty_like(state_out) if keep else nothing
-    if state_out.numel() == 0:
-        return out, state_out, state_lse, kept
-    old = None if cached is None else (lined(cached[0]), lined(cached[1]))
+    if q.numel() == 0:
+        nothing = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+        return torch.empty_like(q), torch.empty_like(q), nothing, torch.empty_like(q)
+    cached = None if cached is None else (lined(cached[0]), lined(cached[1]))
     reference = None if reference is None else lined(reference)
     k, v = (q, q) if block is None else (lined(block[0]), lined(block[1]))
-    has_context = part is not None
-    part = _no_part(q) if part is None else part.lined()
-    sizes = _Sizes(
-        q.device, q.dtype, layout(q), None if block is None else layout(k), None if block is None else layout(v),
-        layout(part.k_pages) if has_context else None, layout(part.v_pages) if has_context else None,
-        layout(part.mask) if has_context else None, part.span, part.most_active,
-        part.k_pages.shape[1] if has_context else k.shape[1], scale,
-        None if old is None else (old[0].stride(), old[1].stride()),
-        None if reference is None else reference.stride(), keep, later, ragged,
+    has_context, part = part is not None, _no_part(q) if part is None else part.lined()
+    sizes = sizes_of(
+        q, None if block is None else (k, v), part if has_context else None, cached, reference, scale, keep, later,
+        ragged,
     )
-    plan = _planned(sizes, settings.epoch())
-    part_out, part_lse, firsts, lasts, counts = plan.run(q, part, k, v)
-    plan.finish(
-        q, part.active, part_out, part_lse, firsts, lasts, counts, *((q, state_lse) if old is None else old),
-        q if reference is None else reference, out, state_out, state_lse, kept,
-    )
-    return out, state_out, state_lse, kept
+    return planned(sizes, settings.epoch()).run(q, k, v, part, cached, reference)
+
+
+def sizes_of(
+    q: Tensor, block: tuple[Tensor, Tensor] | None, part: Part | None, cached: tuple[Tensor, Tensor] | None,
+    reference: Tensor | None, scale: float, keep: int, later: bool, ragged: bool, mask: Any = None,
+) -> Sizes:  # fmt: skip
+    """Return what decides how a pass of these tensors is launched; ``mask`` is the layout of one not made yet."""
+    given = [q, *(block or ()), *(cached or ()), *(() if reference is None else (reference,))]
+    kv_heads = block[0].shape[1] if block is not None else q.shape[1]
+    k_pages = v_pages = None
+    if part is not None:
+        given += [part.k_pages, part.v_pages, part.page_table, part.page_lengths]
+        kv_heads, k_pages, v_pages = part.k_pages.shape[1], layout(part.k_pages), layout(part.v_pages)
+        if mask is None:
+            mask = layout(part.mask)
+            given += [part.mask, part.active]
+    return Sizes(
+        q.device, q.dtype, layout(q), None if block is None else layout(block[0]),
+        None if block is None else layout(block[1]), k_pages, v_pages, mask, 1 if part is None else part.span,
+        q.shape[2] if part is None else part.most_active, kv_heads, scale,
+        None if cached is None else (cached[0].stride(), cached[1].stride()),
+        None if reference is None else reference.stride(), keep, later, ragged, aligned(*given),
+    )  # fmt: skip
 
 
 @functools.cache

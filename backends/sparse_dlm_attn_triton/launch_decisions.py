@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 
 from sparse_dlm_attn_triton.common import (
     Launch,
+    aligned,
     bytes_of,
     layout,
     lined,
@@ -26,7 +27,7 @@ from sparse_dlm_attn_triton.decisions import (
 )
 from sparse_dlm_attn_triton.span_tiles import WIDE_ROOM, padded_dim
 
-__all__ = ["MOST_RANKED", "page_bounds", "page_scores", "rank", "top_pages"]
+__all__ = ["MOST_RANKED", "Ranking", "page_bounds", "page_scores", "ranking_of", "top_pages"]
 
 MOST_RANKED = 16384
 """Most pages that one program ranks in registers."""
@@ -54,7 +55,7 @@ def page_scores(q: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
     scores = torch.empty((batch, q_heads, tokens, pages), dtype=torch.float32, device=q.device)
     if scores.numel():
         launch = _scores(
-            q.device, q.dtype, layout(q), layout(lower), layout(upper), tokens, "", 0, 0,
+            q.device, q.dtype, layout(q), layout(lower), layout(upper), tokens, "", 0, 0, aligned(q, lower, upper)
         )
         launch(q, lower, upper, scores, scores, scores, scores, scores, scores)
     return scores
@@ -63,7 +64,7 @@ def page_scores(q: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
 @functools.lru_cache(maxsize=1024)
 def _scores(
     device: torch.device, dtype: torch.dtype, q: Any, lower: Any, upper: Any, rows: int, rule: str, unions: int,
-    count: int,
+    count: int, straight: bool,
 ) -> Launch:  # fmt: skip
     """Settle the launch of scores, by themselves or with the decisions of a ranked pass."""
     (batch, q_heads, tokens, head_dim), (_, kv_heads, pages, _) = q[0], lower[0]
@@ -75,31 +76,33 @@ def _scores(
     tiles, parts = max(triton.cdiv(pages, block_p), 1), triton.cdiv(group * tokens, block_m)
     return Launch(
         scores_kernel, (tiles, parts, batch * kv_heads), *q[1][:3], *lower[1][:3], *upper[1][:3], kv_heads, pages,
-        unions, count, device=device, TOKENS=tokens, GROUP=group, ROWS=rows, HEAD_DIM=head_dim, BLOCK_M=block_m,
+        unions, count, device=device, aligned=straight,
+        TOKENS=tokens, GROUP=group, ROWS=rows, HEAD_DIM=head_dim, BLOCK_M=block_m,
         BLOCK_P=block_p, BLOCK_T=power_of_two(tokens, 1), BLOCK_D=padded_dim(head_dim),
         PRECISION=precision(dtype), RULE=rule, num_warps=4,
     )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=1024)
-def _changes(device: torch.device, q: Any, reference: Any) -> Launch:
+def _changes(device: torch.device, q: Any, reference: Any, straight: bool) -> Launch:
     """Settle the launch of the mean squared change of each row."""
     batch, q_heads, tokens, head_dim = q[0]
     block_d = padded_dim(head_dim)
     return Launch(
         changes_kernel, (tokens, batch), *q[1][:3], *reference[1][:3], q_heads, q_heads * head_dim, device=device,
+        aligned=straight,
         HEAD_DIM=head_dim, BLOCK_H=min(power_of_two(q_heads, 1), 8192 // block_d), BLOCK_D=block_d, num_warps=8,
     )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=1024)
 def _select(
-    device: torch.device, grid: tuple[int, int, int], tokens: int, pages: int, unions: int, budget: int, bought: int
-) -> Launch:
+    device: torch.device, grid: tuple[int, int, int], tokens: int, pages: int, unions: int, budget: int, bought: int,
+    straight: bool,
+) -> Launch:  # fmt: skip
     """Settle the launch of the choice of pages."""
     rows, q_heads, _ = grid
     return Launch(
-        select_kernel, grid, q_heads, pages, unions, budget, bought, device=device, TOKENS=tokens, ROWS=rows,
+        select_kernel, grid, q_heads, pages, unions, budget, bought, device=device, aligned=straight, TOKENS=tokens,
+        ROWS=rows,
         **search_sizes(pages),
     )  # fmt: skip
 
@@ -121,56 +124,72 @@ def top_pages(scores: Tensor, count: Tensor, eligible: Tensor) -> Tensor:
     return chosen
 
 
-def rank(
-    q: Tensor, bounds: tuple[Tensor, Tensor], page_lengths: Tensor, reference: Tensor | None,
-    count: int | None, mass: float | None, budget: int, bought: int, union: str,
-) -> tuple[Tensor, Tensor]:
-    """Launch the decisions of a ranked pass: scores and changes, then active rows and pages.
+class Ranking(NamedTuple):
+    """The launches of a ranked pass's decisions, and the shapes of what they write.
+
+    ``mask`` is ``(batch, kv_heads or q_heads, 1 or tokens, pages)``, ``active`` ``(batch, tokens)``.
+    """
+
+    mask: tuple[int, ...]
+    active: tuple[int, ...]
+    order: tuple[int, ...]
+    scores: tuple[int, ...]
+    limit: Tensor
+    changed: Launch | None
+    scored: Launch
+    select: Launch
+
+    def run(
+        self, q: Tensor, bounds: tuple[Tensor, Tensor], page_lengths: Tensor, reference: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Launch scores and changes, then active rows and pages; return rows and pages, bool."""
+        device = q.device
+        mask = torch.empty(self.mask, dtype=torch.bool, device=device)
+        active = torch.empty(self.active, dtype=torch.bool, device=device)
+        order = torch.empty(self.order, dtype=torch.int32, device=device)
+        scores = torch.empty(self.scores, dtype=torch.float32, device=device)
+        changes = order
+        if self.changed is not None and reference is not None:
+            changes = torch.empty(self.active, dtype=torch.float32, device=device)
+            self.changed(q, reference, changes)
+        self.scored(q, *bounds, changes, self.limit, scores, active, order, mask)
+        self.select(scores, order, page_lengths, mask)
+        return active, mask
+
+
+def ranking_of(
+    device: torch.device, dtype: torch.dtype, q: Any, bounds: tuple[Any, Any], reference: Any, count: int | None,
+    mass: float | None, budget: int, bought: int, union: str, straight: bool,
+) -> Ranking:  # fmt: skip
+    """Settle the launches of a ranked pass's decisions.
 
     Parameters
     ----------
-    q, bounds, page_lengths
-        Queries ``(batch, q_heads, tokens, head_dim)``, bounds ``(batch, kv_heads, pages, head_dim)``,
-        int32 ``(batch, pages)``.
-    reference : torch.Tensor or None
-        Queries to measure change against; None makes every row active.
+    device, dtype
+        Of the queries.
+    q, bounds, reference : layout
+        Of the queries ``(batch, q_heads, tokens, head_dim)``, of lower and upper bounds ``(batch, kv_heads, pages,
+        head_dim)``, and of the queries to measure change against; without those every row is active.
     count, mass : int or float or None
         Which rows are active: exactly one of them where there is a reference.
     budget, bought : int
         Tokens that make a context small enough to be read whole, and pages of a row and head otherwise.
     union : {"kv_head", "query_head", "row"}
         Over what pages are united.
-
-    Returns
-    -------
-    active : torch.Tensor
-        bool ``(batch, tokens)``.
-    mask : torch.Tensor
-        bool ``(batch, kv_heads or q_heads, 1 or tokens, pages)``.
+    straight : bool
+        Whether all tensors are `aligned`.
     """
-    (batch, q_heads, tokens, _), (_, kv_heads, pages, _) = q.shape, bounds[0].shape
-    spans = tokens if union == "row" else 1
-    heads, device = kv_heads if union == "kv_head" else q_heads, q.device
-    mask = torch.empty((batch, heads, spans, pages), dtype=torch.bool, device=device)
-    active = torch.empty((batch, tokens), dtype=torch.bool, device=device)
+    (batch, q_heads, tokens, _), (_, kv_heads, pages, _) = q[0], bounds[0][0]
+    spans, heads = tokens if union == "row" else 1, kv_heads if union == "kv_head" else q_heads
     rule = "all" if reference is None else "mass" if count is None else "count"
     rows = min(max(count, 1), tokens) if rule == "count" and count is not None else tokens
-    order = torch.empty((batch, rows), dtype=torch.int32, device=device)
-    scores = torch.empty((batch, q_heads, rows, pages), dtype=torch.float32, device=device)
-    # Copies before the first launch: see `attend_ranked`.
-    q, lower, upper, page_lengths = lined(q), lined(bounds[0]), lined(bounds[1]), page_lengths.contiguous()
-    changes = order
-    if reference is not None:
-        reference = lined(reference)
-        changes = torch.empty((batch, tokens), dtype=torch.float32, device=device)
-        _changes(device, layout(q), layout(reference))(q, reference, changes)
-    limit, unions = _constant(float(mass or 0.0), device), heads * spans
-    scored = _scores(
-        device, q.dtype, layout(q), layout(lower), layout(upper), rows, rule, unions, count or 0
-    )
-    scored(q, lower, upper, changes, limit, scores, active, order, mask)
-    _select(device, (rows, q_heads, batch), tokens, pages, unions, budget, bought)(scores, order, page_lengths, mask)
-    return active, mask
+    unions = heads * spans
+    return Ranking(
+        (batch, heads, spans, pages), (batch, tokens), (batch, rows), (batch, q_heads, rows, pages),
+        _constant(float(mass or 0.0), device), None if reference is None else _changes(device, q, reference, straight),
+        _scores(device, dtype, q, *bounds, rows, rule, unions, count or 0, straight),
+        _select(device, (rows, q_heads, batch), tokens, pages, unions, budget, bought, straight),
+    )  # fmt: skip
 
 
 def search_sizes(pages: int) -> dict[str, int]:

@@ -10,6 +10,7 @@ import torch
 
 from sparse_dlm_attn.torch_operators import custom_operator
 from sparse_dlm_attn_triton import full_sequence, launch, pooled
+from sparse_dlm_attn_triton.ranked_pass import ranked_plan
 
 __all__ = [
     "attend",
@@ -23,7 +24,6 @@ __all__ = [
 ]
 
 Tensor = torch.Tensor
-KEEP = {"nothing": 0, "queries": 1, "active_queries": 2}
 CONTEXT = "Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor page_lengths"
 CHOSEN = "Tensor mask, SymInt span, Tensor active"
 CACHED = "Tensor? cached_out, Tensor? cached_lse"
@@ -216,7 +216,7 @@ def attend_ranked(
     lower, upper : torch.Tensor
         As from `page_bounds`.
     reference, count, mass, budget, pages, union, keep
-        The rule, see `sparse_dlm_attn.RankedPass`.
+        The rule, see `sparse_dlm_attn.ranked.RankedPass`.
     scale, cached_out, cached_lse, ragged
         As for `attend`.
 
@@ -228,22 +228,12 @@ def attend_ranked(
     """
     # Copies, if there have to be any, before the first launch: later kernels read what a pass was given
     # before they wait for the kernel in front of them.
-    q, k, v = launch.lined(q), launch.lined(k), launch.lined(v)
+    q, k, v, lower, upper = map(launch.lined, (q, k, v, lower, upper))
     reference = None if reference is None else launch.lined(reference)
-    page_table, page_lengths = page_table.contiguous(), page_lengths.contiguous()
-    cached = _cached(cached_out, cached_lse)
-    active, mask = launch.rank(
-        q, (lower, upper), page_lengths, reference, count, mass, budget, pages, union
-    )
-    tokens = q.shape[2]
-    most = tokens if reference is None or count is None else min(count, tokens)
-    span = 1 if union == "row" else max(tokens, 1)
-    part = launch.Part(k_pages, v_pages, page_table, page_lengths, mask, span, active, most)
-    kind = "queries" if keep == "active_queries" and reference is None else keep
-    out, *state, kept = launch.attend(
-        q, (k, v), part, cached, scale, KEEP[kind], reference, later=True, ragged=ragged,
-    )
-    return out, state[0], state[1], active, mask, kept
+    paged = k_pages, v_pages, page_table.contiguous(), page_lengths.contiguous()
+    cached, rule = _cached(cached_out, cached_lse), (count, mass, budget, pages, union, keep)
+    plan = ranked_plan(q, k, v, paged, (lower, upper), reference, cached, rule, scale, ragged)
+    return plan.run(q, k, v, paged, (lower, upper), reference, cached)
 
 
 @custom_operator(

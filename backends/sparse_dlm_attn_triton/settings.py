@@ -29,11 +29,6 @@ __all__ = [
 ]
 
 FORMAT = 1
-KERNELS = (
-    "attention.py", "common.py", "decisions.py", "launch.py", "launch_decisions.py", "shares.py",
-    "span_tiles.py", "tiles.py",
-)
-"""Files that settings belong to, what `launch` is made of: other kernels, other settings."""
 WHAT = "tuned settings of backend 'triton'"
 
 
@@ -191,7 +186,8 @@ def _version(distribution: str) -> str:
 
 @functools.cache
 def _digest() -> str:
-    sources = (Path(__file__).with_name(name).read_bytes() for name in KERNELS)
+    """Return a digest of the package: other kernels, other settings."""
+    sources = (path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
     return hashlib.sha256(b"".join(sources)).hexdigest()[:12]
 
 

@@ -7,18 +7,9 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from sparse_dlm_attn import (
-    AttentionState,
-    Backend,
-    Capabilities,
-    Context,
-    PassInfo,
-    PassInputs,
-    PrefixAttentionPolicy,
-    Problem,
-    Selection,
-)
+from sparse_dlm_attn import AttentionState, Backend, Context, PassInfo, PassInputs, PrefixAttentionPolicy, Selection
 from sparse_dlm_attn.arrays import Array, to_numpy
+from sparse_dlm_attn.capabilities import Capabilities, Problem
 from sparse_dlm_attn_reference import ReferenceBackend
 
 GRID = 1024.0

@@ -14,7 +14,8 @@ from hypothesis import Phase, settings
 from hypothesis.database import DirectoryBasedExampleDatabase
 
 import sparse_dlm_attn
-from sparse_dlm_attn import Backend, DataFileError, InvalidArgumentError, UnknownNameError, get_policy
+from sparse_dlm_attn import Backend, InvalidArgumentError, UnknownNameError, get_policy
+from sparse_dlm_attn.errors import DataFileError
 from sparse_dlm_attn_conformance import PROFILES
 from sparse_dlm_attn_conformance.clauses import check_clauses, matches
 from sparse_dlm_attn_conformance.contenders import Contender, contenders

@@ -16,7 +16,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-from sparse_dlm_attn import LayerMemory, PassInfo, PrefixAttention, PrefixAttentionPolicy, StaleMemoryError
+from sparse_dlm_attn import PassInfo, PrefixAttention, PrefixAttentionPolicy, StaleMemoryError
+from sparse_dlm_attn.memory import LayerMemory
 from sparse_dlm_attn_conformance.cases import EXACT, Arrays, Case, Host
 from sparse_dlm_attn_conformance.checks import ConformanceFailure, expect, expect_close, expect_same_bits
 from sparse_dlm_attn_conformance.contenders import Contender

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import replace
+from dataclasses import fields
 from typing import Any, Protocol
 
 import torch
 
-from sparse_dlm_attn import CallOrderError, Context, Decoder, DecoderPass, LayerMemory, Traffic, UnsupportedError
+from sparse_dlm_attn import CallOrderError, Context, Decoder, UnsupportedError
+from sparse_dlm_attn.decoder import DecoderPass
+from sparse_dlm_attn.memory import LayerMemory
+from sparse_dlm_attn.traffic import Traffic
 from sparse_dlm_attn_cuda_graphs.contexts import FixedContexts
 from sparse_dlm_attn_cuda_graphs.trees import copy_tensors, filled, map_tensors, skeleton, tensors_of
 
@@ -43,6 +47,19 @@ class Graph(Protocol):
         """Do it again."""
 
 
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Let Python collect no garbage: a graph among it that is freed while another is recorded spoils the latter."""
+    gc.collect()
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 class CudaGraph:
     """A CUDA graph. Those that run one after another share a memory pool.
 
@@ -57,7 +74,7 @@ class CudaGraph:
     def __init__(self, work: Callable[[], None], pool: Any) -> None:
         self._graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+        with _no_collection(), torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             work()
 
     def replay(self) -> None:
@@ -292,4 +309,5 @@ def _kind(step: DecoderPass) -> Hashable:
     info = step.info
     if not isinstance(info.index, int) or info.window is not None:  # windows may be counted by it
         return skeleton(info)
-    return skeleton(replace(info, index=0)), info.index == 0
+    others = (skeleton(getattr(info, field.name)) for field in fields(info) if field.name != "index")
+    return tuple(others), info.index == 0

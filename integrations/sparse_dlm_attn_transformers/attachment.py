@@ -12,6 +12,7 @@ import torch
 
 from sparse_dlm_attn import CallOrderError, InvalidArgumentError
 from sparse_dlm_attn_transformers.caches import CachedLayer, cache_argument, cached_layer, check_viewable
+from sparse_dlm_attn_transformers.compilation import eager
 from sparse_dlm_attn_transformers.contracts import CONTRACTS, ModuleContract, arguments_by_name, contract_of
 from sparse_dlm_attn_transformers.interface import NAME, register, sessions
 
@@ -131,7 +132,7 @@ class Attachment:
             with session.model_pass(arguments_by_name(signature, self.stack, args, kwargs)):
                 return forward(*args, **kwargs)
 
-        self._replace(self.stack, "forward", within_a_pass)
+        self._replace(self.stack, "forward", eager(within_a_pass))
 
     def _release_modules(self) -> None:
         for module in self.model.modules():
@@ -340,7 +341,7 @@ class PatchedAttachment(Attachment):
             def as_graph(*args: Any, **kwargs: Any) -> Any:
                 return session.graphed_pass(forward, arguments_by_name(signature, self.model, args, kwargs))
 
-            self._replace(self.model, "forward", as_graph)
+            self._replace(self.model, "forward", eager(as_graph))
 
 
 def attachment_for(

@@ -17,6 +17,7 @@ import torch
 
 from sparse_dlm_attn import InvalidArgumentError
 from sparse_dlm_attn_transformers.caches import cache_argument
+from sparse_dlm_attn_transformers.compilation import eager
 
 if TYPE_CHECKING:
     from sparse_dlm_attn_transformers.session import SparseAttention
@@ -226,7 +227,7 @@ class ModuleContract:
             result = getattr(module, self.output)(out.transpose(1, 2).flatten(2))
             return result if self.returns == 1 else (result, *(None,) * (self.returns - 1))
 
-        return method
+        return eager(method)
 
 
 def sliding_window(module: Any) -> int | None:

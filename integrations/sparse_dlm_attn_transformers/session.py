@@ -15,12 +15,12 @@ from sparse_dlm_attn import (
     Backend,
     CallOrderError,
     Decoder,
-    DecoderPass,
     InvalidArgumentError,
     InvalidTypeError,
     PrefixAttentionPolicy,
     UnsupportedError,
 )
+from sparse_dlm_attn.decoder import DecoderPass
 from sparse_dlm_attn.policy import check_choice, check_count, check_flag
 from sparse_dlm_attn_cuda_graphs import CapturedPasses
 from sparse_dlm_attn_transformers.attachment import Attachment, Scope, attachment_for, first_input
@@ -33,6 +33,7 @@ from sparse_dlm_attn_transformers.block_state import (
     whole_block,
 )
 from sparse_dlm_attn_transformers.caches import CachedLayer, cache_argument, cached_layer, follow_sequences
+from sparse_dlm_attn_transformers.compilation import eager_throughout
 from sparse_dlm_attn_transformers.contracts import ModuleContract
 from sparse_dlm_attn_transformers.interface import sessions
 from sparse_dlm_attn_transformers.paged_cache import PagedCache
@@ -338,6 +339,7 @@ class SparseAttention:
         """Whether a module's attention is ours at this moment."""
         return self.running and id(module) in self._numbers
 
+    @eager_throughout
     def attend(
         self,
         module: torch.nn.Module,

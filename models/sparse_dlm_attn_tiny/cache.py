@@ -1,164 +1,117 @@
-"""The prefix cache: keys, values and page metadata of everything decoded so far.
+"""The KV cache: keys, values and page metadata, of a prefix that grows or of a whole sequence.
 
-Keys and values lie densely, layer by layer, in buffers with room to grow; a `Context` is a view of
-them. Sequences of the same length can share a cache, so that they decode side by side. A cache can be
-forked in constant time, so that the KV of one prompt serves any number of decodings: forks share the
-buffers until one of them appends after another has (copy on append).
+Keys and values lie densely in one buffer with room to grow; a `Context` is a view of it. Sequences of the same length
+can share a cache, so that they decode side by side. Forks of a prefix let the KV of one prompt serve any number of
+decodings.
 """
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from sparse_dlm_attn.arrays import Array, namespace
 from sparse_dlm_attn.backend import Backend
-from sparse_dlm_attn.context import GENERATED, PROMPT, Context
+from sparse_dlm_attn.context import GENERATED, PROMPT, SUFFIX, Context
 from sparse_dlm_attn.errors import InvalidArgumentError
 from sparse_dlm_attn.policy import check_count
 from sparse_dlm_attn.values import PageBounds, check_array
 from sparse_dlm_attn_tiny.config import TinyConfig
 
-__all__ = ["DEFAULT_PAGE_SIZE", "PrefixCache"]
-
 DEFAULT_PAGE_SIZE = 16
 GROWTH_TOKENS = 256  # spare room of a new buffer: a typical answer fits without growing again
+HostArray = np.ndarray[Any, Any]
 
 
-class _Buffers:
-    """Room for the KV of every layer, heads first: pages of all sequences lie at one step from another.
+class KVCache:
+    """Post-RoPE keys and values of one or several sequences, for all layers.
 
-    `filled` tells up to which token somebody, `claimant`, claimed it.
-    """
-
-    def __init__(self, config: TinyConfig, backend: Backend, batch: int, capacity: int) -> None:
-        shape = (config.kv_heads, batch, capacity, config.head_dim)
-        self.keys = [self._zeros(backend, shape) for _ in range(config.layers)]
-        self.values = [self._zeros(backend, shape) for _ in range(config.layers)]
-        self.capacity = capacity
-        self.filled = 0
-        self.claimant: object = None
-
-    @staticmethod
-    def _zeros(backend: Backend, shape: tuple[int, ...]) -> Array:
-        like = backend.asarray(np.zeros(1, dtype=np.float32), dtype="float32")
-        return namespace(like).zeros(shape, dtype=like.dtype, device=like.device)
-
-
-class PrefixCache:
-    """Post-RoPE keys and values of the finished tokens of one or several sequences, for all layers.
+    The cache of a prefix grows: a pass writes the block behind it, and `advance` makes the block count.
+    The tokens of a whole sequence keep their places, and a row that a pass does not compute keeps what
+    the last pass that computed it has written.
 
     Parameters
     ----------
-    config : TinyConfig
-        Architecture that the cache is for.
-    backend : Backend
-        Whose arrays the cache holds and whose `page_bounds` keeps the metadata.
+    config, backend : TinyConfig, Backend
+        Architecture that the cache is for; whose arrays it holds and whose `page_bounds` keeps the metadata.
     page_size : int
         Tokens a page.
-    block_length : int
-        Tokens denoised together; the prompt's KV depends on it (block-causal attention).
+    block_length : int, optional
+        Tokens denoised together, on which the prompt's KV depends; default: the model's.
     capacity : int
         Tokens to reserve; the cache grows by copying when it needs more.
+    whole : bool
+        Whether this is a whole sequence, of ``capacity`` tokens. It has no page bounds, which would be
+        stale after every pass.
+    prompt_tokens : int
+        Tokens that count as prompt: a page is of segment ``PROMPT`` if its first token is one. The last
+        page of a whole sequence never is (the boundary that SparseD's code draws).
     owner : object
         The model whose KV it holds; decoding refuses a prefix of another model.
 
     Attributes
     ----------
     length : int
-        Finished tokens of each sequence.
+        Tokens of each sequence that count: the finished ones of a prefix.
     version : int
-        Increased by every append, the same for no two different contents of a cache and its forks; the
-        version of the contexts.
-    prompt_tokens : int
-        Tokens that count as prompt: a page is of segment ``PROMPT`` if its first token is one.
+        Version of the contexts: the same for no two different contents of a cache and its forks.
     tokens : tuple of tuple of int
-        The finished tokens themselves, of each sequence.
-    bounds_key_bytes : tuple of int
-        Per layer, the key bytes of a sequence read so far to build page metadata: each key once, and the
-        keys of a partly filled page again whenever it grows. Forks inherit what was read before the fork.
-
-    Notes
-    -----
-    Page metadata belongs to a cache, not to the shared buffers, because two forks may fill the same
-    page with different tokens.
+        The finished tokens of each sequence of a prefix.
+    bounds_key_bytes : int
+        Key bytes of a sequence and layer read so far to build page metadata: each key once, and the keys of
+        a partly filled page again whenever it grows. Forks inherit what was read before the fork.
     """
 
     def __init__(
-        self,
-        config: TinyConfig,
-        backend: Backend,
-        *,
-        page_size: int = DEFAULT_PAGE_SIZE,
-        block_length: int | None = None,
-        capacity: int = 0,
+        self, config: TinyConfig, backend: Backend, *, page_size: int = DEFAULT_PAGE_SIZE,
+        block_length: int | None = None, capacity: int = 0, whole: bool = False, prompt_tokens: int = 0,
         owner: object = None,
     ) -> None:
         check_count("page_size", page_size, 1)
-        check_count("capacity", capacity, 0)
-        self.config = config
-        self.backend = backend
-        self.owner = owner
-        self.page_size = page_size
+        check_count("capacity", capacity, int(whole))
+        self.config, self.backend, self.owner, self.whole = config, backend, owner, whole
+        self.page_size, self.prompt_tokens = page_size, prompt_tokens
         self.block_length = config.block_length if block_length is None else block_length
-        self.length = 0
+        self.length = capacity if whole else 0
         self.version = 0
-        self._versions = itertools.count(1)  # one counter for a cache and all its forks
-        self.prompt_tokens = 0
         self.tokens: tuple[tuple[int, ...], ...] = ((),)
-        self.bounds_key_bytes = (0,) * config.layers
-        self._buffers = _Buffers(config, backend, 1, self._rounded(max(capacity, 1)))
-        self._claim = object()  # stands for this cache where it claims room
+        self.bounds_key_bytes = 0
+        self._versions = itertools.count(1)  # one counter for a cache and all its forks
         self._bounds: list[PageBounds | None] = [None] * config.layers
-        self._contexts: tuple[Context, ...] | None = None
+        self._contexts: tuple[int, tuple[Context, ...]] | None = None
+        self._kv = self._room(capacity)
         self._rebuild_bounds(0)
 
     def __repr__(self) -> str:
-        several = f"{self.batch} sequences of " if self.batch > 1 else ""
-        return (
-            f"PrefixCache({several}{self.length} tokens, {self.prompt_tokens} of them prompt, "
-            f"page_size={self.page_size}, block_length={self.block_length}, version={self.version})"
-        )
+        names = ("batch", "length", "prompt_tokens", "page_size", "block_length", "version")
+        return f"KVCache({', '.join(f'{name}={getattr(self, name)}' for name in names)})"
 
     @classmethod
-    def together(cls, caches: Sequence[PrefixCache]) -> PrefixCache:
-        """Return one cache with the sequences of several, which are copied.
-
-        Parameters
-        ----------
-        caches : sequence of PrefixCache
-            At least one; alike in everything but their tokens.
-
-        Raises
-        ------
-        InvalidArgumentError
-            If there is none, or if two differ in length or layout.
-        """
+    def together(cls, caches: Sequence[KVCache]) -> KVCache:
+        """Return one prefix with the sequences of several of one length and layout, which are copied."""
         if not caches:
-            raise InvalidArgumentError("caches", "must hold at least one PrefixCache", "none")
-        names = ("owner", "length", "prompt_tokens", "page_size", "block_length")
-        for name in names:
+            raise InvalidArgumentError("caches", "must hold at least one KVCache", "none")
+        for name in ("owner", "length", "prompt_tokens", "page_size", "block_length"):
             values = {getattr(cache, name) for cache in caches}
             if len(values) > 1:
                 raise InvalidArgumentError(
                     "caches", f"must have the same {name}", ", ".join(map(repr, values)),
                     "Use prompts of equal length, and one model.",
                 )
-        joint = caches[0].fork()
+        joint = copy.copy(caches[0])
         joint.tokens = tuple(tokens for cache in caches for tokens in cache.tokens)
         joint._versions = itertools.count(1)
         joint.version = next(joint._versions)
-        joint._copy(joint.capacity, [cache._buffers for cache in caches])
-        for layer in range(joint.config.layers):
-            bounds = [cache._bounds[layer] for cache in caches]
-            xp = namespace(joint._buffers.keys[layer])
-            joint._bounds[layer] = PageBounds(
-                xp.concat([each.lower for each in bounds if each is not None], axis=0),
-                xp.concat([each.upper for each in bounds if each is not None], axis=0),
-            )
+        xp = namespace(joint._kv)
+        joint._grow(0, xp.concat([cache._kv[:, :, :, :, : cache.length, :] for cache in caches], axis=3))
+        joint._bounds = [
+            PageBounds(*(xp.concat([getattr(each, side) for each in bounds], axis=0) for side in ("lower", "upper")))
+            for bounds in zip(*(cache._bounds for cache in caches), strict=True)
+        ]
         return joint
 
     @property
@@ -166,239 +119,143 @@ class PrefixCache:
         """Number of sequences."""
         return len(self.tokens)
 
-    @property
-    def pages(self) -> int:
-        """Pages of a sequence that hold a token."""
-        return -(-self.length // self.page_size)
-
-    @property
-    def capacity(self) -> int:
-        """Tokens of a sequence that the buffers hold."""
-        return self._buffers.capacity
-
-    def fork(self, *, page_size: int | None = None) -> PrefixCache:
-        """Return a cache of the same tokens that can be appended to independently.
-
-        Nothing is copied now. The first fork to append writes into the shared room; others copy first.
-
-        Parameters
-        ----------
-        page_size : int, optional
-            Tokens a page of the fork; default: the same. Another one rebuilds the metadata.
-        """
-        fork = PrefixCache.__new__(PrefixCache)
-        fork.__dict__.update(self.__dict__)
-        fork._bounds = list(self._bounds)
-        fork._claim = object()
-        if page_size is not None and page_size != self.page_size:
-            check_count("page_size", page_size, 1)
-            fork.page_size = page_size
-            fork.version = next(self._versions)
-            fork._contexts = None
-            fork._bounds = [None] * self.config.layers
-            fork.bounds_key_bytes = (0,) * self.config.layers
-            fork._make_room(0)
-            fork._rebuild_bounds(0)
+    def fork(self, *, page_size: int | None = None) -> KVCache:
+        """Return a copy of a prefix that grows independently; another ``page_size`` rebuilds the metadata."""
+        fork = copy.copy(self)
+        if page_size is None or page_size == self.page_size:
+            fork._grow(0)
+            return fork
+        check_count("page_size", page_size, 1)
+        fork.page_size, fork.version = page_size, next(self._versions)
+        fork.bounds_key_bytes, fork._bounds = 0, [None] * self.config.layers
+        fork._grow(0)
+        fork._rebuild_bounds(0)
         return fork
 
-    @contextlib.contextmanager
-    def forked(self, *, page_size: int | None = None) -> Iterator[PrefixCache]:
-        """Lend a `fork` for the time of a decoding; the next one need not copy then.
-
-        What the fork appends may be overwritten as soon as the context ends.
-
-        Parameters
-        ----------
-        page_size : int, optional
-            As for `fork`.
-        """
-        fork, buffers, length = self.fork(page_size=page_size), self._buffers, self.length
-        try:
-            yield fork
-        finally:
-            if buffers.claimant is fork._claim:
-                buffers.filled = length
-
     def reserve(self, tokens: int) -> None:
-        """Make room for ``tokens`` more tokens of each sequence and claim it for this cache."""
+        """Make room for ``tokens`` more tokens of each sequence."""
         check_count("tokens", tokens, 0)
-        if self._buffers.filled != self.length:
-            self._copy(self.length + tokens + GROWTH_TOKENS)  # another fork wrote behind our tokens
-        self._make_room(tokens)
-        self._buffers.filled, self._buffers.claimant = self.length + tokens, self._claim
+        if self.length + tokens > self._capacity:
+            self._grow(tokens)
 
-    def write(self, layer: int, start: int, keys: Array, values: Array) -> None:
-        """Store KV of unfinished tokens in room that `reserve` claimed; `advance` makes them count.
+    def write(self, layer: int, rows: slice | HostArray, keys: Array, values: Array) -> None:
+        """Store KV of the tokens at ``rows``, ascending; those of a prefix in room that `reserve` made.
 
-        Parameters
-        ----------
-        layer : int
-            Layer, counted from 0.
-        start : int
-            Position of the first token, at least `length`.
-        keys, values : array
-            float32 ``(batch, kv_heads, tokens, head_dim)``.
+        ``keys`` and ``values`` are float32 ``(batch, kv_heads, tokens, head_dim)``.
         """
+        first, end = (rows.start, rows.stop) if isinstance(rows, slice) else (rows[0], rows[-1] + 1)
         shape = (self.batch, self.config.kv_heads, "tokens", self.config.head_dim)
         check_array("keys", keys, shape, ("float32",))
         check_array("values", values, tuple(int(size) for size in keys.shape), ("float32",))
-        end = start + int(keys.shape[2])
-        if not self.length <= start <= end <= self._buffers.filled:
-            raise InvalidArgumentError(
-                "start", f"must lie with its tokens in {self.length}..{self._buffers.filled}",
-                f"{start}..{end}", "Call reserve() first.",
-            )
-        xp = namespace(keys)
-        self._buffers.keys[layer][:, :, start:end, :] = xp.permute_dims(keys, (1, 0, 2, 3))
-        self._buffers.values[layer][:, :, start:end, :] = xp.permute_dims(values, (1, 0, 2, 3))
+        if not self.whole:
+            self._check_reserved("rows", first, end)
+        for part, array in enumerate((keys, values)):
+            room = self._kv[layer, part, ...]
+            room[:, :, rows, :] = namespace(array).permute_dims(array, (1, 0, 2, 3))
 
-    def read(self, layer: int, end: int) -> tuple[Array, Array]:
-        """Return views of the keys and values of tokens 0..end of a layer, written ones included.
+    def read(self, layer: int, start: int, end: int) -> tuple[Array, Array]:
+        """Return views of keys and values of tokens ``start..end``, unfinished ones included.
 
-        They have the shape ``(batch, kv_heads, end, head_dim)``.
+        They have the shape ``(batch, kv_heads, end - start, head_dim)``.
         """
-        keys, values = self._buffers.keys[layer], self._buffers.values[layer]
-        xp = namespace(keys)
-        return (
-            xp.permute_dims(keys[:, :, :end, :], (1, 0, 2, 3)),
-            xp.permute_dims(values[:, :, :end, :], (1, 0, 2, 3)),
-        )
+        kv = self._kv[layer, :, :, :, start:end, :]
+        kv = namespace(kv).permute_dims(kv, (0, 2, 1, 3, 4))
+        return kv[0, ...], kv[1, ...]
 
     def advance(self, tokens: Sequence[Sequence[int]], *, prompt_tokens: int | None = None) -> None:
-        """Count tokens as finished whose KV has been written for every layer.
+        """Count tokens as finished whose KV has been written for every layer, equally many of each sequence.
 
-        Parameters
-        ----------
-        tokens : sequence of sequence of int
-            Those of each sequence, equally many.
-        prompt_tokens : int, optional
-            New value of `prompt_tokens`; default: unchanged.
+        ``prompt_tokens`` replaces the attribute.
         """
-        first_page = self.length // self.page_size  # a partly filled last page has to be rebuilt
-        self.tokens = tuple(
-            (*before, *map(int, after)) for before, after in zip(self.tokens, tokens, strict=True)
-        )
-        self.length = len(self.tokens[0])
-        if prompt_tokens is not None:
-            self.prompt_tokens = prompt_tokens
-        self.version = next(self._versions)
-        self._contexts = None
-        self._make_room(0)
-        self._rebuild_bounds(first_page)
-
-    def append(
-        self, keys: Sequence[Array], values: Sequence[Array], tokens: Sequence[Sequence[int]]
-    ) -> None:
-        """Append finished tokens: `reserve`, `write` for every layer, `advance`.
-
-        Parameters
-        ----------
-        keys, values : sequence of array
-            One array ``(batch, kv_heads, tokens, head_dim)`` a layer.
-        tokens : sequence of sequence of int
-            Those of each sequence, equally many.
-
-        Raises
-        ------
-        InvalidArgumentError
-            If layers are missing or a shape does not fit; the cache is unchanged then.
-        """
-        lengths = {len(row) for row in tokens}
-        if len(tokens) != self.batch or len(lengths) != 1:
+        counts = {len(row) for row in tokens}
+        if len(tokens) != self.batch or len(counts) != 1:
             raise InvalidArgumentError(
                 "tokens", f"must hold equally many tokens for each of {self.batch} sequences",
                 f"{[len(row) for row in tokens]} tokens",
             )
-        count = lengths.pop()
-        for name, arrays in (("keys", keys), ("values", values)):
-            if len(arrays) != self.config.layers:
-                raise InvalidArgumentError(
-                    name, f"must hold one array for each of {self.config.layers} layers", len(arrays)
-                )
-            for array in arrays:
-                shape = (self.batch, self.config.kv_heads, count, self.config.head_dim)
-                check_array(name, array, shape, ("float32",))
-        self.reserve(count)
-        for layer in range(self.config.layers):
-            self.write(layer, self.length, keys[layer], values[layer])
-        self.advance(tokens)
+        end = self.length + counts.pop()
+        self._check_reserved("tokens", self.length, end)
+        first_page = self.length // self.page_size  # a partly filled last page has to be rebuilt
+        self.tokens = tuple((*old, *map(int, new)) for old, new in zip(self.tokens, tokens, strict=True))
+        self.length, self.version, self._contexts = end, next(self._versions), None
+        if prompt_tokens is not None:
+            self.prompt_tokens = prompt_tokens
+        self._rebuild_bounds(first_page)
 
-    def context(self, layer: int) -> Context:
-        """Return the finished tokens of one layer as a `Context` that shares the cache's memory.
+    def contexts(self, window_end: int | None = None) -> tuple[Context, ...]:
+        """Return the tokens that count, layer by layer, as contexts that share memory with the cache.
 
-        Page metadata is attached. An empty cache gives one absent page.
+        Page metadata is attached to a prefix. An empty one gives one absent page. Pages of a whole sequence
+        that begin at ``window_end``, behind the window that is being filled in, are of segment ``SUFFIX``.
         """
-        return self.contexts()[layer]
+        end = self.length if window_end is None else window_end
+        if self._contexts is None or self._contexts[0] != end:
+            self._contexts = end, self._make_contexts(end)
+        return self._contexts[1]
 
-    def contexts(self) -> tuple[Context, ...]:
-        """Return `context` of every layer; they share page table, lengths and segments."""
-        if self._contexts is None:
-            table, lengths, segments = self._page_arrays()
-            self._contexts = tuple(
-                Context(
-                    *self._pool(layer), table, lengths, segments, self._bounds[layer], self.version
-                )
-                for layer in range(self.config.layers)
-            )
-        return self._contexts
-
-    def _page_arrays(self) -> tuple[Array, Array, Array]:
-        """Return page table, page lengths and page segments of all sequences."""
-        pages = np.arange(max(self.pages, 1))
-        lengths = np.clip(self.length - pages * self.page_size, 0, self.page_size)
-        segments = np.where(pages * self.page_size < self.prompt_tokens, PROMPT, GENERATED)
-        first = np.arange(self.batch)[:, None] * (self.capacity // self.page_size)
-        arrays = ((first + pages, "int32"), (lengths, "int32"), (segments, "int8"))
-        shape = (self.batch, len(pages))
-        table, lengths, segments = (
-            self.backend.asarray(np.broadcast_to(values, shape).astype(dtype), dtype=dtype)
-            for values, dtype in arrays
+    def _make_contexts(self, window_end: int) -> tuple[Context, ...]:
+        """Return views of all layers, with the bounds that there are."""
+        first = np.arange(self._rounded(self.length) // self.page_size) * self.page_size
+        segments = np.where(first < window_end, GENERATED, SUFFIX)
+        segments[first < self.prompt_tokens] = PROMPT
+        if self.whole and segments[-1] == PROMPT:
+            segments[-1] = GENERATED
+        lengths = np.clip(self.length - first, 0, self.page_size)
+        room = np.arange(self.batch)[:, None] * self._capacity
+        pages = (first + room) // self.page_size
+        pages, lengths, segments = (
+            self.backend.asarray(np.broadcast_to(rows, (self.batch, len(first))).astype(dtype), dtype=dtype)
+            for rows, dtype in ((pages, "int32"), (lengths, "int32"), (segments, "int8"))
         )
-        return table, lengths, segments
-
-    def _pool(self, layer: int) -> tuple[Array, Array]:
-        """View the room for all sequences as ``(pages, kv_heads, page_size, head_dim)``."""
-        views = []
-        for buffers in (self._buffers.keys, self._buffers.values):
-            xp = namespace(buffers[layer])
-            shape = (self.config.kv_heads, -1, self.page_size, self.config.head_dim)
-            views.append(xp.permute_dims(xp.reshape(buffers[layer], shape), (1, 0, 2, 3)))
-        return views[0], views[1]
+        kv, config = self._kv, self.config
+        xp = namespace(kv)
+        kv = xp.reshape(kv, (config.layers, 2, config.kv_heads, -1, self.page_size, config.head_dim))
+        kv = xp.permute_dims(kv, (0, 1, 3, 2, 4, 5))
+        return tuple(
+            Context(kv[layer, 0, ...], kv[layer, 1, ...], pages, lengths, segments, bounds, self.version)
+            for layer, bounds in enumerate(self._bounds)
+        )
 
     def _rebuild_bounds(self, first_page: int) -> None:
-        """Build metadata from page ``first_page`` on and keep the pages before it."""
-        last_page = max(self.pages, 1)
-        first_page = min(first_page, last_page - 1)
-        table, lengths, _ = self._page_arrays()
-        for layer in range(self.config.layers):
-            context, kept = Context(*self._pool(layer), table, lengths), self._bounds[layer]
-            self._bounds[layer] = (
-                self.backend.page_bounds(context) if kept is None
-                else self.backend.extend_bounds(context, kept, first_page)
+        """Build the metadata of a prefix from page ``first_page`` on and keep that of the pages before it."""
+        if self.whole:
+            return
+        kept, self._bounds = self._bounds, [None] * self.config.layers
+        contexts = self._make_contexts(self.length)
+        first_page = min(first_page, contexts[0].pages - 1)
+        self._bounds = [
+            self.backend.page_bounds(context) if bounds is None
+            else self.backend.extend_bounds(context, bounds, first_page)
+            for context, bounds in zip(contexts, kept, strict=True)
+        ]
+        read = self.length - min(first_page * self.page_size, self.length)
+        self.bounds_key_bytes += read * 4 * self.config.kv_heads * self.config.head_dim
+
+    def _check_reserved(self, argument: str, first: int, end: int) -> None:
+        """Raise unless the tokens ``first..end`` lie in the room behind those that count."""
+        if not self.length <= first <= end <= self._capacity:
+            raise InvalidArgumentError(
+                argument, f"must lie in the reserved room {self.length}..{self._capacity}", f"{first}..{end}",
+                "Call reserve() first.",
             )
-        key_bytes = 4 * self.config.kv_heads * self.config.head_dim
-        read = (self.length - min(first_page * self.page_size, self.length)) * key_bytes
-        self.bounds_key_bytes = tuple(bytes_ + read for bytes_ in self.bounds_key_bytes)
+
+    @property
+    def _capacity(self) -> int:
+        """Tokens of each sequence that there is room for, in whole pages."""
+        return int(self._kv.shape[4])
 
     def _rounded(self, tokens: int) -> int:
-        return -(-tokens // self.page_size) * self.page_size
+        """Return ``tokens`` rounded up to whole pages, at least one."""
+        return max(-(-tokens // self.page_size), 1) * self.page_size
 
-    def _make_room(self, tokens: int) -> None:
-        """Grow so that whole pages hold the finished tokens and ``tokens`` more."""
-        needed = self._rounded(max(self.length + tokens, 1))
-        if needed > self.capacity or self.capacity % self.page_size:
-            self._copy(needed + GROWTH_TOKENS)
+    def _room(self, tokens: int) -> Array:
+        """Return zeros for keys and values of whole pages, which hold ``tokens`` of each sequence."""
+        config, like = self.config, self.backend.asarray(np.zeros(1, dtype=np.float32), dtype="float32")
+        shape = (config.layers, 2, config.kv_heads, self.batch, self._rounded(tokens), config.head_dim)
+        return namespace(like).zeros(shape, dtype=like.dtype, device=like.device)
 
-    def _copy(self, capacity: int, sources: Sequence[_Buffers] | None = None) -> None:
-        """Move to buffers of our own, which take the sequences of ``sources`` one after the other."""
-        sources = sources or [self._buffers]
-        self._buffers = _Buffers(self.config, self.backend, self.batch, self._rounded(capacity))
-        self._buffers.filled = self.length
-        for layer in range(self.config.layers):
-            for name in ("keys", "values"):
-                new, first = getattr(self._buffers, name)[layer], 0
-                for source in sources:
-                    old = getattr(source, name)[layer][:, :, : self.length, :]
-                    new[:, first : first + int(old.shape[1]), : self.length, :] = old
-                    first += int(old.shape[1])
-        self._contexts = None
+    def _grow(self, tokens: int, kv: Array | None = None) -> None:
+        """Move to room for ``tokens`` more and some spare ones, taking along what counts of ``kv`` or our own."""
+        old = (self._kv if kv is None else kv)[:, :, :, :, : self.length, :]
+        self._kv, self._contexts = self._room(self.length + tokens + GROWTH_TOKENS), None
+        self._kv[:, :, :, :, : self.length, :] = old

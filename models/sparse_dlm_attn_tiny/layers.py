@@ -15,10 +15,6 @@ from sparse_dlm_attn.backend import Backend
 from sparse_dlm_attn_tiny.config import TinyConfig
 from sparse_dlm_attn_tiny.weights import Weights
 
-__all__ = [
-    "Layer", "block_causal_attention", "block_causal_mask", "rms_norm", "rope_tables", "rotate",
-]
-
 
 def rms_norm(x: Array, gain: Array, eps: float) -> Array:
     """Scale the last axis to mean square one, then by ``gain`` of shape ``(channels,)``."""
@@ -27,12 +23,9 @@ def rms_norm(x: Array, gain: Array, eps: float) -> Array:
 
 
 def rope_tables(config: TinyConfig, start: int, count: int, backend: Backend) -> tuple[Array, Array]:
-    """Return cosine and sine of the angles of positions ``start..start+count-1``.
+    """Return cosine and sine at positions ``start..start+count-1``, float32 ``(count, head_dim / 2)`` each.
 
-    Returns
-    -------
-    tuple of array
-        float32 ``(count, head_dim / 2)`` each, rounded from float64 angles.
+    They are rounded from float64 angles.
     """
     half = config.head_dim // 2
     frequency = float(config.rope_theta) ** (-np.arange(half) / half)
@@ -58,33 +51,17 @@ def silu(x: Array) -> Array:
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One layer's weights; matrices that share an input are stacked, so that one product does.
-
-    Parameters
-    ----------
-    config : TinyConfig
-        The architecture.
-    attention_norm, query_norm, key_norm, mlp_norm : array
-        Gains.
-    query_key_value : array
-        ``((query_heads + 2 * kv_heads) * head_dim, width)``.
-    output : array
-        ``(width, query_heads * head_dim)``.
-    gate_up : array
-        ``(2 * hidden, width)``.
-    down : array
-        ``(width, hidden)``.
-    """
+    """One layer's weights; matrices that share an input are stacked, so that one product does."""
 
     config: TinyConfig
     attention_norm: Array
     query_norm: Array
     key_norm: Array
     mlp_norm: Array
-    query_key_value: Array
-    output: Array
-    gate_up: Array
-    down: Array
+    query_key_value: Array  # ((query_heads + 2 * kv_heads) * head_dim, width)
+    output: Array  # (width, query_heads * head_dim)
+    gate_up: Array  # (2 * hidden, width)
+    down: Array  # (width, hidden)
 
     @classmethod
     def of(cls, config: TinyConfig, weights: Weights, index: int, backend: Backend) -> Layer:
@@ -101,19 +78,10 @@ class Layer:
         )
 
     def project(self, x: Array, cosine: Array, sine: Array) -> tuple[Array, Array, Array]:
-        """Return queries, keys and values of tokens ``x``, normalised and rotated.
+        """Return queries, keys and values, normalised and rotated: ``(batch, heads, tokens, head_dim)``.
 
-        Parameters
-        ----------
-        x : array
-            ``(batch * tokens, width)``: the residual stream, sequence by sequence.
-        cosine, sine : array
-            `rope_tables` of the positions of one sequence's tokens, which are those of all.
-
-        Returns
-        -------
-        tuple of array
-            ``(batch, query_heads or kv_heads, tokens, head_dim)``.
+        ``x`` is the residual stream, ``(batch * tokens, width)``; ``cosine`` and ``sine`` are the
+        `rope_tables` of one sequence's tokens.
         """
         config, eps = self.config, self.config.norm_eps
         xp = namespace(x)
@@ -129,15 +97,7 @@ class Layer:
         return q, k, joint[:, values:, ...] * 1.0
 
     def finish(self, x: Array, attended: Array) -> Array:
-        """Add the attention output and the feed-forward part to the residual stream.
-
-        Parameters
-        ----------
-        x : array
-            ``(batch * tokens, width)``.
-        attended : array
-            ``(batch, query_heads, tokens, head_dim)``.
-        """
+        """Add attention output ``(batch, query_heads, tokens, head_dim)`` and feed-forward part to ``x``."""
         xp = namespace(x)
         joined = xp.reshape(xp.permute_dims(attended, (0, 2, 1, 3)), (int(x.shape[0]), -1))
         x = x + joined @ xp.matrix_transpose(self.output)
@@ -149,20 +109,7 @@ class Layer:
 def block_causal_mask(rows: int, keys: int, block_length: int, backend: Backend) -> Array:
     """Return what to add to the scores of the last ``rows`` of ``keys`` tokens: 0, or -inf for later blocks.
 
-    Parameters
-    ----------
-    rows, keys : int
-        Numbers of tokens; ``rows`` is a multiple of the block length.
-    block_length : int
-        Tokens a block.
-    backend : Backend
-        Whose array it is.
-
-    Returns
-    -------
-    array
-        float32 ``(rows, keys)``. Its last ``r`` rows and ``n`` columns are the mask of ``r`` rows and ``n``
-        keys, for whole blocks.
+    The last ``r`` rows and ``n`` columns of it are the mask of ``r`` rows and ``n`` keys, for whole blocks.
     """
     mask = np.zeros((rows, keys), dtype=np.float32)
     block = np.arange(rows) // block_length
@@ -173,25 +120,10 @@ def block_causal_mask(rows: int, keys: int, block_length: int, backend: Backend)
 def block_causal_attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
     """Attend from the last rows of a prompt to everything up to and including their own block.
 
-    Parameters
-    ----------
-    q : array
-        float32 ``(1, query_heads, rows, head_dim)``: whole blocks, the last ``rows`` tokens of the keys.
-    k, v : array
-        float32 ``(1, kv_heads, keys, head_dim)``.
-    mask : array
-        `block_causal_mask`, ``(rows, keys)``.
-
-    Returns
-    -------
-    array
-        ``(1, query_heads, rows, head_dim)``.
-
-    Notes
-    -----
-    This is the prompt's dense part, which no policy decides about. On a processor it is left to the array
-    library, if that has an operator for it. Else one KV head at a time: its score matrix ``(group * rows,
-    keys)`` is all the memory it takes, and the scores are computed in place.
+    ``q`` is ``(1, query_heads, rows, head_dim)``, ``k`` and ``v`` are ``(1, kv_heads, keys, head_dim)``,
+    ``mask`` is that of `block_causal_mask`. This is the prompt's dense part, which no policy decides about.
+    On a processor it is left to the array library, if that has an operator for it. Else one KV head at a
+    time: its score matrix ``(group * rows, keys)`` is all the memory it takes.
     """
     fused = _fused_attention(q)
     if fused is not None:

@@ -2,68 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sparse_dlm_attn import (
-    Backend,
-    Context,
-    InvalidArgumentError,
-    LayerMemory,
-    PassInfo,
-    PrefixAttention,
-    get_backend,
-)
+from sparse_dlm_attn import Backend, InvalidArgumentError, PassInfo, PrefixAttention, get_backend
 from sparse_dlm_attn.arrays import Array, namespace
+from sparse_dlm_attn.memory import LayerMemory
 from sparse_dlm_attn.policy import check_count
-from sparse_dlm_attn.values import short_repr
-from sparse_dlm_attn_tiny.cache import DEFAULT_PAGE_SIZE, PrefixCache
+from sparse_dlm_attn_tiny.cache import DEFAULT_PAGE_SIZE, KVCache
 from sparse_dlm_attn_tiny.config import TinyConfig
-from sparse_dlm_attn_tiny.layers import (
-    Layer,
-    block_causal_attention,
-    block_causal_mask,
-    rms_norm,
-    rope_tables,
-)
-from sparse_dlm_attn_tiny.sequence import SequenceCache, scattered
+from sparse_dlm_attn_tiny.layers import Layer, block_causal_attention, block_causal_mask, rms_norm, rope_tables
 from sparse_dlm_attn_tiny.weights import Weights, load_weights
-
-__all__ = ["BLOCK_LENGTHS", "BlockPass", "TinyModel", "as_tokens", "check_block_length"]
 
 HostArray = np.ndarray[Any, Any]
 
 BLOCK_LENGTHS = (8, 16, 32)
 """Block lengths that training has shown."""
 
+BYTES = "must be bytes, or ints in 0..255"
 SPARE_TOKENS = 256  # room behind a prompt, for an answer
 ROWS_AT_ONCE = 512  # of the prompt: bounds the memory of activations and score matrix
-
-
-@dataclass(frozen=True, eq=False)
-class BlockPass:
-    """Result of one forward pass over a block.
-
-    Parameters
-    ----------
-    logits : array
-        float32 ``(batch, tokens, 256)``.
-    keys, values : tuple of array
-        The block's own KV, ``(batch, kv_heads, tokens, head_dim)`` a layer; to be appended by a save pass.
-    memories : tuple of LayerMemory
-        One a layer, for the next pass.
-    """
-
-    logits: Array
-    keys: tuple[Array, ...]
-    values: tuple[Array, ...]
-    memories: tuple[LayerMemory, ...]
-
-    __repr__ = short_repr
 
 
 class TinyModel:
@@ -79,28 +41,18 @@ class TinyModel:
         Whose arrays the forward pass computes with and whose operators do the attention.
     """
 
-    def __init__(
-        self, config: TinyConfig, weights: Weights, backend: str | Backend = "reference"
-    ) -> None:
+    def __init__(self, config: TinyConfig, weights: Weights, backend: str | Backend = "reference") -> None:
         self.config = config
         self.backend = get_backend(backend)
-        self._embedding = self.backend.asarray(weights["embedding"], dtype="float32")
-        self._final_norm = self.backend.asarray(weights["final_norm"], dtype="float32")
-        self._head = self.backend.asarray(weights["head"], dtype="float32")
-        self._layers = [
-            Layer.of(config, weights, index, self.backend) for index in range(config.layers)
-        ]
+        names = ("embedding", "final_norm", "head")
+        self._embedding, self._final_norm, self._head = (
+            self.backend.asarray(weights[name], dtype="float32") for name in names
+        )
+        self._layers = [Layer.of(config, weights, index, self.backend) for index in range(config.layers)]
 
     @classmethod
     def load(cls, backend: str | Backend = "reference", path: str | Path | None = None) -> TinyModel:
-        """Read the weights that ship with the package, or those of a file.
-
-        Parameters
-        ----------
-        backend : str or Backend
-            A registered name, ``"module:attr"`` or an instance.
-        path : str or Path, optional
-            A safetensors file; default: the shipped weights.
+        """Read the weights that ship with the package, or those of a safetensors file.
 
         Raises
         ------
@@ -117,21 +69,16 @@ class TinyModel:
 
     def empty_cache(
         self, *, block_length: int | None = None, page_size: int = DEFAULT_PAGE_SIZE, capacity: int = 0
-    ) -> PrefixCache:
-        """Return a `PrefixCache` without tokens for this model."""
+    ) -> KVCache:
+        """Return the cache of a prefix without tokens."""
         length = check_block_length(self.config.block_length if block_length is None else block_length)
-        return PrefixCache(
-            self.config, self.backend, page_size=page_size, block_length=length, capacity=capacity,
-            owner=self,
+        return KVCache(
+            self.config, self.backend, page_size=page_size, block_length=length, capacity=capacity, owner=self
         )
 
     def prefill(
-        self,
-        prompt: bytes | Sequence[int],
-        *,
-        block_length: int | None = None,
-        page_size: int = DEFAULT_PAGE_SIZE,
-    ) -> PrefixCache:
+        self, prompt: bytes | Sequence[int], *, block_length: int | None = None, page_size: int = DEFAULT_PAGE_SIZE
+    ) -> KVCache:
         """Compute the KV of the prompt's whole blocks, densely and block-causally.
 
         Parameters
@@ -146,7 +93,7 @@ class TinyModel:
 
         Returns
         -------
-        PrefixCache
+        KVCache
             The KV, with page metadata. Share it between decodings by passing it to each of them.
 
         Raises
@@ -155,11 +102,8 @@ class TinyModel:
             If the prompt is empty or longer than the model's context, holds something else than
             bytes, or if a length is not supported.
         """
-        tokens = as_tokens("prompt", prompt)
-        self.check_prompt(tokens)
-        cache = self.empty_cache(
-            block_length=block_length, page_size=page_size, capacity=len(tokens) + SPARE_TOKENS
-        )
+        tokens = self.tokens_of(prompt)
+        cache = self.empty_cache(block_length=block_length, page_size=page_size, capacity=len(tokens) + SPARE_TOKENS)
         cached = tokens[: len(tokens) // cache.block_length * cache.block_length]
         cache.reserve(len(cached))
         if cached:
@@ -167,137 +111,92 @@ class TinyModel:
         cache.advance([cached], prompt_tokens=len(tokens))
         return cache
 
-    def check_prompt(self, tokens: Sequence[int]) -> None:
-        """Raise `InvalidArgumentError` unless a prompt has a length that the model can read."""
+    def tokens_of(self, prompt: object, argument: str = "prompt") -> tuple[int, ...]:
+        """Return a prompt as tokens; `InvalidArgumentError` unless the model can read it."""
+        if isinstance(prompt, str):
+            raise InvalidArgumentError(argument, BYTES, "a str", "Encode it: text.encode().")
+        if not isinstance(prompt, Iterable):
+            raise InvalidArgumentError(argument, BYTES, type(prompt).__name__)
+        tokens = tuple(prompt)
+        for value in tokens:
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= value <= 255:
+                raise InvalidArgumentError(argument, BYTES, repr(value))
         if not tokens:
-            raise InvalidArgumentError("prompt", "must hold at least one byte", "an empty prompt")
+            raise InvalidArgumentError(argument, "must hold at least one byte", "an empty prompt")
         if len(tokens) > self.config.max_context:
             raise InvalidArgumentError(
-                "prompt", f"must hold at most {self.config.max_context} bytes, the longest the model knows",
+                argument, f"must hold at most {self.config.max_context} bytes, the longest the model knows",
                 f"{len(tokens)} bytes", "Shorten the text.",
             )
+        return tuple(map(int, tokens))
 
-    def forward_block(
-        self,
-        tokens: Sequence[Sequence[int]] | HostArray,
-        position: int,
-        contexts: Sequence[Context],
-        attention: PrefixAttention,
-        info: PassInfo,
-        memories: Sequence[LayerMemory | None] | None = None,
-        *,
-        computed: HostArray | None = None,
-        previous: BlockPass | None = None,
-    ) -> BlockPass:
-        """Run one pass over a block of each sequence.
+    def forward(
+        self, tokens: Sequence[Sequence[int]] | HostArray, cache: KVCache, attention: PrefixAttention,
+        info: PassInfo, memories: Sequence[LayerMemory | None] | None = None, *,
+        rows: HostArray | None = None, window_end: int | None = None,
+    ) -> tuple[Array, tuple[LayerMemory, ...]]:
+        """Run one pass over the block behind a prefix, or over a whole sequence.
 
         Parameters
         ----------
         tokens : array_like
-            int ``(batch, tokens)``, each sequence's block: bytes, or
-            `sparse_dlm_attn_tiny.config.MASK_ID` where not decoded yet.
-        position : int
-            Position of the first token, the same in all sequences.
-        contexts : sequence of Context
-            One a layer, from `PrefixCache.contexts`.
+            int ``(batch, tokens)``: bytes, or `sparse_dlm_attn_tiny.config.MASK_ID` where not decoded yet.
+        cache : KVCache
+            The prefix, or the whole sequence. The keys and values of the computed rows are written to it;
+            those of a block count as soon as `KVCache.advance` is called.
         attention : PrefixAttention
             Policy and backend.
         info : PassInfo
             Place in the denoising; its layer numbers are filled in here.
         memories : sequence of LayerMemory, optional
             Those of the previous pass.
-        computed : numpy.ndarray, optional
-            int64: rows to compute, in every sequence; default all. The others keep the keys and
-            values of ``previous``, and their logits are 0.
-        previous : BlockPass, optional
-            The previous pass over this block; needed if not all rows are computed.
-        """
-        block = np.asarray(tokens, dtype=np.int64)
-        batch, count = block.shape
-        rows = np.arange(count) if computed is None else computed
-        cosine, sine = self._angles(position, count, rows)
-        x = self._embed(block[:, rows].reshape(-1))
-        keys, values, kept = [], [], []
-        for index, layer in enumerate(self._layers):
-            q, k, v = layer.project(x, cosine, sine)
-            if len(rows) < count:
-                assert previous is not None
-                q = scattered(q, rows, count, 2)
-                k = _with_rows(previous.keys[index], rows, k)
-                v = _with_rows(previous.values[index], rows, v)
-            of_layer = replace(info, layer=index, num_layers=self.config.layers)
-            memory = None if memories is None else memories[index]
-            attended, memory = attention(q, k, v, contexts[index], memory, of_layer)
-            x = layer.finish(x, attended if len(rows) == count else attended[:, :, rows, :])
-            keys.append(k)
-            values.append(v)
-            kept.append(memory)
-        logits = namespace(x).reshape(self._logits(x), (batch, len(rows), -1))
-        return BlockPass(scattered(logits, rows, count, 1), tuple(keys), tuple(values), tuple(kept))
-
-    def forward_sequence(
-        self,
-        tokens: Sequence[int],
-        rows: HostArray,
-        cache: SequenceCache,
-        window_end: int,
-        attention: PrefixAttention,
-        info: PassInfo,
-        memories: Sequence[LayerMemory | None] | None = None,
-    ) -> tuple[Array, tuple[LayerMemory, ...]]:
-        """Run one pass over a whole sequence that sees itself in both directions.
-
-        Parameters
-        ----------
-        tokens : sequence of int
-            The sequence: bytes, or the mask where not decoded yet.
-        rows : numpy.ndarray
-            int64 ``(computed,)``: rows to compute, ascending. Only their keys and values are written.
-        cache : SequenceCache
-            Keys and values of all rows.
-        window_end : int
-            Position behind the window that is being filled in.
-        attention : PrefixAttention
-            Policy and backend.
-        info : PassInfo
-            Place in the denoising; its layer numbers are filled in here.
-        memories : sequence of LayerMemory, optional
-            Those of the previous pass.
+        rows : numpy.ndarray, optional
+            int64 ``(computed,)``: rows to compute in every sequence, ascending; default all. The others
+            keep the keys and values that the previous passes over them have written.
+        window_end : int, optional
+            For a whole sequence: position behind the window that is being filled in.
 
         Returns
         -------
         logits : array
-            float32 ``(len(tokens), 256)``, 0 for rows that are not computed.
+            float32 ``(batch, tokens, 256)``, 0 for rows that are not computed.
         memories : tuple of LayerMemory
             One a layer, for the next pass.
         """
-        count = len(tokens)
-        cosine, sine = self._angles(0, count, rows)
+        given = np.asarray(tokens, dtype=np.int64)
+        batch, count = given.shape
+        first = 0 if cache.whole else cache.length
+        if not cache.whole:
+            cache.reserve(count)
+        places: slice | HostArray = slice(first, first + count)
+        cosine, sine = rope_tables(self.config, first, count, self.backend)
+        if rows is not None and len(rows) == count:
+            rows = None
+        if rows is not None:
+            places, given, cosine, sine = first + rows, given[:, rows], cosine[rows, :], sine[rows, :]
+        x = self._embed(given.reshape(-1))
         contexts = cache.contexts(window_end)
-        x = self._embed([tokens[row] for row in rows.tolist()])
         kept = []
         for index, layer in enumerate(self._layers):
             q, k, v = layer.project(x, cosine, sine)
-            cache.write(index, rows, k, v)
+            cache.write(index, places, k, v)
             of_layer = replace(info, layer=index, num_layers=self.config.layers)
             memory = None if memories is None else memories[index]
-            q = scattered(q, rows, count, 2)
-            attended, memory = attention(q, None, None, contexts[index], memory, of_layer)
-            x = layer.finish(x, attended if len(rows) == count else attended[:, :, rows, :])
+            if rows is not None:
+                q = _scattered(q, rows, count, 2)
+                k, v = cache.read(index, first, first + count)
+            block_k, block_v = (None, None) if cache.whole else (k, v)
+            attended, memory = attention(q, block_k, block_v, contexts[index], memory, of_layer)
+            x = layer.finish(x, attended if rows is None else attended[:, :, rows, :])
             kept.append(memory)
-        return scattered(self._logits(x), rows, count, 0), tuple(kept)
+        logits = namespace(x).reshape(self._logits(x), (batch, given.shape[1], -1))
+        return logits if rows is None else _scattered(logits, rows, count, 1), tuple(kept)
 
-    def _angles(self, position: int, count: int, rows: HostArray) -> tuple[Array, Array]:
-        """Return the rotary tables of some rows of a block that begins at ``position``."""
-        cosine, sine = rope_tables(self.config, position, count, self.backend)
-        return (cosine, sine) if len(rows) == count else (cosine[rows, :], sine[rows, :])
-
-    def _fill(self, cache: PrefixCache, tokens: Sequence[int]) -> None:
+    def _fill(self, cache: KVCache, tokens: Sequence[int]) -> None:
         """Write the KV of all tokens, layer by layer and some rows at a time."""
         block = cache.block_length
         rows = min(max(ROWS_AT_ONCE // block, 1) * block, len(tokens))
         mask = block_causal_mask(rows, len(tokens), block, self.backend)
-        xp = namespace(self._embedding)
         x = self._embed(tokens)
         cosine, sine = rope_tables(self.config, 0, len(tokens), self.backend)
         for index, layer in enumerate(self._layers):
@@ -305,53 +204,34 @@ class TinyModel:
             for start in range(0, len(tokens), rows):
                 end = min(start + rows, len(tokens))
                 q, k, v = layer.project(x[start:end, :], cosine[start:end, :], sine[start:end, :])
-                cache.write(index, start, k, v)
+                cache.write(index, slice(start, end), k, v)
                 if index + 1 == self.config.layers:
                     continue  # the last layer's output would only serve logits that nobody reads
                 seen = mask[rows - (end - start) :, len(tokens) - end :]
-                attended = block_causal_attention(q, *cache.read(index, end), seen)
+                attended = block_causal_attention(q, *cache.read(index, 0, end), seen)
                 finished.append(layer.finish(x[start:end, :], attended))
-            x = xp.concat(finished, axis=0) if finished else x
+            x = namespace(x).concat(finished, axis=0) if finished else x
 
     def _embed(self, tokens: Sequence[int] | HostArray) -> Array:
-        xp = namespace(self._embedding)
+        """Return the embeddings of some tokens, ``(tokens, width)``."""
         indices = self.backend.asarray(np.asarray(tokens, dtype=np.int64), dtype="int64")
-        return xp.take(self._embedding, indices, axis=0)
+        return namespace(self._embedding).take(self._embedding, indices, axis=0)
 
     def _logits(self, x: Array) -> Array:
+        """Return the logits of some rows of the residual stream."""
         normed = rms_norm(x, self._final_norm, self.config.norm_eps)
         return normed @ namespace(x).matrix_transpose(self._head)
 
 
-def _with_rows(values: Array, rows: HostArray, fresh: Array) -> Array:
-    """Return a copy of ``(batch, heads, tokens, head_dim)`` with some rows replaced."""
-    result = namespace(values).asarray(values, copy=True)
-    result[:, :, rows, :] = fresh
+def _scattered(values: Array, rows: HostArray, count: int, axis: int) -> Array:
+    """Return zeros with ``count`` entries along ``axis``, ``values`` in those that ``rows`` names."""
+    shape = [int(size) for size in values.shape]
+    shape[axis] = count
+    result = namespace(values).zeros(tuple(shape), dtype=values.dtype, device=values.device)
+    places: list[Any] = [slice(None)] * len(shape)
+    places[axis] = rows
+    result[tuple(places)] = values
     return result
-
-
-def as_tokens(name: str, text: object) -> tuple[int, ...]:
-    """Return bytes as tokens.
-
-    Raises
-    ------
-    InvalidArgumentError
-        If ``text`` is not bytes nor a sequence of ints in 0..255.
-    """
-    if isinstance(text, bytes | bytearray | memoryview):
-        return tuple(bytes(text))
-    rule = "must be bytes, or ints in 0..255"
-    if isinstance(text, str):
-        raise InvalidArgumentError(name, rule, "a str", "Encode it: text.encode().")
-    try:
-        values = list(text)  # type: ignore[call-overload]
-    except TypeError:
-        raise InvalidArgumentError(name, rule, type(text).__name__) from None
-    for value in values:
-        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-        if not whole or not 0 <= value <= 255:
-            raise InvalidArgumentError(name, rule, repr(value))
-    return tuple(int(value) for value in values)
 
 
 def check_block_length(block_length: int) -> int:

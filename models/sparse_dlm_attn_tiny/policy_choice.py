@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,130 +14,80 @@ from sparse_dlm_attn import (
     PrefixAttentionPolicy,
     UnknownNameError,
     get_policy,
-    policies,
+    list_policies,
 )
 from sparse_dlm_attn.policy import check_count
 from sparse_dlm_attn.registry import split_parameters
 
-__all__ = ["BASELINE", "DEFAULT_POLICIES", "PolicyChoice", "choose_policies", "choose_policy"]
-
 BASELINE = "dense"
 """What agreement and savings are measured against."""
 
-DEFAULT_POLICIES = (
-    BASELINE, "losa", "quest", "sliding-window", "streaming-llm", "flashblock", "mage", "sparsed",
-)
+DEFAULT_POLICIES = (BASELINE, "losa", "quest", "sliding-window", "streaming-llm", "flashblock", "mage", "sparsed")
 
 
 @dataclass(frozen=True)
 class PolicyChoice:
-    """A policy, ready to run.
+    """A policy, ready to run."""
 
-    Parameters
-    ----------
-    label : str
-        ``"name:key=value,..."`` with every parameter that differs from its default; `get_policy`
-        understands it.
-    policy : PrefixAttentionPolicy
-        The policy itself.
-    budget : int or None
-        The common budget that was given to it, in tokens; None if it has no budget or its own.
-    specification : str
-        The label without the common budget: what was asked for.
-    """
-
-    label: str
+    label: str  # "name:key=value,...", which get_policy understands
     policy: PrefixAttentionPolicy[Any]
-    budget: int | None
-    specification: str
+    budget: int | None  # the common budget that was given to it, in tokens; None if it has none or its own
+    specification: str  # the label without the common budget: what was asked for
 
-    @property
-    def name(self) -> str:
-        """What stands before the parameters."""
-        return split_parameters("policy", self.label)[0]
-
-    @property
-    def parameters(self) -> dict[str, Any]:
-        """Every parameter with its value, or how Python shows a value that JSON cannot say."""
+    def as_json(self) -> dict[str, Any]:
+        """Return name, parameters and budget; a value that JSON cannot say as Python shows it."""
         values = {name: getattr(self.policy, name) for name in _fields_of(self.policy)}
         return {
-            name: value if isinstance(value, bool | int | float | str | None) else repr(value)
-            for name, value in values.items()
+            "name": split_parameters("policy", self.label)[0],
+            "parameters": {
+                name: value if isinstance(value, bool | int | float | str | None) else repr(value)
+                for name, value in values.items()
+            },
+            "budget": self.budget,
         }
 
 
 def choose_policies(
-    texts: Sequence[str], budget: int, page_size: int, *, baseline: bool = True
+    texts: Sequence[str], budgets: Sequence[int], page_size: int, *, baseline: bool = True
 ) -> list[PolicyChoice]:
-    """Return the policies to compare, each once.
+    """Return the policies to compare, each once, with every budget that they do not set themselves.
 
-    Parameters
-    ----------
-    texts : sequence of str
-        As the user wrote them; empty for `DEFAULT_POLICIES`.
-    budget : int
-        Context tokens that a row may read, for policies that have a budget and were not given one.
-    page_size : int
-        Tokens a page.
-    baseline : bool
-        Whether to put the dense policy first if it is not among them.
-
-    Raises
-    ------
-    SparseAttentionError
-        For an unknown policy or parameter, or a value that breaks its rule.
+    ``texts`` are as the user wrote them, empty for `DEFAULT_POLICIES`; ``baseline`` puts `dense` first.
     """
     names = list(texts) or list(DEFAULT_POLICIES)
-    if baseline and BASELINE not in names:
+    if baseline:
         names.insert(0, BASELINE)
-    choices = [choose_policy(text, budget, page_size) for text in names]
-    return list({choice.label: choice for choice in choices}.values())
+    chosen: dict[str, PolicyChoice] = {}
+    for budget, text in itertools.product(budgets, names):
+        choice = choose_policy(text, budget, page_size)
+        chosen.setdefault(choice.label, choice)
+    return list(chosen.values())
 
 
 def choose_policy(text: str, budget: int, page_size: int) -> PolicyChoice:
     """Return one policy with the common budget, unless ``text`` sets its own.
 
-    Parameters
-    ----------
-    text : str
-        A registered name, ``"name:key=value,..."`` or ``"module:attr"``.
-    budget : int
-        Context tokens that a row may read.
-    page_size : int
-        Tokens a page.
-
-    Notes
-    -----
     Policies that choose by content have a parameter ``budget`` (``snapkv``: ``capacity``). A window gets the
     budget less what the attention sinks take: they are rounded up to whole pages, as the policies do.
     """
     check_count("--budget", budget, 1)
     name, colon, rest = text.partition(":")
-    if not text.strip() or (colon and "=" not in rest and name in policies()):
+    if not text.strip() or (colon and "=" not in rest and name in list_policies()):
         raise InvalidArgumentError("--policy", "must be written name:key=value,key=value", repr(text))
     policy = get_policy(text)
-    parameter, given = _budget_parameter(policy, budget, page_size)
     written = split_parameters("policy", text)[1]
+    fields = _fields_of(policy)
+    parameter = next((each for each in ("budget", "capacity", "window") if each in fields), None)
     if parameter is None or parameter in written:
         return PolicyChoice(text, policy, None, text)
+    given = budget
+    if parameter == "window":
+        given = max(budget - -(-int(getattr(policy, "sinks", 0)) // page_size) * page_size, 1)
     try:
         policy = get_policy(text, **{parameter: given})
     except (UnknownNameError, InvalidTypeError):  # an instance, or what a factory without it makes
         return PolicyChoice(text, policy, None, text)
     return PolicyChoice(f"{text}{',' if written else ':'}{parameter}={given}", policy, budget, text)
-
-
-def _budget_parameter(
-    policy: PrefixAttentionPolicy[Any], budget: int, page_size: int
-) -> tuple[str | None, int]:
-    fields = _fields_of(policy)
-    for name in ("budget", "capacity"):
-        if name in fields:
-            return name, budget
-    if "window" in fields:
-        sinks = -(-int(getattr(policy, "sinks", 0)) // page_size) * page_size
-        return "window", max(budget - sinks, 1)
-    return None, 0
 
 
 def _fields_of(policy: Any) -> list[str]:

@@ -1,141 +1,21 @@
-"""What a decoding did: its output, and what every pass of every layer read."""
+"""What a decoding did: its output, and what every pass read."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 
-from sparse_dlm_attn import LayerMemory, Selection, Traffic
+from sparse_dlm_attn import Selection
 from sparse_dlm_attn.arrays import to_numpy
+from sparse_dlm_attn.memory import LayerMemory
+from sparse_dlm_attn.traffic import Traffic
 from sparse_dlm_attn.values import short_repr
 from sparse_dlm_attn_tiny.config import STOP_BYTE
 
-__all__ = ["Decoded", "PassRecord", "TrafficTotal", "text_before_stop"]
-
 HostArray = np.ndarray[Any, Any]
-
-
-@dataclass(frozen=True, eq=False)
-class PassRecord:
-    """One forward pass over one block; token counts and bytes are summed over KV heads.
-
-    Parameters
-    ----------
-    block, index : int
-        Block of this decoding and pass in the block, both from 0.
-    is_save : bool
-        Whether this pass wrote the block's final KV.
-    tokens : tuple of int
-        The block after the pass; 256 where it is still masked.
-    newly_decoded : tuple of int
-        Positions in the block that were decoded after this pass.
-    tokens_read, context_tokens, page_bytes, metadata_bytes, dense_bytes : numpy.ndarray
-        float64 ``(layers,)``: tokens loaded and tokens there are; bytes of the pages loaded, bytes
-        read to choose them, bytes that the dense policy reads.
-    metadata_reads : numpy.ndarray
-        int64 ``(layers,)``: how often the policy read the page bounds.
-    pairs, dense_pairs : numpy.ndarray
-        float64 ``(layers,)``: pairs of a row and a context token it attended to, over query heads, and what
-        they are if every row attends to every token.
-    active_rows : numpy.ndarray
-        int64 ``(layers,)``: rows whose context part was computed.
-    computed_rows, rows : int
-        Rows that the model computed at all, and rows of the block.
-    loaded : numpy.ndarray
-        bool ``(layers, kv_heads, pages)``: pages loaded.
-    seconds : float
-        Wall time of the pass, divided by the number of sequences that it computed.
-    """
-
-    block: int
-    index: int
-    is_save: bool
-    tokens: tuple[int, ...]
-    newly_decoded: tuple[int, ...]
-    tokens_read: HostArray
-    context_tokens: HostArray
-    page_bytes: HostArray
-    metadata_bytes: HostArray
-    dense_bytes: HostArray
-    metadata_reads: HostArray
-    pairs: HostArray
-    dense_pairs: HostArray
-    active_rows: HostArray
-    computed_rows: int
-    rows: int
-    loaded: HostArray
-    seconds: float
-
-    __repr__ = short_repr
-
-    @property
-    def density(self) -> float:
-        """Tokens loaded / context tokens, over all layers; 0 for an empty context."""
-        total = float(self.context_tokens.sum())
-        return float(self.tokens_read.sum()) / total if total else 0.0
-
-    @classmethod
-    def of(
-        cls,
-        memories: Sequence[LayerMemory],
-        *,
-        block: int,
-        index: int,
-        is_save: bool,
-        tokens: HostArray,
-        newly_decoded: HostArray,
-        seconds: float,
-        computed_rows: int | None = None,
-    ) -> list[PassRecord]:
-        """Read the traffic of a pass from its memories, to the host: one record a sequence.
-
-        Parameters
-        ----------
-        memories : sequence of LayerMemory
-            What the pass returned, layer by layer.
-        block, index, is_save
-            As for the class.
-        tokens, newly_decoded : numpy.ndarray
-            ``(batch, tokens)``: the blocks after the pass, and bool: what was decoded after it.
-        seconds : float
-            As for the class.
-        computed_rows : int, optional
-            Rows that the model computed in each sequence; default: all.
-        """
-        traffic = [_on_host(memory.traffic) for memory in memories]
-        names = ("pairs", "dense_pairs", "tokens_read", "context_tokens", "page_bytes", "metadata_bytes",
-                 "dense_bytes")
-        figures = {
-            name: np.stack([getattr(item, name) for item in traffic]).astype(np.float64) for name in names
-        }
-        active_rows = np.stack([item.active.sum(axis=-1) for item in traffic])
-        loaded = np.stack([item.loaded for item in traffic])
-        metadata_reads = np.asarray([item.metadata_reads for item in traffic])
-        batch, rows = traffic[0].active.shape
-        return [
-            cls(
-                block=block, index=index, is_save=is_save, seconds=seconds, rows=rows,
-                computed_rows=rows if computed_rows is None else computed_rows,
-                tokens=tuple(tokens[sequence].tolist()),
-                newly_decoded=tuple(np.flatnonzero(newly_decoded[sequence]).tolist()),
-                metadata_reads=metadata_reads, active_rows=active_rows[:, sequence],
-                loaded=loaded[:, sequence], **{name: each[:, sequence] for name, each in figures.items()},
-            )
-            for sequence in range(batch)
-        ]
-
-
-def _on_host(traffic: Traffic) -> Traffic:
-    """Return the same traffic in NumPy, where many small sums are quickest."""
-    selection = Selection(to_numpy(traffic.selection.mask), traffic.selection.span)
-    return replace(
-        traffic, selection=selection, active=to_numpy(traffic.active),
-        page_lengths=to_numpy(traffic.page_lengths),
-    )
 
 
 @dataclass(frozen=True)
@@ -172,6 +52,12 @@ class TrafficTotal:
     computed_rows: float
     rows: float
 
+    @classmethod
+    def sum(cls, totals: Iterable[TrafficTotal]) -> TrafficTotal:
+        """Return the total of totals; its shares are those of all passes, not means of shares."""
+        parts = list(totals)
+        return cls(*(sum(getattr(part, field.name) for part in parts) for field in fields(cls)))
+
     @property
     def pair_share(self) -> float:
         """Pairs attended to / those of the dense policy; 0 for an empty context."""
@@ -199,6 +85,83 @@ class TrafficTotal:
 
 
 @dataclass(frozen=True, eq=False)
+class PassRecord:
+    """One forward pass over one block.
+
+    Parameters
+    ----------
+    block, index : int
+        Block of this decoding and pass in the block, both from 0.
+    is_save : bool
+        Whether this pass wrote the block's final KV.
+    tokens : tuple of int
+        The block after the pass, or all that follows the prompt in a whole sequence; 256 where masked.
+    newly_decoded : tuple of int
+        Positions in ``tokens`` that were decoded after this pass.
+    reads : TrafficTotal
+        What it read, without the building of metadata.
+    metadata_reads, active_rows : numpy.ndarray
+        int64 ``(layers,)``: how often the policy read the page bounds, and rows whose context part was computed.
+    loaded : numpy.ndarray
+        bool ``(layers, kv_heads, pages)``: pages loaded.
+    seconds : float
+        Wall time of the pass, divided by the number of sequences that it computed.
+    """
+
+    block: int
+    index: int
+    is_save: bool
+    tokens: tuple[int, ...]
+    newly_decoded: tuple[int, ...]
+    reads: TrafficTotal
+    metadata_reads: HostArray
+    active_rows: HostArray
+    loaded: HostArray
+    seconds: float
+
+    __repr__ = short_repr
+
+    @classmethod
+    def of(
+        cls, memories: Sequence[LayerMemory], tokens: HostArray, newly_decoded: HostArray,
+        computed_rows: int, **place: Any,
+    ) -> list[PassRecord]:
+        """Read the traffic of a pass from its layers' memories, to the host: one record a sequence.
+
+        ``tokens`` and ``newly_decoded`` are ``(batch, tokens)``, ``place`` is what memories do not tell.
+        """
+        layers = [_on_host(memory.traffic) for memory in memories]
+        batch, rows = layers[0].active.shape
+
+        totals = {
+            name: np.stack([getattr(each, name) for each in layers]).sum(axis=0, dtype=np.float64).tolist()
+            for name in ("tokens_read", "context_tokens", "page_bytes", "metadata_bytes", "dense_bytes",
+                         "pairs", "dense_pairs")
+        }
+        return [
+            cls(
+                tokens=tuple(tokens[sequence].tolist()),
+                newly_decoded=tuple(np.flatnonzero(newly_decoded[sequence]).tolist()),
+                reads=TrafficTotal(
+                    passes=1, build_bytes=0.0, computed_rows=float(computed_rows), rows=float(rows),
+                    **{name: values[sequence] for name, values in totals.items()},
+                ),
+                metadata_reads=np.asarray([each.metadata_reads for each in layers]),
+                active_rows=np.asarray([each.active[sequence].sum() for each in layers]),
+                loaded=np.stack([each.loaded[sequence] for each in layers]), **place,
+            )
+            for sequence in range(batch)
+        ]
+
+
+def _on_host(traffic: Traffic) -> Traffic:
+    """Return the same traffic in NumPy, where many small sums are quickest."""
+    selection = Selection(to_numpy(traffic.selection.mask), traffic.selection.span)
+    active, lengths = to_numpy(traffic.active), to_numpy(traffic.page_lengths)
+    return replace(traffic, selection=selection, active=active, page_lengths=lengths)
+
+
+@dataclass(frozen=True, eq=False)
 class Decoded:
     """A finished decoding.
 
@@ -212,27 +175,20 @@ class Decoded:
         Whether a stop byte was decoded; False if the number of blocks ended it.
     passes : tuple of PassRecord
         Every pass in order.
-    block_length, page_size : int
-        Tokens a block and a page.
-    prompt_tokens, prefilled_tokens : int
-        Bytes of the prompt, and those of them that were prefilled.
+    prefilled_tokens : int
+        Bytes of the prompt that were prefilled.
     build_bytes : float
         See `TrafficTotal`.
-    prefill_seconds, seconds : float
-        Wall time of the prefill (0 if a prefix was given) and of the passes; of several sequences
-        decoded together, an equal part.
+    seconds : float
+        Wall time of the passes; of several sequences decoded together, an equal part.
     """
 
     output: bytes
     generated: bytes
     stopped: bool
     passes: tuple[PassRecord, ...]
-    block_length: int
-    page_size: int
-    prompt_tokens: int
     prefilled_tokens: int
     build_bytes: float
-    prefill_seconds: float
     seconds: float
 
     __repr__ = short_repr
@@ -248,8 +204,7 @@ class Decoded:
         Parameters
         ----------
         first_pass : bool
-            Whether pass 0 of every block counts, and with it the building of page metadata. Save
-            passes always count.
+            Whether pass 0 of every block counts, and with it the building of page metadata. Save passes always count.
 
         Notes
         -----
@@ -258,20 +213,8 @@ class Decoded:
         policy read bounds in some pass of this decoding; likewise the bounds of blocks appended before
         the last block. Shared prefixes make no difference: every decoding is charged as if alone.
         """
-        counted = [record for record in self.passes if first_pass or record.index > 0]
-
-        def total(name: str) -> float:
-            return math.fsum(float(getattr(record, name).sum()) for record in counted)
-
-        return TrafficTotal(
-            passes=len(counted), tokens_read=total("tokens_read"),
-            context_tokens=total("context_tokens"), page_bytes=total("page_bytes"),
-            metadata_bytes=total("metadata_bytes"),
-            build_bytes=self.build_bytes if first_pass else 0.0, dense_bytes=total("dense_bytes"),
-            pairs=total("pairs"), dense_pairs=total("dense_pairs"),
-            computed_rows=float(sum(record.computed_rows for record in counted)),
-            rows=float(sum(record.rows for record in counted)),
-        )
+        total = TrafficTotal.sum(each.reads for each in self.passes if first_pass or each.index > 0)
+        return replace(total, build_bytes=self.build_bytes) if first_pass else total
 
 
 def text_before_stop(generated: bytes) -> tuple[bytes, bool]:

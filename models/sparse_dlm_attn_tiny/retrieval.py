@@ -13,208 +13,123 @@ The chained answer with its stop byte is exactly 16 bytes. When the prompt ends 
 16-token block, the key of the second lookup is therefore decoded in the same block as the code.
 
 Training and evaluation both use this module. Names whose CRC-32 is divisible by ten are held out:
-training never shows them. Needs only the standard library and NumPy.
+training never shows them.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.resources
+import math
 import random
 import re
 import zlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from sparse_dlm_attn_tiny.config import STOP_BYTE
+from sparse_dlm_attn.errors import InvalidArgumentError, UnknownNameError
+from sparse_dlm_attn.policy import check_count
 
 TASKS = ("single-key", "multi-key", "several-values", "several-keys", "chained")
 """Names of the tasks `make_prompt` knows."""
 
-CONSONANTS = "bdfghjklmnprstvwyz"
-VOWELS = "aeiou"
+CONSONANTS, VOWELS = "bdfghjklmnprstvwyz", "aeiou"
 HELD_OUT_SHARE = 10
-MIN_MULTI_KEY_FACTS = 9
-MAX_MULTI_KEY_FACTS = 24
+MIN_MULTI_KEY_FACTS, MAX_MULTI_KEY_FACTS = 9, 24
 FACT_REGION = 0.75
-
 _SENTENCE_END = re.compile(rb"""[.?!]["']?(?=\s)""")
 
 
-class RetrievalError(ValueError):
-    """A prompt was asked for that cannot be built."""
-
-
 @dataclass(frozen=True)
-class RetrievalPrompt:
-    """One retrieval question over a long text.
+class Prompt:
+    """What a model is asked to continue."""
 
-    Parameters
-    ----------
-    task : str
-        One of `TASKS`.
-    seed : int
-        The seed it was made with.
-    text : bytes
-        Everything up to and including ``"Answer: "``.
-    answer : str
-        The only correct answer, without the stop byte.
-    facts : tuple of (int, int)
-        Byte spans in `text` of the facts the answer needs, in the order in which it needs them.
-        Distractors are not listed.
-    """
+    text: bytes  # all of it; a retrieval prompt ends with "Answer: "
+    source: str  # where it comes from, for people
+    question: str = ""
+    answer: str | None = None  # the only correct one, without the stop byte, if one is known
+    facts: tuple[tuple[int, int], ...] = ()  # byte spans of those that the answer needs, in that order
+    task: str | None = None
+    seed: int | None = None
 
-    task: str
-    seed: int
-    text: bytes
-    answer: str
-    facts: tuple[tuple[int, int], ...]
+    def as_json(self) -> dict[str, Any]:
+        """Return the description of this prompt, and its SHA-256 in place of the text."""
+        return {
+            "source": self.source, "bytes": len(self.text), "sha256": hashlib.sha256(self.text).hexdigest(),
+            "task": self.task, "seed": self.seed, "question": self.question, "answer": self.answer,
+            "facts": [
+                {"start": start, "end": end, "text": self.text[start:end].decode("latin-1")}
+                for start, end in self.facts
+            ],
+        }
+
+    def story(self) -> list[tuple[str, str]]:
+        """Return what a reader wants to know about it: (heading, text) pairs."""
+        beginning = " ".join(self.text[:200].decode("utf-8", "replace").split())
+        lines = [("prompt", f"{len(self.text)} bytes, {self.source}"), ("begins", beginning[:100] + " ...")]
+        for start, end in self.facts:
+            where = f"(at byte {start}, {len(self.text) - end} bytes before the answer)"
+            lines.append(("fact", f"{self.text[start:end].decode('ascii')}  {where}"))
+        if self.question:
+            lines.append(("question", self.question))
+        if self.answer is not None:
+            lines.append(("expected", self.answer))
+        return lines
 
 
 def is_held_out_name(name: str) -> bool:
-    """Return whether training never shows `name`.
-
-    Parameters
-    ----------
-    name : str
-        A name such as ``"Dumel"``.
-    """
+    """Return whether training never shows a name such as ``"Dumel"``."""
     return zlib.crc32(name.encode("ascii")) % HELD_OUT_SHARE == 0
 
 
 def draw_name(rng: random.Random, *, held_out: bool) -> str:
-    """Return a five-letter name such as ``"Dumel"``.
-
-    Parameters
-    ----------
-    rng : random.Random
-        Source of randomness.
-    held_out : bool
-        Whether the name is one that training never shows.
-    """
+    """Return a five-letter name such as ``"Dumel"``, one that training never shows or one of the others."""
     while True:
         letters = [
-            alphabet[rng.randrange(len(alphabet))]
-            for alphabet in (CONSONANTS, VOWELS, CONSONANTS, VOWELS, CONSONANTS)
+            alphabet[rng.randrange(len(alphabet))] for alphabet in (CONSONANTS, VOWELS, CONSONANTS, VOWELS, CONSONANTS)
         ]
         name = "".join(letters).capitalize()
         if is_held_out_name(name) == held_out:
             return name
 
 
-def draw_names(rng: random.Random, count: int, *, held_out: bool) -> list[str]:
-    """Return `count` different names.
-
-    Parameters
-    ----------
-    rng : random.Random
-        Source of randomness.
-    count : int
-        How many.
-    held_out : bool
-        Whether they are names that training never shows.
-    """
-    names: dict[str, None] = {}
-    while len(names) < count:
-        names[draw_name(rng, held_out=held_out)] = None
-    return list(names)
-
-
 def draw_code(rng: random.Random) -> str:
-    """Return a code of five digits.
-
-    Parameters
-    ----------
-    rng : random.Random
-        Source of randomness.
-    """
+    """Return a code of five digits."""
     return f"{rng.randrange(100_000):05d}"
 
 
 def fact(name: str, *values: str) -> str:
-    """Return the sentence that states the code, or the codes, of `name`.
-
-    Parameters
-    ----------
-    name : str
-        The key.
-    *values : str
-        One code, one other name (a chain), or several codes.
-    """
+    """Return the sentence that states the value of ``name``: one code, another name, or several codes."""
     if len(values) == 1:
         return f"The code of {name} is {values[0]}."
     return f"The codes of {name} are {', '.join(values)}."
 
 
 def question(*names: str, several_values: bool = False) -> str:
-    """Return the question that asks for the code of every name, up to ``"Answer: "``.
-
-    Parameters
-    ----------
-    *names : str
-        The keys asked for.
-    several_values : bool
-        Whether the (single) key has several codes.
-    """
-    if len(names) == 1 and not several_values:
-        asked = f"What is the code of {names[0]}?"
-    elif len(names) == 1:
-        asked = f"What are the codes of {names[0]}?"
-    else:
+    """Return the question for the code of every name, or the several codes of one, up to ``"Answer: "``."""
+    if len(names) > 1:
         asked = f"What are the codes of {', '.join(names[:-1])} and {names[-1]}?"
+    else:
+        asked = f"What {'are the codes' if several_values else 'is the code'} of {names[0]}?"
     return f"\nQuestion: {asked}\nAnswer: "
 
 
 def statement(name: str, code: str) -> str:
-    """Return ``"Dumel is 48213."``, 15 bytes.
-
-    Parameters
-    ----------
-    name, code : str
-        Key and value.
-    """
+    """Return ``"Dumel is 48213."``, 15 bytes."""
     return f"{name} is {code}."
 
 
-def sentence_ends(text: bytes) -> np.ndarray:
-    """Return the offsets in `text` just after each sentence, where a fact may be inserted.
-
-    Parameters
-    ----------
-    text : bytes
-        English text.
-
-    Returns
-    -------
-    numpy.ndarray
-        Ascending int64 offsets.
-    """
+def sentence_ends(text: bytes) -> np.ndarray[Any, Any]:
+    """Return the offsets just after each sentence, ascending int64, where a fact may be inserted."""
     return np.array([match.end() for match in _SENTENCE_END.finditer(text)], dtype=np.int64)
 
 
 def answer_blocks(answer: str, block_length: int) -> int:
-    """Return how many blocks hold `answer` and its stop byte.
-
-    Parameters
-    ----------
-    answer : str
-        An answer without stop byte.
-    block_length : int
-        Tokens in a block.
-    """
+    """Return how many blocks hold an answer and its stop byte."""
     return -(-(len(answer) + 1) // block_length)
-
-
-def decoded_answer(output: bytes) -> str:
-    """Return what a model answered: its output up to the first stop byte.
-
-    Parameters
-    ----------
-    output : bytes
-        The bytes decoded after the prompt.
-    """
-    return output.split(bytes([STOP_BYTE]), 1)[0].decode("latin-1")
 
 
 @functools.cache
@@ -224,87 +139,64 @@ def haystack_text() -> bytes:
     return data.read_bytes()
 
 
-@functools.lru_cache(maxsize=4)
-def _ends_of(haystack: bytes) -> np.ndarray:
-    return sentence_ends(haystack)
+@functools.cache
+def _haystack_ends() -> np.ndarray[Any, Any]:
+    """Return the `sentence_ends` of the shipped text."""
+    return sentence_ends(haystack_text())
 
 
-def make_prompt(
-    task: str,
-    *,
-    length: int,
-    seed: int,
-    haystack: bytes,
-    block_length: int = 16,
-    held_out: bool = True,
-    depth: float | None = None,
-) -> RetrievalPrompt:
-    """Build one prompt of exactly `length` bytes; the same arguments give the same prompt.
+def make_prompt(task: str, *, length: int, seed: int, block_length: int = 16) -> Prompt:
+    """Build one held-out prompt of exactly ``length`` bytes; the same arguments give the same prompt.
 
     Parameters
     ----------
     task : str
         One of `TASKS`.
     length : int
-        Bytes of the prompt, a multiple of `block_length`.
+        Bytes of the prompt, a multiple of ``block_length``: it ends on a boundary of blocks.
     seed : int
-        Fixes names, codes, text and depths.
-    haystack : bytes
-        English text to hide the facts in, for example `haystack_text()`.
+        Fixes names, codes, text and places.
     block_length : int
-        The prompt ends on a boundary of blocks of this length.
-    held_out : bool
-        Whether to use names that training never shows.
-    depth : float or None
-        Where in the first three quarters of the prompt the needed facts go, 0 (start) to 1;
-        None draws a place for each.
-
-    Returns
-    -------
-    RetrievalPrompt
-        The prompt, its answer and where the needed facts are.
+        Tokens in a block.
 
     Raises
     ------
-    RetrievalError
-        If the task is unknown, an argument is out of range, or the facts do not fit.
+    InvalidArgumentError, UnknownNameError
+        If a length is out of range or too small for the facts, or if the task is unknown.
     """
-    _check_request(task, length, block_length, depth)
-    rng = random.Random(f"{task}/{seed}/{length}/{held_out}")
-    needed, distractors, asked, answer = _draw_task(task, length, rng, held_out)
+    if task not in TASKS:
+        raise UnknownNameError("task", task, TASKS)
+    check_count("block_length", block_length, 1)
+    if length < 1 or length % block_length:
+        rule = f"must be a positive multiple of block_length={block_length}"
+        raise InvalidArgumentError("length", rule, length)
+    rng = random.Random(f"{task}/{seed}/{length}/True")
+    needed, distractors, asked, answer = _draw_task(task, length, rng)
     ending = asked.encode("ascii")
     inserted = [f" {sentence}".encode("ascii") for sentence in needed + distractors]
     fact_bytes = sum(map(len, inserted))
     filler_bytes = length - fact_bytes - len(ending)
     if filler_bytes < 0 or fact_bytes > FACT_REGION * length:
-        raise RetrievalError(
-            f"length: {task!r} needs {fact_bytes} bytes of facts in the first three quarters and "
-            f"{len(ending)} bytes of question; got length {length}"
+        least = max(fact_bytes + len(ending), math.ceil(fact_bytes / FACT_REGION))
+        raise InvalidArgumentError(
+            "length", f"must be at least {least}, so that facts and question of {task!r} fit", length
         )
-    filler = _draw_filler(haystack, filler_bytes, rng)
-    places = _draw_places(filler, len(needed), len(inserted), length, fact_bytes, depth, rng)
+    filler = _draw_filler(filler_bytes, rng)
+    ends = sentence_ends(filler)
+    allowed = [0, *ends[ends <= int(FACT_REGION * length) - fact_bytes].tolist()]
+    places = [allowed[rng.randrange(len(allowed))] for _ in inserted]
     body, spans = _insert(filler, inserted, places)
-    return RetrievalPrompt(task, seed, body + ending, answer, spans[: len(needed)])
+    source = "from chapters of Moby-Dick that the model has never seen"
+    question_text = asked.rpartition("Question: ")[2].partition("\n")[0]
+    return Prompt(body + ending, source, question_text, answer, spans[: len(needed)], task, seed)
 
 
-def _check_request(task: str, length: int, block_length: int, depth: float | None) -> None:
-    if task not in TASKS:
-        raise RetrievalError(f"task: must be one of {', '.join(TASKS)}; got {task!r}")
-    if block_length < 1:
-        raise RetrievalError(f"block_length: must be at least 1; got {block_length}")
-    if length < 1 or length % block_length:
-        raise RetrievalError(
-            f"length: must be a positive multiple of block_length {block_length}; got {length}"
-        )
-    if depth is not None and not 0 <= depth <= 1:
-        raise RetrievalError(f"depth: must lie in 0..1; got {depth}")
-
-
-def _draw_task(
-    task: str, length: int, rng: random.Random, held_out: bool
-) -> tuple[list[str], list[str], str, str]:
+def _draw_task(task: str, length: int, rng: random.Random) -> tuple[list[str], list[str], str, str]:
     """Return needed facts, distractors, question and answer."""
-    names = draw_names(rng, MAX_MULTI_KEY_FACTS + 8, held_out=held_out)
+    drawn: dict[str, None] = {}
+    while len(drawn) < MAX_MULTI_KEY_FACTS + 8:
+        drawn[draw_name(rng, held_out=True)] = None
+    names = list(drawn)
     codes = [draw_code(rng) for _ in names]
     plain = [fact(name, code) for name, code in zip(names, codes, strict=True)]
     first, second, third = names[:3]
@@ -315,62 +207,32 @@ def _draw_task(
         return plain[:1], plain[1:count], question(first), f"{codes[0]}."
     if task == "several-values":
         needed = fact(first, *codes[:3])
-        asked = question(first, several_values=True)
-        return [needed], plain[3:6], asked, f"{', '.join(codes[:3])}."
+        return [needed], plain[3:6], question(first, several_values=True), f"{', '.join(codes[:3])}."
     if task == "several-keys":
-        answer = " ".join(statement(name, code) for name, code in zip(names[:3], codes, strict=False))
+        answer = " ".join(map(statement, names[:3], codes))
         return plain[:3], plain[3:8], question(first, second, third), answer
     other_chain = [fact(names[3], names[4]), plain[4]]
     needed_facts = [fact(first, second), plain[1]]
     return needed_facts, other_chain + plain[5:8], question(first), statement(second, codes[1])
 
 
-def _draw_filler(haystack: bytes, size: int, rng: random.Random) -> bytes:
-    """Return `size` bytes of the haystack, cut between two sentences at the front."""
-    starts = _ends_of(haystack)  # the filler begins with the blank before a sentence
+def _draw_filler(size: int, rng: random.Random) -> bytes:
+    """Return ``size`` bytes of the shipped text, cut between two sentences at the front."""
+    haystack, starts = haystack_text(), _haystack_ends()  # the filler begins with the blank before a sentence
     possible = int(np.searchsorted(starts, len(haystack) - size, side="right"))
     if possible == 0:
-        raise RetrievalError(
-            f"length: must leave at most {len(haystack)} bytes of filler, which is all the text there is; "
-            f"got {size}"
-        )
+        rule = f"must leave at most {len(haystack)} bytes of filler, which is all the text there is"
+        raise InvalidArgumentError("length", rule, size)
     start = int(starts[rng.randrange(possible)])
     return haystack[start : start + size]
 
 
-def _draw_places(
-    filler: bytes,
-    needed: int,
-    count: int,
-    length: int,
-    fact_bytes: int,
-    depth: float | None,
-    rng: random.Random,
-) -> list[int]:
-    """Return an offset in the filler for each fact; every fact ends in the first three quarters."""
-    last = int(FACT_REGION * length) - fact_bytes
-    ends = sentence_ends(filler)
-    allowed = [0, *(int(end) for end in ends[ends <= last])]
-    places = [allowed[rng.randrange(len(allowed))] for _ in range(count)]
-    if depth is not None:
-        nearest = min(allowed, key=lambda place: abs(place - depth * last))
-        places[:needed] = [nearest] * needed
-    return places
-
-
-def _insert(
-    filler: bytes, inserted: list[bytes], places: list[int]
-) -> tuple[bytes, tuple[tuple[int, int], ...]]:
+def _insert(filler: bytes, inserted: list[bytes], places: list[int]) -> tuple[bytes, tuple[tuple[int, int], ...]]:
     """Insert each sentence at its place; return the text and each sentence's span."""
     spans = [(0, 0)] * len(inserted)
-    pieces: list[bytes] = []
-    size = taken = 0
+    text, taken = b"", 0
     for index in sorted(range(len(inserted)), key=lambda index: (places[index], index)):
-        pieces.append(filler[taken : places[index]])
-        size += places[index] - taken
+        text += filler[taken : places[index]] + inserted[index]
         taken = places[index]
-        pieces.append(inserted[index])
-        spans[index] = (size + 1, size + len(inserted[index]))
-        size += len(inserted[index])
-    pieces.append(filler[taken:])
-    return b"".join(pieces), tuple(spans)
+        spans[index] = (len(text) - len(inserted[index]) + 1, len(text))  # without the blank in front
+    return text + filler[taken:], tuple(spans)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.resources
 import math
 from contextlib import ExitStack
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,10 @@ from safetensors import SafetensorError, safe_open
 from sparse_dlm_attn.errors import DataFileError
 from sparse_dlm_attn_tiny.config import TinyConfig, weight_shapes
 
-__all__ = ["Weights", "load_weights"]
-
 Weights = dict[str, np.ndarray[Any, Any]]
 
-SHIPPED = "data/tiny.safetensors"
-TENSORS_A_LAYER = 11
-TENSORS_ELSEWHERE = 3
+SHIPPED = importlib.resources.files("sparse_dlm_attn_tiny").joinpath("data/tiny.safetensors")
+TENSORS_A_LAYER, TENSORS_ELSEWHERE = 11, 3
 
 
 def load_weights(path: str | Path | None = None) -> tuple[TinyConfig, Weights]:
@@ -36,7 +34,7 @@ def load_weights(path: str | Path | None = None) -> tuple[TinyConfig, Weights]:
     config : TinyConfig
         From the file's metadata.
     weights : dict of str to numpy.ndarray
-        float32, with the names and shapes of `sparse_dlm_attn_tiny.config.weight_shapes`.
+        float32, with the names and shapes of `weight_shapes`.
 
     Raises
     ------
@@ -44,37 +42,32 @@ def load_weights(path: str | Path | None = None) -> tuple[TinyConfig, Weights]:
         If the file is missing, unreadable, truncated or no safetensors file, or if its tensors are not
         those of the architecture that it names. The message names the file, the reason and the remedy.
     """
+    remedy = "Give a file that models/training/train.py wrote, or leave the path out."
     with ExitStack() as stack:
         if path is None:
-            shipped = importlib.resources.files("sparse_dlm_attn_tiny").joinpath(SHIPPED)
-            path = stack.enter_context(importlib.resources.as_file(shipped))
+            path = stack.enter_context(importlib.resources.as_file(SHIPPED))
             remedy = "Reinstall sparse_dlm_attn: the weights are a part of it."
-        else:
-            path = Path(path)
-            remedy = "Give a file that models/training/train.py wrote, or leave the path out."
-        return _read(path, remedy)
+        try:
+            return _read(Path(path))
+        except SafetensorError as error:
+            reason = f"it is truncated, corrupt or no safetensors file ({error})"
+            raise DataFileError(f"cannot read the model weights {path}: {reason}. {remedy}") from error
+        except (OSError, TypeError, ValueError) as error:
+            raise DataFileError(f"cannot read the model weights {path}: {error}. {remedy}") from error
 
 
-def _read(path: Path, remedy: str) -> tuple[TinyConfig, Weights]:
+def _read(path: Path) -> tuple[TinyConfig, Weights]:
+    """Read a file; OSError, TypeError or ValueError with the reason if it is of no use."""
     if not path.is_file():
-        reason = "it is a directory" if path.is_dir() else "no such file"
-        raise DataFileError(f"cannot read the model weights {path}: {reason}. {remedy}")
-    try:
-        with safe_open(str(path), framework="numpy") as file:
-            config = _config(file.metadata() or {})
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            _check_shapes(config, shapes)
-            weights = {name: np.asarray(file.get_tensor(name), dtype=np.float32) for name in shapes}
-    except SafetensorError as error:
-        reason = f"it is truncated, corrupt or no safetensors file ({error})"
-        raise DataFileError(f"cannot read the model weights {path}: {reason}. {remedy}") from error
-    except (OSError, TypeError, ValueError) as error:
-        raise DataFileError(f"cannot read the model weights {path}: {error}. {remedy}") from error
+        raise OSError("it is a directory" if path.is_dir() else "no such file")
+    with safe_open(str(path), framework="numpy") as file:
+        config = _config(file.metadata() or {})
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        _check_shapes(config, shapes)
+        weights = {name: np.asarray(file.get_tensor(name), dtype=np.float32) for name in shapes}
     for name, values in weights.items():
         if not np.isfinite(values).all():
-            raise DataFileError(
-                f"cannot use the model weights {path}: tensor {name!r} holds NaN or inf. {remedy}"
-            )
+            raise ValueError(f"tensor {name!r} holds NaN or inf")
     return config, weights
 
 
@@ -83,14 +76,11 @@ def _config(metadata: dict[str, str]) -> TinyConfig:
     if "config" not in metadata:
         raise ValueError("its metadata names no architecture (key 'config')")
     config = TinyConfig.from_json(metadata["config"])
-    for name in ("layers", "width", "query_heads", "kv_heads", "head_dim", "hidden", "max_context"):
-        value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"its architecture has {name} = {value!r}, which must be an int of at least 1")
-    for name in ("rope_theta", "norm_eps"):
-        value = getattr(config, name)
-        if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-            raise ValueError(f"its architecture has {name} = {value!r}, which must be a positive number")
+    for field in fields(config):
+        value = getattr(config, field.name)
+        kinds, rule = ((int,), "int") if isinstance(field.default, int) else ((int, float), "number")
+        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
+            raise ValueError(f"its architecture has {field.name} = {value!r}, not a positive {rule}")
     if config.query_heads % config.kv_heads or config.head_dim % 2:
         raise ValueError(
             f"its architecture has {config.query_heads} query heads, {config.kv_heads} KV heads of "
@@ -105,7 +95,6 @@ def _check_shapes(config: TinyConfig, found: dict[str, tuple[int, ...]]) -> None
     if len(found) != expected:  # also keeps an absurd number of layers from being enumerated
         raise ValueError(f"it holds {len(found)} tensors, {config.layers} layers need {expected}")
     for name, shape in weight_shapes(config).items():
-        if name not in found:
-            raise ValueError(f"tensor {name!r} is missing")
-        if found[name] != shape:
-            raise ValueError(f"tensor {name!r} has shape {found[name]}, its architecture needs {shape}")
+        if found.get(name) != shape:
+            got = f"has shape {found[name]}" if name in found else "is missing"
+            raise ValueError(f"tensor {name!r} {got}; its architecture needs shape {shape}")

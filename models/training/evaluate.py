@@ -15,23 +15,14 @@ from torch_model import PackedModel, rope_tables
 
 from sparse_dlm_attn_tiny import retrieval
 from sparse_dlm_attn_tiny.config import MASK_ID
+from sparse_dlm_attn_tiny.records import text_before_stop
 
 TOKENS_PER_PASS = 2
 FIRST_SEED = 10_000
 
 
 def make_layout(model: PackedModel, rows: Rows, device: torch.device) -> Layout:
-    """Return `rows` as a layout on the device.
-
-    Parameters
-    ----------
-    model : PackedModel
-        The model it is for.
-    rows : Rows
-        The layout in NumPy.
-    device : torch.device
-        Where the model is.
-    """
+    """Return `rows` as a layout on the device."""
     cos, sin = rope_tables(model.config, torch.from_numpy(rows.position).to(device))
     return Layout(rows, cos, sin, flex=model.compiled)
 
@@ -45,22 +36,9 @@ def decode(
     row_tokens: int,
     full_sequence: bool = False,
 ) -> list[bytes]:
-    """Decode answers to prompts of equal length, two tokens a pass, the surest first.
+    """Decode answers to prompts of one length, a multiple of `block_length`: two tokens a pass, the surest first.
 
-    Parameters
-    ----------
-    model : PackedModel
-        The model.
-    prompts : sequence of bytes
-        Prompts of one length, a multiple of `block_length`.
-    blocks : int
-        Blocks to decode.
-    block_length : int
-        Tokens in a block.
-    row_tokens : int
-        Tokens in a row.
-    full_sequence : bool
-        Decode all blocks at once over the whole sequence instead of block by block.
+    A row has `row_tokens` tokens; `full_sequence` decodes all blocks at once over the whole sequence.
     """
     device = model.weights["head"].device
     start, new = len(prompts[0]), blocks * block_length
@@ -109,31 +87,9 @@ def retrieval_score(
     block_length: int = 16,
     full_sequence: bool = False,
 ) -> float:
-    """Return the share of held-out prompts answered exactly.
-
-    Parameters
-    ----------
-    model : PackedModel
-        The model.
-    task : str
-        One of `retrieval.TASKS`.
-    length : int
-        Bytes of the prompts.
-    count : int
-        Number of prompts.
-    row_tokens : int
-        Tokens in a row.
-    block_length : int
-        Tokens in a block.
-    full_sequence : bool
-        As in `decode`.
-    """
-    haystack = retrieval.haystack_text()
+    """Return the share of held-out prompts answered exactly."""
     prompts = [
-        retrieval.make_prompt(
-            task, length=length, seed=FIRST_SEED + i, haystack=haystack, block_length=block_length
-        )
-        for i in range(count)
+        retrieval.make_prompt(task, length=length, seed=FIRST_SEED + i, block_length=block_length) for i in range(count)
     ]
     outputs = decode(
         model,
@@ -143,28 +99,16 @@ def retrieval_score(
         row_tokens=row_tokens,
         full_sequence=full_sequence,
     )
-    exact = [retrieval.decoded_answer(out) == p.answer for out, p in zip(outputs, prompts, strict=True)]
+    answers = [text_before_stop(output)[0].decode("latin-1") for output in outputs]
+    exact = [answer == prompt.answer for answer, prompt in zip(answers, prompts, strict=True)]
     return sum(exact) / count
 
 
-def english_bits_per_byte(
-    model: PackedModel, *, row_tokens: int, length: int = 4096, block_length: int = 16
-) -> float:
+def english_bits_per_byte(model: PackedModel, *, row_tokens: int, length: int = 4096, block_length: int = 16) -> float:
     """Return an upper bound of the bits per byte of the held-out chapters.
 
     The bound is that of any-order decoding in blocks: in every block a uniformly drawn number of
     uniformly drawn tokens is masked, and the block counts with the mean loss of its masked tokens.
-
-    Parameters
-    ----------
-    model : PackedModel
-        The model.
-    row_tokens : int
-        Tokens in a row.
-    length : int
-        Bytes of the sequences the chapters are cut into.
-    block_length : int
-        Tokens in a block.
     """
     device = model.weights["head"].device
     half = row_tokens // 2

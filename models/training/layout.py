@@ -25,24 +25,12 @@ TILE = 128
 
 @dataclass(frozen=True)
 class Rows:
-    """One int32 value per token of a row: the layout in NumPy.
+    """One int32 value per token of a row: the layout in NumPy."""
 
-    Parameters
-    ----------
-    position : numpy.ndarray
-        Position in the sequence.
-    block : numpy.ndarray
-        Number of the token's block, counted over the whole row.
-    first : numpy.ndarray
-        Number of the first block of the token's sequence.
-    noisy : numpy.ndarray
-        1 in a noisy copy.
-    """
-
-    position: np.ndarray
-    block: np.ndarray
-    first: np.ndarray
-    noisy: np.ndarray
+    position: np.ndarray  # position in the sequence
+    block: np.ndarray  # number of the token's block, counted over the whole row
+    first: np.ndarray  # number of the first block of the token's sequence
+    noisy: np.ndarray  # 1 in a noisy copy
 
 
 def _one_copy(lengths: Sequence[int], block_length: int | None) -> np.ndarray:
@@ -59,30 +47,14 @@ def _one_copy(lengths: Sequence[int], block_length: int | None) -> np.ndarray:
 
 
 def block_training_rows(lengths: Sequence[int], block_length: int) -> Rows:
-    """Return noisy copies followed by clean copies.
-
-    Parameters
-    ----------
-    lengths : sequence of int
-        Bytes of each sequence.
-    block_length : int
-        Tokens in a block.
-    """
+    """Return noisy copies followed by clean copies."""
     once = _one_copy(lengths, block_length)
     noisy = np.repeat([1, 0], once.shape[1])
     return Rows(*np.concatenate([once, once], axis=1), noisy)
 
 
 def full_rows(lengths: Sequence[int], used: int | None = None) -> Rows:
-    """Return sequences that each see themselves both ways.
-
-    Parameters
-    ----------
-    lengths : sequence of int
-        Tokens of each sequence.
-    used : int or None
-        Tokens from this position on are padding that the tokens before do not see.
-    """
+    """Return sequences that each see themselves both ways; no token before `used` sees the padding from there on."""
     position, block, first = _one_copy(lengths, None)
     if used is not None:
         block, first = 2 * block + (position >= used), 2 * first
@@ -90,15 +62,7 @@ def full_rows(lengths: Sequence[int], used: int | None = None) -> Rows:
 
 
 def decoding_rows(lengths: Sequence[int], block_length: int) -> Rows:
-    """Return block-causal sequences.
-
-    Parameters
-    ----------
-    lengths : sequence of int
-        Tokens of each sequence.
-    block_length : int
-        Tokens in a block.
-    """
+    """Return block-causal sequences."""
     once = _one_copy(lengths, block_length)
     return Rows(*once, np.zeros(once.shape[1], dtype=np.int64))
 
@@ -125,24 +89,11 @@ def _lists(visible: np.ndarray, device: torch.device) -> tuple[torch.Tensor, tor
     """Return counts and column indices, visible tiles first, as FlexAttention wants them."""
     counts = visible.sum(axis=1).astype(np.int32)
     columns = np.argsort(~visible, axis=1, kind="stable").astype(np.int32)
-    return (
-        torch.from_numpy(counts)[None, None].to(device),
-        torch.from_numpy(columns)[None, None].to(device),
-    )
+    return (torch.from_numpy(counts)[None, None].to(device), torch.from_numpy(columns)[None, None].to(device))
 
 
 class Layout:
-    """A row's layout on a device.
-
-    Parameters
-    ----------
-    rows : Rows
-        The layout in NumPy.
-    cos, sin : torch.Tensor
-        RoPE tables of the positions.
-    flex : bool
-        Whether to build the block mask for FlexAttention.
-    """
+    """A row's layout on a device."""
 
     def __init__(self, rows: Rows, cos: torch.Tensor, sin: torch.Tensor, *, flex: bool) -> None:
         device = cos.device
@@ -155,13 +106,7 @@ class Layout:
         self.block_mask = self._block_mask(rows, device) if flex else None
 
     def visible(self, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
-        """Return whether token `q` sees token `kv` (indices that broadcast together).
-
-        Parameters
-        ----------
-        q, kv : torch.Tensor
-            Token indices in the row.
-        """
+        """Return whether token `q` sees token `kv` (indices that broadcast together)."""
         return _visible(self.block, self.first, self.noisy, q, kv)
 
     def dense_mask(self) -> torch.Tensor:
@@ -172,9 +117,7 @@ class Layout:
     def _block_mask(self, rows: Rows, device: torch.device) -> BlockMask:
         block, first, noisy = self.block, self.first, self.noisy
 
-        def mask_mod(
-            batch: torch.Tensor, head: torch.Tensor, q: torch.Tensor, kv: torch.Tensor
-        ) -> torch.Tensor:
+        def mask_mod(batch: torch.Tensor, head: torch.Tensor, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
             return _visible(block, first, noisy, q, kv)
 
         partial, full = _tiles(rows)
@@ -188,11 +131,7 @@ class Layout:
 
 
 def _visible(
-    block: torch.Tensor,
-    first: torch.Tensor,
-    noisy: torch.Tensor,
-    q: torch.Tensor,
-    kv: torch.Tensor,
+    block: torch.Tensor, first: torch.Tensor, noisy: torch.Tensor, q: torch.Tensor, kv: torch.Tensor
 ) -> torch.Tensor:
     q_noisy, kv_noisy = noisy[q], noisy[kv]
     # first[q] <= block[kv] <= block[q] keeps a token inside its own sequence.

@@ -11,15 +11,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Return nearly orthogonal matrices with the singular vectors of `matrices`.
-
-    Parameters
-    ----------
-    matrices : torch.Tensor
-        ``(count, rows, columns)``.
-    steps : int
-        Newton-Schulz iterations.
-    """
+    """Return nearly orthogonal matrices with the singular vectors of `matrices` ``(count, rows, columns)``."""
     a, b, c = COEFFICIENTS
     x = matrices.bfloat16()
     tall = x.shape[1] > x.shape[2]
@@ -37,36 +29,20 @@ class Muon:
     Updates are scaled by ``0.2 * sqrt(max(rows, columns))`` so that their root mean square is that
     of AdamW's and AdamW's learning rates carry over (as ``match_rms_adamw`` in `torch.optim.Muon`;
     that one runs the iteration matrix by matrix, which costs many small launches here).
-
-    Parameters
-    ----------
-    matrices : list of torch.Tensor
-        Matrices to train.
-    momentum, weight_decay : float
-        The usual.
     """
 
-    def __init__(
-        self, matrices: list[torch.Tensor], momentum: float = 0.95, weight_decay: float = 0.1
-    ) -> None:
+    def __init__(self, matrices: list[torch.Tensor], momentum: float = 0.95, weight_decay: float = 0.1) -> None:
         self.momentum, self.weight_decay = momentum, weight_decay
         self.groups: dict[tuple[int, ...], list[torch.Tensor]] = {}
         for matrix in matrices:
             self.groups.setdefault(tuple(matrix.shape), []).append(matrix)
         self.buffers = {
-            shape: torch.zeros(len(group), *shape, device=group[0].device)
-            for shape, group in self.groups.items()
+            shape: torch.zeros(len(group), *shape, device=group[0].device) for shape, group in self.groups.items()
         }
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
-        """Update every matrix.
-
-        Parameters
-        ----------
-        rate : float
-            Learning rate.
-        """
+        """Update every matrix."""
         for shape, group in self.groups.items():
             gradient = torch.stack([matrix.grad for matrix in group])
             buffer = self.buffers[shape]
@@ -78,15 +54,7 @@ class Muon:
 
 
 class Optimizer:
-    """Muon on the layers' matrices (or AdamW on all), AdamW on the rest.
-
-    Parameters
-    ----------
-    weights : Mapping[str, torch.Tensor]
-        The model's weights by name.
-    muon : bool
-        Whether to use Muon.
-    """
+    """Muon on the layers' matrices (or AdamW on all), AdamW on the rest."""
 
     def __init__(self, weights: Mapping[str, torch.Tensor], *, muon: bool) -> None:
         matrices = {n: w for n, w in weights.items() if n.startswith("layers.") and w.ndim == 2}
@@ -100,15 +68,7 @@ class Optimizer:
         self.parameters = list(weights.values())
 
     def step(self, rate: float, muon_rate: float = 0.0) -> None:
-        """Update all weights and clear their gradients.
-
-        Parameters
-        ----------
-        rate : float
-            Learning rate of AdamW.
-        muon_rate : float
-            Learning rate of Muon.
-        """
+        """Update all weights and clear their gradients."""
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for group in self.adam.param_groups:
             group["lr"] = rate
@@ -128,13 +88,7 @@ class Optimizer:
         return {"adam": adam, "muon": self.muon.buffers if self.muon else {}}
 
     def load(self, state: dict[str, object]) -> None:
-        """Take over what `state` returned.
-
-        Parameters
-        ----------
-        state : dict
-            From `state`.
-        """
+        """Take over what `state` returned."""
         self.adam.load_state_dict(state["adam"])
         if self.muon:
             for shape, buffer in state["muon"].items():

@@ -11,15 +11,7 @@ import numpy as np
 
 
 def smooth(values: list[float], width: int = 9) -> np.ndarray:
-    """Return the running mean of `values`.
-
-    Parameters
-    ----------
-    values : list of float
-        A curve.
-    width : int
-        Values in one mean.
-    """
+    """Return the running mean of `values`."""
     padded = np.pad(values, width // 2, mode="edge")
     return np.convolve(padded, np.ones(width) / width, mode="valid")
 

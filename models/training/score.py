@@ -17,16 +17,11 @@ from torch_model import PackedModel
 
 from sparse_dlm_attn_tiny import retrieval
 from sparse_dlm_attn_tiny.config import TinyConfig
+from sparse_dlm_attn_tiny.records import text_before_stop
 
 
 def load_model(path: Path) -> PackedModel:
-    """Return the model in a weights file, in float32 and not compiled.
-
-    Parameters
-    ----------
-    path : Path
-        A ``tiny.safetensors``.
-    """
+    """Return the model in a weights file, in float32 and not compiled."""
     with safe_open(path, "pt") as file:
         config = TinyConfig.from_json(file.metadata()["config"])
         weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
@@ -35,15 +30,10 @@ def load_model(path: Path) -> PackedModel:
     return PackedModel(config, weights, compiled=False)
 
 
-def without_facts(prompt: retrieval.RetrievalPrompt) -> bytes:
+def without_facts(prompt: retrieval.Prompt) -> bytes:
     """Return the prompt's text with other digits in the facts the answer needs.
 
     A model that still gives the right answer did not read it in the facts.
-
-    Parameters
-    ----------
-    prompt : RetrievalPrompt
-        Any prompt.
     """
     text = bytearray(prompt.text)
     for start, end in prompt.facts:
@@ -53,29 +43,15 @@ def without_facts(prompt: retrieval.RetrievalPrompt) -> bytes:
 
 
 def score_retrieval(model: PackedModel, task: str, length: int, count: int, *, damaged: bool) -> None:
-    """Print the share of exact answers.
-
-    Parameters
-    ----------
-    model : PackedModel
-        The model.
-    task : str
-        One of `retrieval.TASKS`.
-    length : int
-        Bytes of the prompts.
-    count : int
-        Prompts.
-    damaged : bool
-        Change the codes in the text but not in the expected answer (the score must be 0).
-    """
-    haystack, exact = retrieval.haystack_text(), 0
+    """Print the share of exact answers; where `damaged` facts hold other digits, it must be 0."""
+    exact = 0
     for seed in range(FIRST_SEED, FIRST_SEED + count):
-        prompt = retrieval.make_prompt(task, length=length, seed=seed, haystack=haystack)
+        prompt = retrieval.make_prompt(task, length=length, seed=seed)
         blocks = retrieval.answer_blocks(prompt.answer, 16)
         row = -(-(length + 16 * blocks) // TILE) * TILE
         text = without_facts(prompt) if damaged else prompt.text
         output = decode(model, [text], blocks=blocks, block_length=16, row_tokens=row)[0]
-        exact += retrieval.decoded_answer(output) == prompt.answer
+        exact += text_before_stop(output)[0].decode("latin-1") == prompt.answer
     print(f"{task} at {length}{', facts changed' if damaged else ''}: {exact} of {count}", flush=True)
 
 

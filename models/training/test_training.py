@@ -1,4 +1,4 @@
-"""Tests of the training code on a CPU: ``PYTHONPATH=models:models/training pytest models/training``."""
+"""Tests of the training code on a CPU: ``PYTHONPATH=.:models:models/training pytest models/training``."""
 
 from __future__ import annotations
 
@@ -117,9 +117,7 @@ def test_tiles_are_those_of_the_whole_mask(model: PackedModel, rows: Rows) -> No
 
 @pytest.mark.parametrize("length", [512, 1024, 4096, 16384])
 @pytest.mark.parametrize("block", [8, 16, 32])
-def test_documents_fill_their_length_without_held_out_names(
-    source: TextSource, length: int, block: int
-) -> None:
+def test_documents_fill_their_length_without_held_out_names(source: TextSource, length: int, block: int) -> None:
     """Every document has the right size, ends with an answer, and keeps the held-out names out."""
     for seed in range(5):
         mixture = Mixture((length,), repeat=0.5 * (seed % 2), max_episodes=2)

@@ -49,15 +49,7 @@ QK_GAIN_AT_START = 1.25
 
 
 def initial_weights(config: TinyConfig, seed: int) -> Weights:
-    """Return random float32 weights; what writes to the residual stream starts at zero.
-
-    Parameters
-    ----------
-    config : TinyConfig
-        The architecture.
-    seed : int
-        Seed of the draw.
-    """
+    """Return random float32 weights; what writes to the residual stream starts at zero."""
     generator = torch.Generator().manual_seed(seed)
     weights: Weights = {}
     for name, shape in weight_shapes(config).items():
@@ -75,46 +67,20 @@ def initial_weights(config: TinyConfig, seed: int) -> Weights:
 
 
 def rms_norm(x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
-    """Normalise the last axis to mean square one, in float32, and scale by `gain`.
-
-    Parameters
-    ----------
-    x : torch.Tensor
-        Any shape ``(..., channels)``.
-    gain : torch.Tensor
-        ``(channels,)``.
-    eps : float
-        Added to the mean square.
-    """
+    """Normalise the last axis to mean square one, in float32, and scale by `gain`."""
     wide = x.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * gain).to(x.dtype)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Apply RoPE to ``(1, heads, tokens, head_dim)`` (see the module's docstring).
-
-    Parameters
-    ----------
-    x : torch.Tensor
-        Queries or keys.
-    cos, sin : torch.Tensor
-        ``(tokens, head_dim / 2)``.
-    """
+    """Apply RoPE to ``(1, heads, tokens, head_dim)``; `cos` and `sin` are ``(tokens, head_dim / 2)``."""
     first, second = x.float().chunk(2, dim=-1)
     turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
     return turned.to(x.dtype)
 
 
 def rope_tables(config: TinyConfig, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cosine and sine of every position's angles, float32 ``(tokens, head_dim / 2)``.
-
-    Parameters
-    ----------
-    config : TinyConfig
-        The architecture.
-    positions : torch.Tensor
-        Integer positions ``(tokens,)``.
-    """
+    """Return cosine and sine of every position's angles, float32 ``(tokens, head_dim / 2)``."""
     half = config.head_dim // 2
     channel = torch.arange(half, device=positions.device, dtype=torch.float64)
     frequency = config.rope_theta ** (-channel / half)
@@ -123,28 +89,12 @@ def rope_tables(config: TinyConfig, positions: torch.Tensor) -> tuple[torch.Tens
 
 
 def attend_dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """Attention with an explicit mask: slow, plain, for the CPU and for checks.
-
-    Parameters
-    ----------
-    q, k, v : torch.Tensor
-        ``(1, heads, tokens, head_dim)``.
-    layout : Layout
-        Who sees whom.
-    """
+    """Attention with an explicit mask: slow, plain, for the CPU and for checks."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=layout.dense_mask(), enable_gqa=True)
 
 
 def attend_flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_mask: object) -> torch.Tensor:
-    """Attention by FlexAttention, for compiled code on a GPU.
-
-    Parameters
-    ----------
-    q, k, v : torch.Tensor
-        ``(1, heads, tokens, head_dim)``.
-    block_mask : BlockMask
-        `Layout.block_mask`.
-    """
+    """Attention by FlexAttention, for compiled code on a GPU."""
     # Inductor's CPU kernel reads strided q, k, v wrongly (torch 2.13), so none are passed anywhere.
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     return flex_attention(q, k, v, block_mask=block_mask, enable_gqa=True)
@@ -159,23 +109,7 @@ def layer_forward(
     attend: Callable[..., torch.Tensor],
     config: TinyConfig,
 ) -> torch.Tensor:
-    """One transformer layer over a packed row ``(tokens, width)``.
-
-    Parameters
-    ----------
-    x : torch.Tensor
-        The residual stream.
-    weights : list of torch.Tensor
-        The layer's tensors in the order of `LAYER_WEIGHTS`.
-    cos, sin : torch.Tensor
-        From `rope_tables`.
-    mask : Layout or BlockMask
-        What `attend` takes.
-    attend : callable
-        `attend_dense` or `attend_flex`.
-    config : TinyConfig
-        The architecture.
-    """
+    """Return a packed row ``(tokens, width)`` after a layer, whose `weights` are in the order of `LAYER_WEIGHTS`."""
     attention_norm, query, key, value, query_norm, key_norm, output, mlp_norm, gate, up, down = weights
     tokens, dim, eps, dtype = x.shape[0], config.head_dim, config.norm_eps, x.dtype
 
@@ -201,21 +135,7 @@ def weighted_loss(
     token_weights: torch.Tensor,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the weighted mean cross-entropy and every token's cross-entropy (detached).
-
-    Parameters
-    ----------
-    x : torch.Tensor
-        Residual stream after the last layer ``(tokens, width)``.
-    final_norm, head : torch.Tensor
-        The last two weights.
-    targets : torch.Tensor
-        The right bytes, int64 ``(tokens,)``.
-    token_weights : torch.Tensor
-        Zero where a token was not masked.
-    eps : float
-        For the norm.
-    """
+    """Return the mean cross-entropy, weighted (0 where not masked), and that of every token (detached)."""
     logits = rms_norm(x, final_norm, eps) @ head.to(x.dtype).T
     losses = F.cross_entropy(logits.float(), targets, reduction="none")
     mean = (losses * token_weights).sum() / token_weights.sum().clamp_min(1.0)
@@ -223,19 +143,7 @@ def weighted_loss(
 
 
 class PackedModel:
-    """The model over packed rows; compiled with FlexAttention on a GPU, plain on a CPU.
-
-    Parameters
-    ----------
-    config : TinyConfig
-        The architecture.
-    weights : Mapping[str, torch.Tensor]
-        Float32 tensors, trained in place.
-    compiled : bool
-        Whether to compile each layer (once: all layers and all layouts share one graph).
-    dtype : torch.dtype
-        Of the activations.
-    """
+    """The model over packed rows; compiled with FlexAttention on a GPU, plain on a CPU."""
 
     def __init__(
         self,
@@ -252,15 +160,7 @@ class PackedModel:
         self._attend = attend_flex if compiled else attend_dense
 
     def hidden(self, tokens: torch.Tensor, layout: Layout) -> torch.Tensor:
-        """Return the residual stream after the last layer, ``(tokens, width)``.
-
-        Parameters
-        ----------
-        tokens : torch.Tensor
-            Integer tokens ``(tokens,)``.
-        layout : Layout
-            Positions and who sees whom.
-        """
+        """Return the residual stream after the last layer, ``(tokens, width)``."""
         x = F.embedding(tokens.long(), self.weights["embedding"]).to(self.dtype)
         mask = layout.block_mask if self.compiled else layout
         for index in range(self.config.layers):
@@ -269,33 +169,15 @@ class PackedModel:
         return x
 
     def loss(
-        self,
-        tokens: torch.Tensor,
-        targets: torch.Tensor,
-        token_weights: torch.Tensor,
-        layout: Layout,
+        self, tokens: torch.Tensor, targets: torch.Tensor, token_weights: torch.Tensor, layout: Layout
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what `weighted_loss` returns for these input tokens.
-
-        Parameters
-        ----------
-        tokens, targets, token_weights : torch.Tensor
-            Input tokens, right bytes and weights, each ``(tokens,)``.
-        layout : Layout
-            Positions and who sees whom.
-        """
+        """Return what `weighted_loss` returns for these input tokens."""
         x = self.hidden(tokens, layout)
         weights, eps = self.weights, self.config.norm_eps
         return self._loss(x, weights["final_norm"], weights["head"], targets, token_weights, eps)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """Return float32 logits of some rows of `hidden`'s result.
-
-        Parameters
-        ----------
-        x : torch.Tensor
-            ``(rows, width)``.
-        """
+        """Return float32 logits of some rows of `hidden`'s result."""
         weights = self.weights
         normed = rms_norm(x.float(), weights["final_norm"], self.config.norm_eps)
         return normed @ weights["head"].T

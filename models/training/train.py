@@ -32,38 +32,19 @@ LOG_EVERY = 25
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the curriculum.
+    """A part of the curriculum."""
 
-    Parameters
-    ----------
-    name : str
-        For the log.
-    end : float
-        Share of the training time after which the stage ends at the latest.
-    mixture : Mixture
-        What its documents are made of.
-    leave_below : float
-        Leave earlier once the loss of answer bytes has fallen below this.
-    evaluate : tuple of int
-        Prompt lengths of the scores during the stage.
-    """
-
-    name: str
-    end: float
-    mixture: Mixture
-    leave_below: float = 0.0
-    evaluate: tuple[int, ...] = (512,)
+    name: str  # for the log
+    end: float  # share of the training time after which the stage ends at the latest
+    mixture: Mixture  # what its documents are made of
+    leave_below: float = 0.0  # leave earlier once the loss of answer bytes has fallen below this
+    evaluate: tuple[int, ...] = (512,)  # prompt lengths of the scores during the stage
 
 
 ONE_CODE, ALL_TASKS = (1.0, 0.0, 0.0, 0.0), (0.35, 0.15, 0.15, 0.35)
 STAGES = (
     # Lookup forms quickly only if the same fact is asked for more than once.
-    Stage(
-        "lookup-512",
-        0.10,
-        Mixture((512,) * 96, 0.5, 0.4, ONE_CODE, (0.5, 0.7), distractors=2),
-        leave_below=0.5,
-    ),
+    Stage("lookup-512", 0.10, Mixture((512,) * 96, 0.5, 0.4, ONE_CODE, (0.5, 0.7), distractors=2), leave_below=0.5),
     Stage("unique-512", 0.14, Mixture((512,) * 96, 0.0, 0.15, ALL_TASKS, (0.45, 0.65))),
     Stage(
         "2048",
@@ -107,13 +88,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 class Trainer:
-    """The training run: model, optimizer, clock, stage and log.
-
-    Parameters
-    ----------
-    arguments : argparse.Namespace
-        The command line's settings.
-    """
+    """The training run: model, optimizer, clock, stage and log."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
@@ -146,34 +121,18 @@ class Trainer:
         return self.elapsed_before + time.monotonic() - self.started
 
     def record(self, **entry: object) -> None:
-        """Write one line to the log and to the terminal.
-
-        Parameters
-        ----------
-        **entry : object
-            What to write.
-        """
+        """Write one line to the log and to the terminal."""
         line = json.dumps({"step": self.step, "seconds": round(self.elapsed, 1), **entry})
         print(line, flush=True)
         with self.log_path.open("a") as log:
             log.write(line + "\n")
 
     def layout_of(self, batch: Batch) -> Layout:
-        """Return the (cached) layout of a batch.
-
-        Parameters
-        ----------
-        batch : Batch
-            The batch.
-        """
+        """Return the (cached) layout of a batch."""
         lengths = self.stages[batch.stage].mixture.lengths
         key = (lengths, batch.full_sequence or batch.block_length)
         if key not in self.layouts:
-            rows = (
-                full_rows(lengths * 2)
-                if batch.full_sequence
-                else block_training_rows(lengths, batch.block_length)
-            )
+            rows = full_rows(lengths * 2) if batch.full_sequence else block_training_rows(lengths, batch.block_length)
             self.layouts[key] = make_layout(self.model, rows, self.device)
         return self.layouts[key]
 
@@ -184,13 +143,7 @@ class Trainer:
         return max(0.02, min((self.step + 1) / WARM_UP_STEPS, falling))
 
     def train_step(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Do one optimizer step; return the loss and the mean loss of masked answer bytes.
-
-        Parameters
-        ----------
-        batch : Batch
-            The batch.
-        """
+        """Do one optimizer step; return the loss and the mean loss of masked answer bytes."""
         tokens = batch.tokens.to(self.device, non_blocking=True)
         kinds = batch.kinds.to(self.device, non_blocking=True)
         layout = self.layout_of(batch)
@@ -206,13 +159,7 @@ class Trainer:
         return loss.detach(), answer_loss
 
     def advance_stage(self, shared: object) -> None:
-        """Go to the next stage when this one's time is over or its goal is reached.
-
-        Parameters
-        ----------
-        shared : multiprocessing.Value
-            Stage number that the data workers read.
-        """
+        """Go to the next stage when this one's time is over or its goal is reached."""
         while self.stage < len(self.stages) - 1:
             stage = self.stages[self.stage]
             over = self.elapsed > stage.end * self.arguments.seconds
@@ -224,17 +171,7 @@ class Trainer:
         shared.value = self.stage
 
     def scores(self, count: int, lengths: tuple[int, ...], **options: object) -> dict[str, float]:
-        """Return held-out scores by task and length.
-
-        Parameters
-        ----------
-        count : int
-            Prompts per task and length; half as many beyond 4096 bytes.
-        lengths : tuple of int
-            Prompt lengths.
-        **options : object
-            For `retrieval_score`.
-        """
+        """Return held-out scores by task and length; half as many prompts count beyond 4096 bytes."""
         return {
             f"{task}@{length}": retrieval_score(
                 self.model,
@@ -295,10 +232,7 @@ class Trainer:
         seed = arguments.seed * 1_000_003 + self.step
         stream = BatchStream(arguments.corpus.read_bytes(), seed, mixtures, shared)
         loader = torch.utils.data.DataLoader(
-            stream,
-            batch_size=None,
-            num_workers=arguments.workers,
-            prefetch_factor=4 if arguments.workers else None,
+            stream, batch_size=None, num_workers=arguments.workers, prefetch_factor=4 if arguments.workers else None
         )
         next_evaluation = self.elapsed + arguments.evaluate_every
         mark, losses, answer_losses = time.monotonic(), [], []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, TextIO
@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING, Any, TextIO
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
+    from rich.table import Table
+    from rich.text import Text
 
 __all__ = [
     "discard_rest", "error_console", "note", "print_json", "progress", "result_console", "show_error",
+    "table",
 ]
 
 PIPED_WIDTH = 150
@@ -67,6 +70,34 @@ def print_json(value: Any) -> None:
         Dictionaries, lists, strings, finite numbers, booleans and None.
     """
     result_console().out(json.dumps(value, indent=2, allow_nan=False))
+
+
+def table(
+    texts: Sequence[str], figures: Sequence[str], rows: Iterable[Sequence[str | Text]], caption: str | None = None
+) -> Table:
+    """Return a table for a console.
+
+    Parameters
+    ----------
+    texts, figures : sequence of str
+        Headings of the columns: those of text, the first of them never wrapped, and those of figures behind them.
+    rows : iterable of sequence of str or Text
+        Cells; a str is printed as it stands, without markup.
+    caption : str, optional
+        What stands below.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    result = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left", pad_edge=False)
+    for place, heading in enumerate(texts):
+        result.add_column(heading, no_wrap=place == 0, overflow="ellipsis" if place == 0 else "fold")
+    for heading in figures:
+        result.add_column(heading, justify="right")
+    for row in rows:
+        result.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
+    return result
 
 
 def note(message: str) -> None:

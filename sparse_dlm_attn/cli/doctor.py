@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 import typer
 
 from sparse_dlm_attn import registry
-from sparse_dlm_attn.cli.console import print_json, result_console
+from sparse_dlm_attn.cli.console import print_json, result_console, table
 from sparse_dlm_attn.errors import SparseAttentionError, UnavailableError
 from sparse_dlm_attn.registry import Plugin
 
@@ -99,9 +99,9 @@ def _optional() -> Iterator[Check]:
 def _plugins() -> Iterator[Check]:
     from sparse_dlm_attn.cli.application import load_command
 
-    for plugin in registry.backends().values():
+    for plugin in registry.list_backends().values():
         yield _examine(plugin, partial(registry.get_backend, plugin.name))
-    for plugin in registry.policies().values():
+    for plugin in registry.list_policies().values():
         yield _examine(plugin, partial(registry.get_policy, plugin.name))
     for plugin in registry.commands().values():
         yield _examine(plugin, partial(load_command, plugin))
@@ -143,16 +143,13 @@ def _contributed() -> Iterator[Check]:
 
 
 def _print(checks: list[Check], broken: int) -> None:
-    from rich.table import Table
     from rich.text import Text
 
     styles = {"ok": "green", "missing": "yellow", "broken": "bold red"}
-    table = Table("what", "status", "found", "what to do")
-    for check in checks:
-        table.add_row(
-            check.name, Text(check.status, style=styles[check.status]), Text(check.detail), Text(check.remedy)
-        )
+    rows = [
+        (check.name, Text(check.status, style=styles[check.status]), check.detail, check.remedy) for check in checks
+    ]
     console = result_console()
-    console.print(table)
+    console.print(table(("what", "status", "found", "what to do"), (), rows))
     missing = sum(check.status == "missing" for check in checks)
     console.print(f"{broken} broken, {missing} not available here (optional), {len(checks)} checks.")

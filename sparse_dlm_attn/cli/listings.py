@@ -12,15 +12,15 @@ import typer
 
 from sparse_dlm_attn import registry
 from sparse_dlm_attn.backend import Backend
-from sparse_dlm_attn.cli.console import print_json, result_console
+from sparse_dlm_attn.cli.console import print_json, result_console, table
 from sparse_dlm_attn.errors import InvalidTypeError
 from sparse_dlm_attn.registry import Plugin
 
 __all__ = ["backends", "choice_record", "policies"]
 
 CHOICES: dict[str, Any] = {
-    "backend": (registry.backends, registry.get_backend),
-    "policy": (registry.policies, registry.get_policy),
+    "backend": (registry.list_backends, registry.get_backend),
+    "policy": (registry.list_policies, registry.get_policy),
 }
 WRITTEN = "NAME[:key=value,...]"
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -40,20 +40,16 @@ def backends(
     if as_json:
         print_json(records)
         return
-    from rich.table import Table
-
-    table = Table("backend", "from", "status", "dtypes", "devices", "what it is")
+    rows = []
     for record in records:
         facts = record["capabilities"]
         about = facts.get("notes") or record["summary"]
         if facts.get("plans_on_host"):
             about = f"{about.rstrip('.')}; plans on the host."
-        table.add_row(
-            record["name"], record["distribution"], _status(record), ", ".join(facts.get("dtypes", ())),
-            ", ".join(facts.get("devices", ())), about,
-        )
+        dtypes, devices = (", ".join(facts.get(name, ())) for name in ("dtypes", "devices"))
+        rows.append((record["name"], record["distribution"], _status(record), dtypes, devices, about))
     console = result_console()
-    console.print(table)
+    console.print(table(("backend", "from", "status", "dtypes", "devices", "what it is"), (), rows))
     console.print("Details: sparse-dlm-attn backends NAME. Use: --backend NAME:key=value,key=value")
 
 
@@ -71,16 +67,13 @@ def policies(
     if as_json:
         print_json(records)
         return
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table("policy", "what it does", "parameters", "from")
+    rows = []
     for record in records:
         settings = ", ".join(f"{p['name']}={_written(p['default'])}" for p in record["parameters"])
-        about = _status(record) if record["reason"] else Text(record["summary"])
-        table.add_row(record["name"], about, Text(settings), record["distribution"])
+        about = _status(record) if record["reason"] else record["summary"]
+        rows.append((record["name"], about, settings, record["distribution"]))
     console = result_console()
-    console.print(table)
+    console.print(table(("policy", "what it does", "parameters", "from"), (), rows))
     console.print("Details: sparse-dlm-attn policies NAME. Use: --policy NAME:key=value,key=value")
 
 
@@ -188,7 +181,6 @@ def _explain(kind: str, text: str, as_json: bool) -> None:
     if as_json:
         print_json(record)
         return
-    from rich.table import Table
     from rich.text import Text
 
     console = result_console()
@@ -198,24 +190,23 @@ def _explain(kind: str, text: str, as_json: bool) -> None:
     console.print()
     facts = {key: value for key, value in record.get("capabilities", {}).items() if value not in (None, "")}
     if facts:
-        supports = Table("capability", "value")
-        for key, value in facts.items():
-            listed = isinstance(value, tuple)
-            supports.add_row(key, Text(", ".join(map(str, value)) if listed else _written(value)))
-        console.print(supports)
+        supports = [
+            (key, ", ".join(map(str, value)) if isinstance(value, tuple) else _written(value))
+            for key, value in facts.items()
+        ]
+        console.print(table(("capability", "value"), (), supports))
     if not record["parameters"]:
         console.print("It has no parameters.")
         console.print(Text(f"Use: --{kind} {text}"))
         return
-    table = Table("parameter", "value", "default")
-    if any(parameter["help"] for parameter in record["parameters"]):
-        table.add_column("meaning")
+    headings = ["parameter", "value", "default"]
+    headings += ["meaning"] * any(parameter["help"] for parameter in record["parameters"])
+    rows = []
     for parameter in record["parameters"]:
         value, default = _written(parameter["value"]), _written(parameter["default"])
         changed = Text(value, style="bold" if value != default else "")
-        cells = (changed, Text(default), Text(parameter["help"]))
-        table.add_row(parameter["name"], *cells[: len(table.columns) - 1])
-    console.print(table)
+        rows.append((parameter["name"], changed, default, parameter["help"])[: len(headings)])
+    console.print(table(headings, (), rows))
     first = record["parameters"][0]
     example = text if "=" in text else f"{text}:{first['name']}={_written(first['default'])}"
     console.print(Text(f"Use: --{kind} {example}"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
 from sparse_dlm_attn.arrays import Array, namespace, shape_of
@@ -140,13 +140,12 @@ class BoundRanking(RulePolicy):
         """Return whether this layer always reads everything, for all rows."""
         return certain(inputs.info.layer < self.dense_layers)
 
-    def ranking(self, inputs: PassInputs[Any], **rows: Any) -> Rule:
+    def ranking(self, inputs: PassInputs[Any], all_pages: bool | Array, **rows: Any) -> Rule:
         """Return the rule of a pass that ranks pages; ``rows`` say which rows do, and what is kept."""
         context = inputs.context
         budget = min(self.budget, context.pages * context.page_size)
-        rule = Rule(
-            budget=budget, pages=_bought(context, budget, self.page_count, self.min_pages), newest=self.newest,
+        return Rule(
+            all_pages=either(all_pages, inputs.restarts) if self.first_pass == "dense" else all_pages, budget=budget,
+            pages=_bought(context, budget, self.page_count, self.min_pages), newest=self.newest,
             union="row" if self.pages == "own" else self.union_over, group_scores=self.group_scores, **rows,
         )  # fmt: skip
-        dense = either(rule.all_pages, inputs.restarts) if self.first_pass == "dense" else rule.all_pages
-        return replace(rule, all_pages=dense)

@@ -17,9 +17,7 @@ from sparse_dlm_attn_bench.layer import budget_for, layers, relative_density  # 
 from sparse_dlm_attn_bench.shape import Shape, with_budget  # noqa: E402
 from sparse_dlm_attn_torch import TorchBackend  # noqa: E402
 
-SMALL = Shape(
-    batch=2, context=512, tokens=4, q_heads=4, kv_heads=2, head_dim=16, page_size=16, dtype="float32"
-)
+SMALL = Shape(batch=2, context=512, tokens=4, q_heads=4, kv_heads=2, head_dim=16, page_size=16, dtype="float32")
 
 
 @pytest.fixture(autouse=True)

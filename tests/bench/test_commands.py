@@ -1,4 +1,4 @@
-"""What the commands print, write and draw of results; measuring itself is made up here."""
+"""What the commands refuse, and what they print, write and draw of results; measuring itself is made up here."""
 
 from __future__ import annotations
 
@@ -19,7 +19,34 @@ from sparse_dlm_attn_triton import settings  # noqa: E402
 from sparse_dlm_attn_triton.settings import Entry, Machine, Settings  # noqa: E402
 
 
-@pytest.fixture(autouse=True)
+@pytest.mark.parametrize(("arguments", "message"), [
+    ("break-even --contexts 16K,x", "--contexts must be numbers of tokens as in 16K,32768"),
+    ("break-even --contexts 100", "--contexts must be a multiple of page_size=64 tokens; got 100"),
+    ("break-even --page-size 48", "Change it or --page-size."),
+    ("break-even --densities 0.1,1.5", "--densities must be shares over 0 and at most 1"),
+    ("break-even --q-heads 30", "--q-heads must be a multiple of kv_heads=8; got 30"),
+    ("break-even --dtype int8", "--dtype must be bfloat16, float16 or float32"),
+    ("break-even --policy dense", "unknown parameter of policy 'dense' 'budget'"),
+    ("break-even --policy losa:budget=64", "--policy must leave its budget out"),
+    ("break-even --repeats 0", "--repeats must lie in 1..10000"),
+    ("break-even --json missing/out.json", "the directory of 'missing/out.json' does not exist"),
+    ("tune --limit 0", "--limit must lie in 1..500"),
+    ("tune --batch 0", "--batch must be at least 1"),
+    ("break-even", "no usable GPU"),
+    ("tune", "no usable GPU"),
+])
+def test_they_refuse_bad_input_and_then_a_machine_without_a_gpu(
+    arguments: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(arguments.split()) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.out == ""
+
+
+@pytest.fixture
 def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU that is always there, and any backend that serves it."""
     monkeypatch.setattr(command, "_need_gpu", lambda name: None)
@@ -28,15 +55,14 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
 
 
+@pytest.mark.usefixtures("pretend")
 def test_break_even_prints_writes_and_draws(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("matplotlib", reason="pictures are drawn by it")
     asked = []
 
-    def measured(
-        shape: Any, policy: str, densities: Any, backend: Backend, repeats: int, say: Any
-    ) -> list[Point]:
+    def measured(shape: Any, policy: str, densities: Any, backend: Backend, repeats: int, say: Any) -> list[Point]:
         asked.append((shape.context, shape.q_heads, policy, tuple(densities), backend.name, repeats))
         say("a peer is not here")
         return [Point(shape.context, density, density, f"{policy}:budget=64", 1e3 * density,
@@ -49,8 +75,7 @@ def test_break_even_prints_writes_and_draws(
         "reference", "--repeats", "3", "--json", str(kept), "--plot", str(drawn),
     ]) == 0
     printed = capsys.readouterr()
-    assert asked == [(8192, 16, "losa", (0.1, 0.5), "reference", 3),
-                     (16384, 16, "losa", (0.1, 0.5), "reference", 3)]
+    assert asked == [(8192, 16, "losa", (0.1, 0.5), "reference", 3), (16384, 16, "losa", (0.1, 0.5), "reference", 3)]
     assert "a peer is not here" in printed.err
     sentence = ("losa beats the fastest dense kernel from 16K tokens on at 10% (1.64x) of the context read.")
     assert sentence in printed.out
@@ -62,6 +87,7 @@ def test_break_even_prints_writes_and_draws(
     assert drawn.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.usefixtures("pretend")
 def test_tune_keeps_what_it_finds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

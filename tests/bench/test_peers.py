@@ -18,9 +18,7 @@ from sparse_dlm_attn_bench.shape import Shape  # noqa: E402
 from sparse_dlm_attn_bench.sparse_peers import Chosen, Found, sparse_peers  # noqa: E402
 from sparse_dlm_attn_torch import TorchBackend  # noqa: E402
 
-SHAPE = Shape(
-    batch=2, context=512, tokens=4, q_heads=4, kv_heads=2, head_dim=16, page_size=256, dtype="float32"
-)
+SHAPE = Shape(batch=2, context=512, tokens=4, q_heads=4, kv_heads=2, head_dim=16, page_size=256, dtype="float32")
 
 
 @pytest.fixture
@@ -63,9 +61,7 @@ class Wrapper:
 
 def test_expected_dense_attention_is_that_of_pytorch(made: list[Layer]) -> None:
     out, lse = expected_dense(made[0])
-    wanted = torch.nn.functional.scaled_dot_product_attention(
-        made[0].q_next, *made[0].cache, enable_gqa=True
-    )
+    wanted = torch.nn.functional.scaled_dot_product_attention(made[0].q_next, *made[0].cache, enable_gqa=True)
     torch.testing.assert_close(out, wanted, atol=1e-5, rtol=0)
     keys = made[0].cache[0].repeat_interleave(2, 1)
     torch.testing.assert_close(lse, (made[0].q_next @ keys.mT / 4).logsumexp(-1), atol=1e-5, rtol=0)
@@ -74,9 +70,7 @@ def test_expected_dense_attention_is_that_of_pytorch(made: list[Layer]) -> None:
 def test_flashinfer_serves_dense_and_sparse(
     made: list[Layer], chosen: list[Chosen], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(
-        sys.modules, "flashinfer", SimpleNamespace(BatchPrefillWithPagedKVCacheWrapper=Wrapper)
-    )
+    monkeypatch.setitem(sys.modules, "flashinfer", SimpleNamespace(BatchPrefillWithPagedKVCacheWrapper=Wrapper))
     works = dense_peers(made, SHAPE, ("FlashInfer paged",))["FlashInfer paged"]
     assert not isinstance(works, str), works
     assert len(works) == len(made)
@@ -87,9 +81,7 @@ def test_flashinfer_serves_dense_and_sparse(
     assert one.plan_us > 0
 
 
-def test_flash_attn_serves_lists_as_block_tables(
-    chosen: list[Chosen], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_flash_attn_serves_lists_as_block_tables(chosen: list[Chosen], monkeypatch: pytest.MonkeyPatch) -> None:
     from stand_ins import flash_attn_with_kvcache
 
     module = SimpleNamespace(flash_attn_with_kvcache=flash_attn_with_kvcache)
@@ -123,9 +115,7 @@ def test_a_peer_that_is_missing_says_why(
         assert said.startswith("ModuleNotFoundError")
 
 
-def test_a_wheel_without_paged_kv_is_not_called(
-    chosen: list[Chosen], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wheel_without_paged_kv_is_not_called(chosen: list[Chosen], monkeypatch: pytest.MonkeyPatch) -> None:
     flags = {"build_flags": {"FLASHATTENTION_DISABLE_PAGEDKV": True}}
     module = SimpleNamespace(__name__="fa3_fwd_interface")
     monkeypatch.setitem(sys.modules, "flash_attn_interface", None)

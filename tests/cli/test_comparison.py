@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 from typing import Any
 
 import numpy as np
 import pytest
 
-from sparse_dlm_attn import InvalidArgumentError, UnknownNameError
-from sparse_dlm_attn_tiny import plots, prompts, report
-from sparse_dlm_attn_tiny.comparison import DecodeSettings, PolicyResult, agreement
-from sparse_dlm_attn_tiny.evaluate import Evaluation, Sample, choices_of, scores_of
+from sparse_dlm_attn import InvalidArgumentError
+from sparse_dlm_attn_tiny import plots
+from sparse_dlm_attn_tiny.commands import report
+from sparse_dlm_attn_tiny.comparison import DecodeSettings, PolicyResult, PolicyScore, agreement
+from sparse_dlm_attn_tiny.evaluate import Evaluation, evaluate
 from sparse_dlm_attn_tiny.policy_choice import DEFAULT_POLICIES, choose_policies, choose_policy
 from sparse_dlm_attn_tiny.records import PassRecord, TrafficTotal
 
@@ -42,20 +42,13 @@ def test_the_label_of_a_choice_builds_the_same_policy_again() -> None:
 
 
 def test_dense_comes_first_and_nothing_runs_twice() -> None:
-    labels = [choice.label for choice in choose_policies(["losa", "losa:budget=64", "quest"], 64, 16)]
-    assert labels == ["dense", "losa:budget=64", "quest:budget=64"]
+    def labels(*names: str, budgets: Any = (64,)) -> list[str]:
+        return [choice.label for choice in choose_policies(names, budgets, 16)]
 
-
-def test_an_evaluation_runs_policies_without_a_budget_once() -> None:
-    evaluation = Evaluation(("single-key",), 1, 256, 0, ("quest", "flashblock", "dense"), (64, 128))
-    labels = [choice.label for choice in choices_of(evaluation)]
-    assert labels == ["dense", "quest:budget=64", "flashblock", "quest:budget=128"]
-
-
-@pytest.mark.parametrize("budget", [0, -1])
-def test_a_budget_below_one_is_refused(budget: int) -> None:
-    with pytest.raises(InvalidArgumentError, match="--budget must be at least 1"):
-        choose_policy("losa", budget, 16)
+    assert labels("losa", "losa:budget=64", "dense") == ["dense", "losa:budget=64"]
+    assert labels("quest", "flashblock", budgets=(64, 128)) == [
+        "dense", "quest:budget=64", "flashblock", "quest:budget=128",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -67,38 +60,9 @@ def test_agreement_is_the_share_of_equal_bytes(output: bytes, reference: bytes, 
     assert agreement(reference, output) == pytest.approx(share)
 
 
-def test_the_default_prompt_hides_its_fact_far_from_the_question() -> None:
-    prompt = prompts.prompt_of_task(prompts.DEFAULT_TASK, 4096, prompts.DEFAULT_SEED, block_length=16)
-    assert len(prompt.text) == 4096
-    assert prompt.answer is not None
-    for _, end in prompt.facts:
-        assert len(prompt.text) - end > 1024, "beyond any window of a quarter of the text"
-    stated = b" ".join(prompt.text[start:end] for start, end in prompt.facts)
-    assert all(word.rstrip(".").encode() in stated for word in prompt.answer.split(" is "))
-
-
-def test_an_unknown_task_is_refused_with_the_nearest_name() -> None:
-    with pytest.raises(UnknownNameError, match="did you mean 'chained'"):
-        prompts.prompt_of_task("chain", 512, 0, block_length=16)
-
-
-def test_a_question_is_put_in_the_form_the_model_knows(tmp_path: Any) -> None:
-    path = tmp_path / "text"
-    path.write_text("The code of Rimon is 48213.\n\n")
-    prompt = prompts.read_prompt(str(path), " What is the code of Rimon? ", "48213.", 1000)
-    assert prompt.text.endswith(b"48213.\nQuestion: What is the code of Rimon?\nAnswer: ")
-    with pytest.raises(InvalidArgumentError, match="together with the question"):
-        prompts.read_prompt(str(path), "What is the code of Rimon?", None, 40)
-
-
 def record(loaded: np.ndarray, *, index: int = 0, is_save: bool = False) -> PassRecord:
     zeros = np.zeros(loaded.shape[0])
-    return PassRecord(
-        block=0, index=index, is_save=is_save, tokens=(), newly_decoded=(), tokens_read=zeros,
-        context_tokens=zeros, page_bytes=zeros, metadata_bytes=zeros, dense_bytes=zeros,
-        metadata_reads=zeros, active_rows=zeros, loaded=loaded, seconds=0.0, pairs=zeros, dense_pairs=zeros,
-        computed_rows=16, rows=16,
-    )
+    return PassRecord(0, index, is_save, (), (), total(0, 0), zeros, zeros, loaded, 0.0)
 
 
 def test_the_map_shows_the_share_of_layers_and_heads_that_loaded_a_page() -> None:
@@ -108,16 +72,6 @@ def test_the_map_shows_the_share_of_layers_and_heads_that_loaded_a_page() -> Non
     lines = plots.ascii_heatmap([record(loaded), record(loaded, index=1, is_save=True)], 80, [2])
     quarter = plots.SHADES[3]  # of ten shades, rounded up
     assert lines == [f" pass 0 | {quarter}@ |", f"   save | {quarter}@ |", " " * 11 + "^"]
-
-
-@pytest.mark.parametrize(("pages", "width"), [(5, 13), (8, 13), (1000, 60), (7, 80)])
-def test_a_mark_points_at_the_column_that_shows_its_page(pages: int, width: int) -> None:
-    for page in range(pages):
-        loaded = np.zeros((1, 1, pages), dtype=bool)
-        loaded[0, 0, page] = True
-        shown, marks = plots.ascii_heatmap([record(loaded)], width, [page])
-        (column,) = (place for place, shade in enumerate(shown.partition("|")[2]) if shade not in " |")
-        assert marks.index("^") == shown.index("|") + 1 + column
 
 
 def test_a_page_read_once_stays_visible_where_pages_share_a_column() -> None:
@@ -132,48 +86,51 @@ def total(read: float, dense: float) -> TrafficTotal:
     return TrafficTotal(9, read, dense, 4 * read, 2 * read, 0.0, 4 * dense, read, dense, 144, 144)
 
 
-def result(exact: bool, read: float, dense: float = 100.0) -> PolicyResult:
+def result(exact: bool, read: float, dense: float = 100.0, policy: str = "losa", budget: int = 64) -> PolicyResult:
     return PolicyResult(
-        choose_policy("losa", 64, 16), b"48213.", exact, 0.5, 1, 9, total(read, dense),
+        choose_policy(policy, budget, 16), b"48213.", exact, 0.5, 1, 9, total(read, dense),
         total(read / 2, dense / 2), 0.25,
     )
 
 
 def test_scores_add_up_bytes_before_they_divide() -> None:
-    samples = [
-        Sample("single-key", 0, "48213.", 0.1, (result(True, 10.0, 100.0),)),
-        Sample("multi-key", 0, "48213.", 0.1, (result(False, 90.0, 300.0),)),
-    ]
-    (score,) = scores_of(samples)
+    results = [("single-key", result(True, 10.0, 100.0)), ("multi-key", result(False, 90.0, 300.0))]
+    score = PolicyScore.of(results)
     assert (score.prompts, score.exact) == (2, 1)
     assert score.tasks == {"single-key": {"prompts": 1, "exact": 1}, "multi-key": {"prompts": 1, "exact": 0}}
-    assert score.density == pytest.approx(100 / 400)
-    assert score.byte_share == pytest.approx(600 / 1600)
-    assert score.later_byte_share == pytest.approx(300 / 800)
+    assert score.everything.density == pytest.approx(100 / 400)
+    assert score.everything.byte_share == pytest.approx(600 / 1600)
+    assert score.after_first_pass.byte_share == pytest.approx(300 / 800)
     assert score.seconds == pytest.approx(0.5)
-    assert scores_of([]) == []
+
+
+@pytest.mark.parametrize("threshold", [None, 0.5])
+def test_evaluate_gives_the_same_samples_however_many_prompts_go_together(threshold: float | None) -> None:
+    evaluation = Evaluation(
+        ("single-key", "chained"), 2, 512, 0, ("losa", "dkv-cache"), (64,),
+        DecodeSettings(steps=2 if threshold is None else None, threshold=threshold),
+    )
+    ones, threes = evaluate(evaluation, together=1), evaluate(evaluation, together=3)
+    assert [(each.prompt.task, each.prompt.seed) for each in threes] == evaluation.jobs()
+    for one, three in zip(ones, threes, strict=True):
+        for alone, joint in zip(one.results, three.results, strict=True):
+            assert alone.output == joint.output
+            # Products of other shapes round otherwise, which may turn the choice of a page.
+            assert joint.everything.bytes_read == pytest.approx(alone.everything.bytes_read, rel=0.01)
+    with pytest.raises(InvalidArgumentError, match="together"):
+        evaluate(evaluation, together=0)
 
 
 def test_a_picture_has_a_line_for_each_policy_with_its_parameters_and_a_point_for_each_budget() -> None:
-    evaluation = Evaluation(
-        ("single-key",), 1, 256, 0, ("losa", "losa:active=2", "losa:budget=16", "losa:budget=32"), (64, 128)
-    )
-    results = tuple(
-        dataclasses.replace(result(True, 10.0), choice=choice) for choice in choices_of(evaluation)
-    )
-    lines = plots.accuracy_lines(scores_of([Sample("single-key", 0, "48213.", 0.1, results)]))
+    chosen = [("losa", 64), ("losa:active=2", 64), ("losa:budget=16", 64), ("losa", 128), ("losa:active=2", 128)]
+    scores = [PolicyScore.of([("chained", result(True, 10.0, policy=name, budget=budget))]) for name, budget in chosen]
+    lines = plots.accuracy_lines(scores)
     assert {label: [budget for _, _, budget in points] for label, points in lines.items()} == {
-        "dense": [None], "losa": [64, 128], "losa:active=2": [64, 128], "losa:budget=16": [None],
-        "losa:budget=32": [None],
+        "losa": [64, 128], "losa:active=2": [64, 128], "losa:budget=16": [None],
     }
-
-
-def test_an_accuracy_picture_is_a_png_and_reproducible() -> None:
     pytest.importorskip("matplotlib", reason="pictures need the extra 'plot'")
-    scores = scores_of([Sample("single-key", 0, "48213.", 0.1, (result(True, 10.0),))])
-    first = plots.accuracy_picture(scores, "title")
-    assert first.startswith(b"\x89PNG")
-    assert first == plots.accuracy_picture(scores, "title")
+    picture = plots.accuracy_picture(scores, "title")
+    assert picture.startswith(b"\x89PNG") and picture == plots.accuracy_picture(scores, "title")
 
 
 @pytest.mark.parametrize("width", [80, 120, 160])
@@ -190,10 +147,3 @@ def test_tables_fit_their_width(width: int) -> None:
 def test_control_bytes_are_shown_as_escapes() -> None:
     assert report.printable(b"\x1dA\n\xff") == "\\x1dA\\n\\xff"
     assert report.printable(b"x" * 100, 10) == "xxxxxxx..."
-
-
-def test_as_many_blocks_are_decoded_as_the_answer_needs() -> None:
-    settings = DecodeSettings(block_length=16)
-    assert settings.blocks_for("x" * 15) == 1, "with its stop byte it fills one block"
-    assert settings.blocks_for("x" * 16) == 2
-    assert DecodeSettings(max_blocks=3).blocks_for("x") == 3

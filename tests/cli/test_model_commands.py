@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,13 +12,10 @@ from pathlib import Path
 
 import pytest
 
-import sparse_dlm_attn_tiny
-
 Call = Callable[..., tuple[str, str]]
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 pytestmark = pytest.mark.usefixtures("in_an_empty_directory")
 SHORT = ("--task", "single-key", "--length", "256")
-SHIPPED = Path(sparse_dlm_attn_tiny.__file__).parent / "data" / "tiny.safetensors"
 
 
 def test_decode_prints_a_table_with_every_default_policy(call: Call) -> None:
@@ -49,9 +45,7 @@ def test_json_stands_alone_on_standard_output_and_accounts_for_every_byte(run: R
     assert report["environment"]["weights_sha256"] and report["prompt"]["sha256"]
 
 
-def test_a_prompt_can_be_a_file_or_standard_input(
-    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_prompt_can_be_a_file_or_standard_input(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "The code of Rimon is 48213. " + "There she blows! " * 20
     (tmp_path / "prompt.txt").write_text(text)
     question = ("--question", "What is the code of Rimon?", "--answer", "48213.")
@@ -62,28 +56,9 @@ def test_a_prompt_can_be_a_file_or_standard_input(
     assert from_file["prompt"]["sha256"] == from_stdin["prompt"]["sha256"]
     assert from_file["results"][0]["answer"] == from_stdin["results"][0]["answer"]
     assert from_file["results"][0]["exact"] in (True, False)
-
-
-def test_a_prompt_without_question_is_continued_and_not_judged(call: Call, tmp_path: Path) -> None:
-    (tmp_path / "prompt.txt").write_text("Call me Ishmael. Some years ago")
-    report = json.loads(
-        call("decode", "--prompt", "prompt.txt", "--max-blocks", "1", "--policy", "dense", "--json")[0]
-    )
-    assert report["results"][0]["exact"] is None
-    assert report["results"][0]["blocks"] == 1
-
-
-def test_a_budget_above_the_context_reads_everything(call: Call) -> None:
-    out, _ = call("decode", *SHORT, "--policy", "quest", "--budget", "1000000000000", "--json")
-    dense, quest = json.loads(out)["results"]
-    assert quest["reads"]["everything"]["density"] == 1.0
-    assert quest["answer"] == dense["answer"] and quest["agreement"] == 1.0
-
-
-def test_the_number_of_passes_follows_steps(call: Call) -> None:
-    for steps in (1, 4):
-        out, _ = call("decode", *SHORT, "--policy", "dense", "--steps", str(steps), "--json")
-        assert json.loads(out)["results"][0]["passes"] == steps + 1, "the save pass comes on top"
+    unasked = ("--prompt", "prompt.txt", "--max-blocks", "1", "--policy", "dense", "--json")
+    (continued,) = json.loads(call("decode", *unasked)[0])["results"]
+    assert (continued["exact"], continued["blocks"]) == (None, 1), "nothing was asked, so nothing is judged"
 
 
 def test_decoding_over_the_full_sequence(call: Call) -> None:
@@ -107,9 +82,7 @@ def test_the_demonstration_tells_its_story(call: Call) -> None:
     report = json.loads(out)
     assert report["prompt"]["bytes"] == 4096
     exact = {result["name"]: result["exact"] for result in report["results"]}
-    assert exact == {
-        "dense": True, "losa": True, "quest": True, "sliding-window": False, "streaming-llm": False,
-    }
+    assert exact == {"dense": True, "losa": True, "quest": True, "sliding-window": False, "streaming-llm": False}
     shares = {r["name"]: r["reads"]["everything"]["byte_share"] for r in report["results"]}
     assert shares["losa"] < 0.5 and shares["quest"] < 0.5
 
@@ -138,97 +111,57 @@ def test_processes_of_an_evaluation_find_them_too(tmp_path: Path) -> None:
     assert "outsider:POLICY" in result.stdout, result.stderr
 
 
-BAD_OPTIONS: list[tuple[list[str], str]] = [
-    (["--policy", "lossa"], "did you mean 'losa'?"),
-    (["--policy", "losa:buget=3"], "did you mean 'budget'?"),
-    (["--policy", "losa:budget=0"], "policy 'losa': budget must be at least 1; got 0"),
-    (["--policy", "losa:budget=many"], "budget must be an int"),
-    (["--policy", "losa:active=-1"], "active must be at least 0; got -1"),
-    (["--policy", "losa:budget"], "--policy"),
-    (["--policy", ""], "--policy"),
-    (["--policy", "no_such_module:Policy"], "no_such_module"),
-    (["--backend", "referense"], "did you mean 'reference'?"),
-    (["--device", "cuda"], "leave --device out, or name another --backend"),
-    (["--backend", "torch:device=cpu", "--device", "cpu"], "--device must not be given together with"),
-    (["--budget", "0"], "--budget must be at least 1; got 0"),
-    (["--budget", "-5"], "--budget must be at least 1; got -5"),
-    (["--budget", "much"], "--budget"),
-    (["--task", "multi_key"], "did you mean 'multi-key'?"),
-    (["--task", ""], "unknown task ''"),
-    (["--device", ""], "--device must be one device"),
-    (["--full-sequence", "--length", "16384"], "--length must leave prompt and answer within 16384 bytes"),
-    (["--full-sequence", "--max-blocks", "1024"], "--max-blocks must leave prompt and answer within"),
-    (["--length", "100"], "--length"),
-    (["--length", "-16"], "--length"),
-    (["--length", "32"], "--length"),
-    (["--length", "16400"], "at most 16384"),
-    (["--length", "99999999999999999999"], "--"),
-    (["--steps", "4", "--threshold", "0.9"], "--steps must not be given together with --threshold"),
-    (["--steps", "0"], "--steps must be at least 1; got 0"),
-    (["--steps", "-3"], "--steps must be at least 1; got -3"),
-    (["--steps", "17"], "--steps must be at most 16"),
-    (["--threshold", "1.5"], "--threshold must lie in 0..1; got 1.5"),
-    (["--threshold", "nan"], "--threshold must lie in 0..1; got nan"),
-    (["--block-length", "7"], "--block-length must be one of 8, 16, 32"),
-    (["--block-length", "-8"], "--block-length must be at least 1; got -8"),
-    (["--page-size", "0"], "--page-size must be at least 1; got 0"),
-    (["--page-size", "1000000000"], "--page-size must be at most 16384"),
-    (["--max-blocks", "0"], "--max-blocks must be at least 1; got 0"),
-    (["--max-blocks", "1000000000"], "--max-blocks must be at most 1024"),
-    (["--weights", "missing.safetensors"], "no such file"),
-    (["--weights", "."], "directory"),
-    (["--no-such-option"], "--no-such-option"),
-    (["stray"], "stray"),
-    (["--question", "Who?"], "--question needs --prompt"),
-    (["--prompt", "missing.txt"], "cannot read 'missing.txt'"),
-    (["--prompt", "."], "directory"),
-    (["--prompt", ""], "cannot read '': No such file"),
-    (["--prompt", "empty.txt"], "at least 1 byte"),
-    (["--prompt", "latin.txt"], "not UTF-8 text (byte 0xe9 at offset 3)"),
-    (["--prompt", "long.txt"], "at most 16384 bytes"),
-    (["--prompt", "/dev/zero"], "at most 16384 bytes"),
-    (["--prompt", "whale.txt", "--question", " "], "--question must not be empty"),
-    (["--prompt", "whale.txt", "--seed", "3"], "--seed must not be given together with --prompt"),
-]
-
-
 @pytest.mark.clause("ERROR-1", "ERROR-2")
-@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS, ids=[" ".join(o) for o, _ in BAD_OPTIONS])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--policy lossa", "did you mean 'losa'?"), ("--policy losa:buget=3", "did you mean 'budget'?"),
+        ("--policy losa:budget=0", "policy 'losa': budget must be at least 1; got 0"),
+        ("--policy losa:budget=many", "budget must be an int"), ("--policy losa:budget", "--policy"),
+        ("--policy=", "--policy"), ("--policy no_such_module:Policy", "no_such_module"),
+        ("--backend referense", "did you mean 'reference'?"),
+        ("--device cuda", "leave --device out, or name another --backend"),
+        ("--backend torch:device=cpu --device cpu", "--device must not be given together with"),
+        ("--device=", "--device must be one device"), ("--budget 0", "--budget must be at least 1; got 0"),
+        ("--budget much", "--budget"), ("--task multi_key", "did you mean 'multi-key'?"),
+        ("--full-sequence --length 16384", "--length must leave prompt and answer within 16384 bytes"),
+        ("--full-sequence --max-blocks 1024", "--max-blocks must leave prompt and answer within"),
+        ("--full-sequence --policy losa --policy quest", "--policy must be given once with --full-sequence"),
+        ("--length 100", "--length must be a positive multiple of block_length=16; got 100"),
+        ("--length -16", "--length must be a positive multiple"), ("--length 32", "--length must be at least"),
+        ("--length 16400", "at most 16384"), ("--length 99999999999999999999", "--"),
+        ("--steps 4 --threshold 0.9", "--steps must not be given together with threshold=0.9; got 4"),
+        ("--steps 0", "--steps must be at least 1; got 0"), ("--steps 17", "--steps must be at most 16"),
+        ("--threshold 1.5", "--threshold must lie in 0..1; got 1.5"),
+        ("--threshold nan", "--threshold must lie in 0..1; got nan"),
+        ("--block-length 7", "--block-length must be one of 8, 16, 32"),
+        ("--page-size 0", "--page-size must be at least 1; got 0"),
+        ("--page-size 1000000000", "--page-size must be at most 16384"),
+        ("--max-blocks 0", "--max-blocks must be at least 1; got 0"),
+        ("--max-blocks 1000000000", "--max-blocks must be at most 1024"),
+        ("--weights missing.safetensors", "no such file"), ("--weights .", "directory"),
+        ("--weights long.txt", "cannot read the model weights"), ("--no-such-option", "--no-such-option"),
+        ("stray", "stray"), ("--question Who?", "--question needs --prompt"),
+        ("--prompt missing.txt", "cannot read 'missing.txt'"), ("--prompt .", "directory"),
+        ("--prompt empty.txt", "at least 1 byte"), ("--prompt=", "cannot read '': No such file"),
+        ("--prompt latin.txt", "not UTF-8 text (byte 0xe9 at offset 3)"),
+        ("--prompt long.txt", "at most 16384 bytes"), ("--prompt /dev/zero", "at most 16384 bytes"),
+        ("--prompt whale.txt --question=", "--question must not be empty"),
+        ("--prompt whale.txt --seed 3", "--seed must not be given together with --prompt"),
+    ],
+)
 def test_bad_input_is_one_clear_message_and_exit_code_2(
-    call: Call, tmp_path: Path, options: list[str], message: str
+    call: Call, tmp_path: Path, options: str, message: str
 ) -> None:
     (tmp_path / "empty.txt").touch()
     (tmp_path / "whale.txt").write_text("whale")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     (tmp_path / "long.txt").write_bytes(b"x" * 16385)
     before = sorted(os.listdir(tmp_path))
-    out, err = call("decode", *options, code=2)
+    out, err = call("decode", *options.split(), code=2)
     assert out == ""
     assert message in " ".join(err.split())
     assert sorted(os.listdir(tmp_path)) == before
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may read every file")
-def test_an_unreadable_file_is_refused(call: Call, tmp_path: Path) -> None:
-    path = tmp_path / "secret.txt"
-    path.write_text("whale")
-    path.chmod(0)
-    assert "Permission denied" in call("decode", "--prompt", "secret.txt", code=2)[1]
-
-
-@pytest.mark.parametrize("damage", ["truncated", "garbage", "empty", "one byte of the header"])
-def test_corrupt_weights_are_refused(call: Call, tmp_path: Path, damage: str) -> None:
-    path = tmp_path / "weights.safetensors"
-    if damage == "truncated":
-        shutil.copy(SHIPPED, path)
-        os.truncate(path, SHIPPED.stat().st_size // 2)
-    elif damage == "one byte of the header":
-        path.write_bytes(SHIPPED.read_bytes()[:8] + b"\x00" + SHIPPED.read_bytes()[9:])
-    else:
-        path.write_bytes(b"not a model" * 100 if damage == "garbage" else b"")
-    out, err = call("decode", "--weights", str(path), code=2)
-    assert "cannot read the model weights" in err and path.name in err
-    assert out == ""
 
 
 def test_closed_standard_input_is_reported() -> None:

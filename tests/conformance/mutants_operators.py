@@ -10,7 +10,8 @@ import numpy as np
 from mutants_attention import narrow_table
 from mutation import Call, R, both, first, kept, mutant, of_first, register, state, table, with_lengths
 
-from sparse_dlm_attn import AttentionState, Capabilities, PageBounds, Selection
+from sparse_dlm_attn import AttentionState, PageBounds, Selection
+from sparse_dlm_attn.capabilities import Capabilities
 from sparse_dlm_attn.values import softmax_scale
 from sparse_dlm_attn_reference import ReferenceBackend
 

@@ -10,12 +10,13 @@ import numpy as np
 from mutants_policies import DRIFTING_LOSA, LOSA, MAGE, SNAPKV
 from mutation import Call, Instead, R, chosen, register, table
 
-from sparse_dlm_attn import AttentionState, PassInputs, RankedResult, Selection, ranked
+from sparse_dlm_attn import AttentionState, PassInputs, Selection, ranked
 from sparse_dlm_attn.policies.flashblock import FlashBlock, FlashBlockMemory
 from sparse_dlm_attn.policies.losa import Losa
 from sparse_dlm_attn.policies.mage import Mage, MageMemory
 from sparse_dlm_attn.policies.quest import Quest
 from sparse_dlm_attn.policies.sparsed import SparseD
+from sparse_dlm_attn.ranked import RankedResult
 from sparse_dlm_attn.rules import RuleMemory
 
 

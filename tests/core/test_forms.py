@@ -40,9 +40,9 @@ def test_contents_are_no_form() -> None:
     for value in (0.0, 1.0):
         forms.check(calls.append, np.full(3, value))
     assert len(calls) == 1
-    for count in (1, True, 1.0):
+    for count in (1, True, 1.0, np.float32(0.5), np.float32(2)):
         forms.check(calls.append, count)
-    assert len(calls) == 4
+    assert len(calls) == 6
 
 
 def test_what_has_no_form_is_checked_each_time() -> None:

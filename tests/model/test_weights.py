@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,8 +8,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from sparse_dlm_attn import DataFileError
-from sparse_dlm_attn_tiny.config import TinyConfig, weight_shapes
+from sparse_dlm_attn.errors import DataFileError
+from sparse_dlm_attn_tiny.config import weight_shapes
+from sparse_dlm_attn_tiny.model import TinyModel
 from sparse_dlm_attn_tiny.weights import load_weights
 
 Weights = dict[str, np.ndarray]
@@ -18,14 +18,12 @@ Write = Callable[..., Path]
 
 
 @pytest.fixture
-def write(tmp_path: Path, small_config: TinyConfig, small_weights: Weights) -> Write:
-    def write_file(
-        changed: Weights | None = None, without: str = "", metadata: dict[str, str] | None = None
-    ) -> Path:
+def write(tmp_path: Path, model: TinyModel, small_weights: Weights) -> Write:
+    def write_file(changed: Weights | None = None, without: str = "", metadata: dict[str, str] | None = None) -> Path:
         tensors = {**small_weights, **(changed or {})}
         tensors.pop(without, None)
         path = tmp_path / "model.safetensors"
-        save_file(tensors, path, {"config": small_config.to_json()} if metadata is None else metadata)
+        save_file(tensors, path, {"config": model.config.to_json()} if metadata is None else metadata)
         return path
 
     return write_file
@@ -37,20 +35,12 @@ def test_the_shipped_weights_have_the_shapes_of_their_architecture() -> None:
     assert {array.dtype for array in weights.values()} == {np.dtype(np.float32)}
 
 
-def test_a_file_gives_back_what_was_written(
-    write: Write, small_config: TinyConfig, small_weights: Weights
-) -> None:
-    config, weights = load_weights(write())
-    assert config == small_config
-    for name, values in small_weights.items():
+def test_a_file_gives_back_what_was_written_as_float32(write: Write, model: TinyModel, small_weights: Weights) -> None:
+    half = small_weights["head"].astype(np.float16)
+    config, weights = load_weights(str(write({"head": half})))
+    assert config == model.config and weights["head"].dtype == np.float32
+    for name, values in {**small_weights, "head": half}.items():
         np.testing.assert_array_equal(weights[name], values)
-
-
-def test_half_precision_weights_become_float32(write: Write, small_weights: Weights) -> None:
-    half = {name: values.astype(np.float16) for name, values in small_weights.items()}
-    _, weights = load_weights(str(write(half)))
-    np.testing.assert_array_equal(weights["head"], half["head"].astype(np.float32))
-    assert weights["head"].dtype == np.float32
 
 
 def refused(path: Path) -> str:
@@ -63,35 +53,11 @@ def refused(path: Path) -> str:
 
 
 @pytest.mark.clause("ERROR-1")
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    assert "no such file" in refused(tmp_path / "absent.safetensors")
-
-
-@pytest.mark.clause("ERROR-1")
-def test_a_directory_is_refused(tmp_path: Path) -> None:
-    assert "directory" in refused(tmp_path)
-
-
-@pytest.mark.clause("ERROR-1")
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])
 def test_a_truncated_file_is_refused(write: Write, keep: int) -> None:
     path = write()
     path.write_bytes(path.read_bytes()[:keep])
     assert "truncated" in refused(path)
-
-
-@pytest.mark.clause("ERROR-1")
-def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(b"PK\x03\x04 something else entirely" * 20)
-    assert "no safetensors file" in refused(path)
-
-
-@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="this user may read every file")
-def test_an_unreadable_file_is_refused(write: Write) -> None:
-    path = write()
-    path.chmod(0)
-    refused(path)
 
 
 @pytest.mark.clause("ERROR-1")
@@ -123,17 +89,13 @@ def test_a_missing_or_renamed_tensor_is_refused(write: Write) -> None:
         ({"config": json.dumps({"norm_eps": -1.0})}, "norm_eps"),
     ],
 )
-def test_metadata_without_a_sound_architecture_is_refused(
-    write: Write, metadata: dict[str, str], reason: str
-) -> None:
+def test_metadata_without_a_sound_architecture_is_refused(write: Write, metadata: dict[str, str], reason: str) -> None:
     assert reason in refused(write(metadata=metadata))
 
 
 @pytest.mark.clause("ERROR-1")
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
-def test_weights_that_are_no_numbers_are_refused(
-    write: Write, small_weights: Weights, poison: float
-) -> None:
+def test_weights_that_are_no_numbers_are_refused(write: Write, small_weights: Weights, poison: float) -> None:
     head = small_weights["head"].copy()
     head[3, 4] = poison
     assert "'head' holds NaN or inf" in refused(write({"head": head}))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-IMPORT_ROOTS = ("", "reference", "models", "conformance", "backends", "integrations")
+IMPORT_ROOTS = ("", "reference", "models", "conformance", "backends", "benchmarks", "integrations")
 
 
 def modules_with_examples() -> list[str]:

@@ -31,7 +31,7 @@ ALLOWED = {
     "conformance/sparse_dlm_attn_conformance": {"sparse_dlm_attn", "sparse_dlm_attn_reference"},
     "integrations/sparse_dlm_attn_transformers": {"sparse_dlm_attn", "sparse_dlm_attn_cuda_graphs"},
     # Times one backend against others, and tunes the Triton backend.
-    "backends/sparse_dlm_attn_bench": {
+    "benchmarks/sparse_dlm_attn_bench": {
         "sparse_dlm_attn", "sparse_dlm_attn_folded", "sparse_dlm_attn_torch", "sparse_dlm_attn_triton",
     },
 }
@@ -69,7 +69,7 @@ def test_importing_the_specification_loads_no_framework_and_no_other_package_of_
 
 def test_listing_backends_and_policies_imports_none_of_them() -> None:
     loaded = loaded_packages(
-        "import sparse_dlm_attn as s; assert s.backends() and s.policies()"
+        "import sparse_dlm_attn as s; assert s.list_backends() and s.list_policies()"
     )
     assert not loaded & HEAVY
     assert not {name for name in loaded if name.startswith("sparse_dlm_attn_")}
@@ -129,7 +129,7 @@ def imported_packages(path: Path) -> Iterator[str]:
 def packages() -> list[str]:
     """Import packages of this repository, by folder."""
     found = ["sparse_dlm_attn"]
-    for folder in ("reference", "backends", "conformance", "models", "integrations"):
+    for folder in ("reference", "backends", "benchmarks", "conformance", "models", "integrations"):
         parents = sorted((ROOT / folder).glob("sparse_dlm_attn_*/__init__.py"))
         found += [str(path.parent.relative_to(ROOT)) for path in parents]
     return found

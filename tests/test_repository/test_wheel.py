@@ -27,7 +27,7 @@ def test_the_wheel_holds_each_package_with_its_types_and_nothing_else(wheel: Pat
         names = archive.namelist()
     tops = {name.partition("/")[0] for name in names}
     expected = {"sparse_dlm_attn"}
-    for folder in ("reference", "backends", "conformance", "models", "integrations"):
+    for folder in ("reference", "backends", "benchmarks", "conformance", "models", "integrations"):
         expected |= {path.parent.name for path in (ROOT / folder).glob("sparse_dlm_attn_*/__init__.py")}
     assert {top for top in tops if not top.endswith(".dist-info")} == expected
     assert {f"{package}/py.typed" for package in expected} <= set(names)
@@ -52,7 +52,7 @@ def test_every_file_of_code_in_the_packages_is_in_the_wheel(wheel: Path) -> None
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     missing = []
-    for folder in ("", "reference", "backends", "conformance", "models", "integrations"):
+    for folder in ("", "reference", "backends", "benchmarks", "conformance", "models", "integrations"):
         for path in (ROOT / folder).glob("sparse_dlm_attn*/**/*.py"):
             if str(path.relative_to(ROOT / folder)) not in names:
                 missing.append(str(path))

@@ -370,9 +370,9 @@ def test_caches_that_cannot_be_viewed_are_refused(model: Any) -> None:
         pytest.skip("caches of layers came with transformers 4.54")
     for layer in layers:
         layer.__class__ = type("RollingLayer", (type(layer),), {})
-    with torch.no_grad(), SparseAttention(model, "dense") as sparse, sparse.block():
-        with pytest.raises(InvalidArgumentError, match=r"DynamicCache, a PagedCache.*got a RollingLayer"):
-            model(tokens(1, BLOCK), **cache)
+    refused = pytest.raises(InvalidArgumentError, match=r"DynamicCache, a PagedCache.*got a RollingLayer")
+    with torch.no_grad(), SparseAttention(model, "dense") as sparse, sparse.block(), refused:
+        model(tokens(1, BLOCK), **cache)
 
 
 def test_calls_out_of_order_are_refused(model: Any) -> None:

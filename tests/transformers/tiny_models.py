@@ -57,14 +57,14 @@ EXTRAS: dict[str, dict[str, Any]] = {
 FAMILIES = ("Qwen3", "Llama", "Qwen2", "Mistral", "Qwen3Moe")
 
 
-def causal_shape(family: str) -> Any:
-    """A causal model of transformers, three layers, two query heads a KV head."""
+def causal_shape(family: str, layers: int = 3) -> Any:
+    """A causal model of transformers, two query heads a KV head."""
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(
         vocab_size=VOCABULARY,
         hidden_size=32,
         intermediate_size=32,
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=16,

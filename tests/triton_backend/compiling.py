@@ -24,6 +24,7 @@ from sparse_dlm_attn_bench.shape import Shape
 from sparse_dlm_attn_triton import common, full_sequence, launch, launch_decisions
 from sparse_dlm_attn_triton.full_sequence import attend_spans
 from sparse_dlm_attn_triton.pooled import pooled_scores
+from sparse_dlm_attn_triton.ranked_pass import ranked_plan
 
 TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16",
          torch.int8: "i8", torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1"}
@@ -43,12 +44,9 @@ def a_pass(shape: Shape, own: bool = False, ragged: bool = False, rows: int = 5)
     bounds = (empty(shape.dtype, shape.batch, shape.kv_heads, pages, shape.head_dim),) * 2
     pool = empty(shape.dtype, shape.batch * pages, shape.kv_heads, shape.page_size, shape.head_dim)
     table = empty("int32", shape.batch, pages)
-    active, mask = launch.rank(
-        q, bounds, table, q, rows, None, 512, 512 // shape.page_size, "row" if own else "kv_head"
-    )
-    part = launch.Part(pool, pool, table, table, mask, 1 if own else shape.tokens, active, rows)
-    cached = q, empty("float32", *q.shape[:3])
-    launch.attend(q, (k, k), part, cached, 0.1, 1, q, later=True, ragged=ragged)
+    rule = rows, None, 512, 512 // shape.page_size, "row" if own else "kv_head", "queries"
+    pages, cached = (pool, pool, table, table), (q, empty("float32", *q.shape[:3]))
+    ranked_plan(q, k, k, pages, bounds, q, cached, rule, 0.1, ragged).run(q, k, k, pages, bounds, q, cached)
 
 
 def a_sequence(dtype: str, head_dim: int, page_size: int, tokens: int = 1024, heads: int = 2) -> None:

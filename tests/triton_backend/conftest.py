@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import pytest
 
 try:
-    from sparse_dlm_attn_triton import launch, launch_decisions
+    from sparse_dlm_attn_triton import launch, launch_decisions, ranked_pass
 except ImportError:
     PLANS = []
 else:
-    PLANS = [launch._planned, launch_decisions._scores, launch_decisions._changes, launch_decisions._select]
+    PLANS = [launch.planned, launch_decisions._scores, ranked_pass._settled]
 
 
 @pytest.fixture

@@ -24,13 +24,13 @@ from sparse_dlm_attn import (  # noqa: E402
     PageBounds,
     PassInfo,
     PrefixAttention,
-    Problem,
-    RankedPass,
     Selection,
     SparseAttentionError,
     UnavailableError,
     UnsupportedError,
 )
+from sparse_dlm_attn.capabilities import Problem  # noqa: E402
+from sparse_dlm_attn.ranked import RankedPass  # noqa: E402
 from sparse_dlm_attn_conformance import (  # noqa: E402
     test_attention,
     test_decisions,
@@ -152,7 +152,7 @@ def test_the_share_of_a_mass_rule_is_no_float32() -> None:
 
 def test_a_ranked_pass_that_fits_no_kernel_is_its_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "MOST_ROWS", 2)
-    monkeypatch.setattr(launch, "rank", None)
+    monkeypatch.setattr(ops, "ranked_plan", None)
     RANKED[0].body(subject("float32"), case=RAGGED, rule=COUNTED)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,6 @@ torch = pytest.importorskip("torch", reason="the Triton backend needs PyTorch")
 pytest.importorskip("triton", reason="the Triton backend needs Triton")
 
 from sparse_dlm_attn import (  # noqa: E402
-    DataFileError,
     InvalidArgumentError,
     InvalidTypeError,
     PassInfo,
@@ -23,6 +21,7 @@ from sparse_dlm_attn import (  # noqa: E402
     UnavailableError,
     get_backend,
 )
+from sparse_dlm_attn.errors import DataFileError  # noqa: E402
 from sparse_dlm_attn_bench import tuning  # noqa: E402
 from sparse_dlm_attn_bench.gate import WrongResultError  # noqa: E402
 from sparse_dlm_attn_bench.layer import layers  # noqa: E402
@@ -201,15 +200,3 @@ def test_records_say_everything() -> None:
     record = json.loads(json.dumps(entry().as_dict()))
     assert Entry.of(record) == entry()
     assert set(tuning.CANDIDATES) == set(Settings().as_dict())
-
-
-def test_settings_belong_to_every_file_that_launches_are_made_of() -> None:
-    folder = Path(settings.__file__).parent
-    found, left = set(), ["launch"]
-    while left:
-        name = left.pop()
-        found.add(f"{name}.py")
-        source = (folder / f"{name}.py").read_text(encoding="utf-8")
-        imported = re.findall(r"^from sparse_dlm_attn_triton\.(\w+) import", source, re.MULTILINE)
-        left += [other for other in imported if f"{other}.py" not in found]
-    assert set(settings.KERNELS) == found - {"settings.py"}

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from sparse_dlm_attn import SparseAttentionError
 from sparse_dlm_attn.cli.doctor import Check
-
-__all__ = ["weights"]
+from sparse_dlm_attn_tiny.config import parameter_count
+from sparse_dlm_attn_tiny.weights import load_weights
 
 
 def weights() -> Check:
     """Check that the shipped weights can be read."""
-    from sparse_dlm_attn_tiny.config import parameter_count
-    from sparse_dlm_attn_tiny.weights import load_weights
-
     try:
         config, _ = load_weights()
     except SparseAttentionError as error:

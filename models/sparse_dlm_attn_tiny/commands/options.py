@@ -1,181 +1,104 @@
-"""Options that several commands share, and what they mean together. Imports nothing heavy."""
+"""Options that several commands share, and what they mean together."""
 
 from __future__ import annotations
 
+import hashlib
+import platform
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import numpy as np
 import typer
 
-from sparse_dlm_attn import InvalidArgumentError, Problem
+from sparse_dlm_attn import SPEC_VERSION, InvalidArgumentError, __version__
+from sparse_dlm_attn.capabilities import Problem
+from sparse_dlm_attn.cli.console import note
 from sparse_dlm_attn.cli.options import named_as_options
+from sparse_dlm_attn.files import read_text, write_atomically
 from sparse_dlm_attn.policy import check_count
 from sparse_dlm_attn.registry import split_parameters
-
-if TYPE_CHECKING:
-    from sparse_dlm_attn_tiny.comparison import DecodeSettings
-    from sparse_dlm_attn_tiny.model import TinyModel
-    from sparse_dlm_attn_tiny.prompts import Prompt
-
-__all__ = ["check_settings", "environment_record", "load_model", "pick_prompt"]
+from sparse_dlm_attn_tiny.comparison import DecodeSettings
+from sparse_dlm_attn_tiny.model import TinyModel, check_block_length
+from sparse_dlm_attn_tiny.retrieval import Prompt, make_prompt
+from sparse_dlm_attn_tiny.schedule import Schedule
+from sparse_dlm_attn_tiny.weights import SHIPPED
 
 DEFAULT_BUDGET = 128
 DEFAULT_LENGTH = 4096
+DEFAULT_TASK = "chained"
+DEFAULT_SEED = 1617
+"""Chosen by its text: the sighting of the White Whale. Both facts lie far from the question."""
 
-PromptFile = Annotated[
-    str | None,
-    typer.Option(
-        "--prompt", help="UTF-8 text to continue, or '-' for standard input.", metavar="FILE",
-        show_default="a held-out retrieval prompt",
-    ),
-]
-Question = Annotated[
-    str | None,
-    typer.Option(help="Asked after the text of --prompt, e.g. 'What is the code of Rimon?'.", metavar="TEXT"),
-]
-Answer = Annotated[
-    str | None, typer.Option(help="Expected answer to --question, to mark answers exact.", metavar="TEXT")
-]
+PromptFile = Annotated[str | None, typer.Option(
+    "--prompt", metavar="FILE", show_default="a held-out retrieval prompt",
+    help="UTF-8 text to continue, or '-' for standard input.",
+)]
+Question = Annotated[str | None, typer.Option(
+    help="Asked after the text of --prompt, e.g. 'What is the code of Rimon?'.", metavar="TEXT"
+)]
+Answer = Annotated[str | None, typer.Option(
+    help="Expected answer to --question, to mark answers exact.", metavar="TEXT"
+)]
 Task = Annotated[str | None, typer.Option(help="Task of the retrieval prompt.", show_default="chained")]
 Length = Annotated[int | None, typer.Option(help="Bytes of the retrieval prompt.", show_default="4096")]
 Seed = Annotated[int | None, typer.Option(help="Seed of the retrieval prompt.", show_default="1617")]
-Policies = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--policy", help="Policy; repeatable; `sparse-dlm-attn policies` lists them.",
-        metavar="NAME[:key=value,...]", show_default="a selection",
-    ),
-]
-Budget = Annotated[
-    int, typer.Option(help="Context tokens a row may read, for every policy that does not set its own.")
-]
-BackendName = Annotated[
-    str,
-    typer.Option(help="Backend that computes; `sparse-dlm-attn backends` lists them.",
-                 metavar="NAME[:key=value,...]"),
-]
-Device = Annotated[
-    str | None,
-    typer.Option(help="Where the backend computes, e.g. cuda; the same as --backend NAME:device=...",
-                 show_default="the backend's own"),
-]
+Policies = Annotated[list[str] | None, typer.Option(
+    "--policy", help="Policy; repeatable; `sparse-dlm-attn policies` lists them.",
+    metavar="NAME[:key=value,...]", show_default="a selection",
+)]
+Budget = Annotated[int, typer.Option(
+    help="Context tokens a row may read, for every policy that does not set its own."
+)]
+BackendName = Annotated[str, typer.Option(
+    help="Backend that computes; `sparse-dlm-attn backends` lists them.", metavar="NAME[:key=value,...]"
+)]
+Device = Annotated[str | None, typer.Option(
+    help="Where the backend computes, e.g. cuda; the same as --backend NAME:device=...",
+    show_default="the backend's own",
+)]
 BlockLength = Annotated[int, typer.Option(help="Tokens denoised together: 8, 16 or 32.")]
 Steps = Annotated[int | None, typer.Option(help="Denoising passes of a block.", show_default="8")]
-Threshold = Annotated[
-    float | None,
-    typer.Option(help="Instead of --steps: decode every token whose confidence exceeds this (0..1)."),
-]
+Threshold = Annotated[float | None, typer.Option(
+    help="Instead of --steps: decode every token whose confidence exceeds this (0..1)."
+)]
 PageSize = Annotated[int, typer.Option(help="Context tokens a page.")]
-MaxBlocks = Annotated[
-    int | None,
-    typer.Option(
-        help="Blocks to decode at most.", show_default="what the expected answer needs, 4 if none is known"
-    ),
-]
-Weights = Annotated[
-    Path | None, typer.Option(help="Weights file (safetensors) instead of the shipped one.", metavar="FILE")
-]
+MaxBlocks = Annotated[int | None, typer.Option(
+    help="Blocks to decode at most.", show_default="what the expected answer needs, 4 if none is known"
+)]
+Weights = Annotated[Path | None, typer.Option(
+    help="Weights file (safetensors) instead of the shipped one.", metavar="FILE"
+)]
+
+
+def placed(backend: str, device: str | None) -> str:
+    """Return the backend's specification with the device that ``--device`` asked for beside it."""
+    if device is None:
+        return backend
+    if not device.strip() or "," in device:
+        raise InvalidArgumentError("--device", "must be one device, such as cpu or cuda:1", repr(device))
+    if "device" in split_parameters("backend", backend)[1]:
+        raise InvalidArgumentError(
+            "--device", "must not be given together with a device in --backend", f"{device} and {backend}",
+            "Leave one of them out.",
+        )
+    return f"{backend}{',' if '=' in backend else ':'}device={device}"
 
 
 def check_settings(
-    block_length: int, steps: int | None, threshold: float | None, page_size: int, max_blocks: int | None
+    block_length: int, steps: int | None, threshold: float | None, page_size: int, max_blocks: int | None = None
 ) -> DecodeSettings:
-    """Return the settings of a decoding, checked before anything is loaded.
-
-    Raises
-    ------
-    InvalidArgumentError
-        If one is out of range, or if both --steps and --threshold are given.
-    """
-    from sparse_dlm_attn_tiny.comparison import DecodeSettings
-    from sparse_dlm_attn_tiny.model import check_block_length
-    from sparse_dlm_attn_tiny.schedule import Schedule
-
+    """Return the settings of a decoding, checked before anything is loaded."""
     for name, value in (("--page-size", page_size), ("--max-blocks", max_blocks)):
         if value is not None:
             check_count(name, value, 1)
-    if steps is not None and threshold is not None:
-        raise InvalidArgumentError(
-            "--steps", "must not be given together with --threshold", f"{steps} and {threshold}",
-            "Leave one of them out.",
-        )
     with named_as_options():
         Schedule(check_block_length(block_length), steps, threshold)
     return DecodeSettings(block_length, steps, threshold, page_size, max_blocks)
 
 
-def pick_prompt(
-    file: str | None,
-    question: str | None,
-    answer: str | None,
-    task: str | None,
-    length: int | None,
-    seed: int | None,
-    block_length: int,
-    limit: int,
-    default_length: int = DEFAULT_LENGTH,
-) -> Prompt:
-    """Return the user's prompt, or the retrieval prompt that the other options describe.
-
-    Raises
-    ------
-    SparseAttentionError
-        If options contradict each other or the prompt cannot be had.
-    """
-    from sparse_dlm_attn_tiny import prompts
-
-    own = {"--question": question, "--answer": answer}
-    made = {"--task": task, "--length": length, "--seed": seed}
-    useless = [name for name, value in (made if file is not None else own).items() if value is not None]
-    if useless:
-        rule = "must not be given together with --prompt" if file is not None else "needs --prompt"
-        raise InvalidArgumentError(useless[0], rule, repr({**own, **made}[useless[0]]))
-    if file is not None:
-        return prompts.read_prompt(file, question, answer, limit)
-    return prompts.prompt_of_task(
-        prompts.DEFAULT_TASK if task is None else task,
-        default_length if length is None else length,
-        prompts.DEFAULT_SEED if seed is None else seed,
-        block_length=block_length,
-    )
-
-
-def placed(backend: str, device: str | None) -> str:
-    """Return the backend's specification with the device that was asked for beside it.
-
-    Parameters
-    ----------
-    backend : str
-        ``"name"`` or ``"name:key=value,..."``.
-    device : str or None
-        What ``--device`` gave.
-
-    Raises
-    ------
-    InvalidArgumentError
-        If ``device`` is no name, or ``backend`` names a device too.
-    """
-    if device is not None and (not device.strip() or "," in device):
-        raise InvalidArgumentError("--device", "must be one device, such as cpu or cuda:1", repr(device))
-    if device is not None and "device" in split_parameters("backend", backend)[1]:
-        raise InvalidArgumentError(
-            "--device", "must not be given together with a device in --backend", f"{device} and {backend}",
-            "Leave one of them out.",
-        )
-    return backend if device is None else f"{backend}{',' if '=' in backend else ':'}device={device}"
-
-
-def load_model(backend: str, weights: Path | None, settings: DecodeSettings) -> Any:
-    """Return the model with its backend, once it is known that ``settings`` fit it.
-
-    Raises
-    ------
-    SparseAttentionError
-        If backend or weights cannot be had, or a length exceeds the model's context.
-    """
-    from sparse_dlm_attn_tiny.model import TinyModel
-
+def load_model(backend: str, weights: Path | None, settings: DecodeSettings) -> TinyModel:
+    """Return the model with its backend, once it is known that ``settings`` fit it."""
     model = TinyModel.load(backend, weights)
     limit = model.config.max_context
     if settings.page_size > limit:
@@ -190,19 +113,54 @@ def load_model(backend: str, weights: Path | None, settings: DecodeSettings) -> 
     return model
 
 
-def environment_record(
-    backend: str, weights: Path | None, model: TinyModel, page_size: int
-) -> dict[str, Any]:
+def pick_prompt(
+    file: str | None, question: str | None, answer: str | None, task: str | None, length: int | None,
+    seed: int | None, block_length: int, limit: int, default_length: int = DEFAULT_LENGTH,
+) -> Prompt:
+    """Return the user's prompt, of at most ``limit`` bytes, or the retrieval prompt that the options name."""
+    own = {"--question": question, "--answer": answer}
+    made = {"--task": task, "--length": length, "--seed": seed}
+    useless = [name for name, value in (made if file is not None else own).items() if value is not None]
+    if useless:
+        rule = "must not be given together with --prompt" if file is not None else "needs --prompt"
+        raise InvalidArgumentError(useless[0], rule, repr({**own, **made}[useless[0]]))
+    if file is not None:
+        return _read_prompt(file, question, answer, limit)
+    with named_as_options():
+        return make_prompt(
+            DEFAULT_TASK if task is None else task, length=default_length if length is None else length,
+            seed=DEFAULT_SEED if seed is None else seed, block_length=block_length,
+        )
+
+
+def _read_prompt(source: str, question: str | None, answer: str | None, limit: int) -> Prompt:
+    """Return the prompt in a file, or in standard input for "-", with the question that it is asked."""
+    text = read_text(source, limit)
+    if question is not None:
+        if not question.strip():
+            raise InvalidArgumentError("--question", "must not be empty", repr(question))
+        text = text.rstrip() + f"\nQuestion: {question.strip()}\nAnswer: ".encode()
+    if len(text) > limit:
+        raise InvalidArgumentError(
+            "--prompt", f"must be at most {limit} bytes together with the question", f"{len(text)} bytes",
+            "Shorten the text.",
+        )
+    name = "standard input" if source == "-" else source
+    return Prompt(text, name, (question or "").strip(), answer)
+
+
+def environment_record(backend: str, weights: Path | None, model: TinyModel, page_size: int) -> dict[str, Any]:
     """Return what a report must say about the software that made it.
 
     ``attention_path`` is how the backend reads the pages of a cache such as the model's: what "auto" came to.
     A backend that has several ways says so by a method ``path_for``; of others it is the name.
     """
-    import platform
-    from importlib.metadata import version
-
-    from sparse_dlm_attn import SPEC_VERSION, __version__
-
+    path_for, path = getattr(model.backend, "path_for", None), model.backend.name
+    if path_for is not None:
+        context = model.empty_cache(page_size=page_size).contexts()[0]
+        shape = (1, model.config.query_heads, 1, model.config.head_dim)
+        q = model.backend.asarray(np.zeros(shape, dtype=np.float32), dtype="float32")
+        path = str(path_for(Problem.of(q, context), context))
     return {
         "sparse_dlm_attn": __version__,
         "specification": SPEC_VERSION,
@@ -211,25 +169,13 @@ def environment_record(
         "machine": platform.machine(),
         "backend": backend,
         "backend_notes": model.backend.capabilities.notes,
-        "attention_path": _attention_path(model, page_size),
+        "attention_path": path,
         "weights": "shipped" if weights is None else str(weights),
-        "weights_sha256": _sha256(weights),
+        "weights_sha256": hashlib.sha256((weights or SHIPPED).read_bytes()).hexdigest(),
     }
 
 
-def _attention_path(model: TinyModel, page_size: int) -> str:
-    context = model.empty_cache(page_size=page_size).context(0)
-    shape = (1, model.config.query_heads, 1, model.config.head_dim)
-    q = model.backend.asarray(np.zeros(shape, dtype=np.float32), dtype="float32")
-    path_for = getattr(model.backend, "path_for", None)
-    return model.backend.name if path_for is None else str(path_for(Problem.of(q, context), context))
-
-
-def _sha256(weights: Path | None) -> str:
-    import hashlib
-    import importlib.resources
-
-    from sparse_dlm_attn_tiny.weights import SHIPPED
-
-    shipped = importlib.resources.files("sparse_dlm_attn_tiny").joinpath(SHIPPED)
-    return hashlib.sha256((shipped if weights is None else weights).read_bytes()).hexdigest()
+def write(path: Path, data: bytes, option: str) -> None:
+    """Write a file that an option names, and say so."""
+    write_atomically(path, data, option)
+    note(f"wrote {path}")

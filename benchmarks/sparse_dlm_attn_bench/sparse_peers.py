@@ -20,17 +20,7 @@ import torch
 from sparse_dlm_attn import Context, Selection
 from sparse_dlm_attn_bench.flex_peer import flex_masked, listed_mask
 from sparse_dlm_attn_bench.layer import Layer
-from sparse_dlm_attn_bench.peers import (
-    WORKSPACE,
-    Pair,
-    Peer,
-    Work,
-    differing,
-    flash_attn_3,
-    reason,
-    wait,
-    wrapper_for,
-)
+from sparse_dlm_attn_bench.peers import WORKSPACE, Pair, Peer, Work, differing, flash_attn_3, reason, wait, wrapper_for
 from sparse_dlm_attn_bench.shape import Shape
 from sparse_dlm_attn_folded.flash_attn import build_flags
 from sparse_dlm_attn_folded.folding import Pool, Requests, folded, full_pages, rows_of_lists
@@ -42,21 +32,11 @@ __all__ = ["SPARSE", "Chosen", "Found", "sparse_peers"]
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
-    """What a pass selected in one layer.
+    """What a pass selected in one layer."""
 
-    Parameters
-    ----------
-    layer : Layer
-        Inputs; whole pages only.
-    mask : torch.Tensor
-        bool ``(batch, kv_heads, 1, pages)``.
-    active : torch.Tensor
-        bool ``(batch, tokens)``, equally many rows in every sequence.
-    """
-
-    layer: Layer
-    mask: torch.Tensor
-    active: torch.Tensor
+    layer: Layer  # inputs; whole pages only
+    mask: torch.Tensor  # bool ``(batch, kv_heads, 1, pages)``
+    active: torch.Tensor  # bool ``(batch, tokens)``, equally many rows in every sequence
 
     @property
     def context(self) -> Context:
@@ -93,17 +73,10 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Found:
-    """A peer that can run.
+    """A peer that can run."""
 
-    Parameters
-    ----------
-    works : list of callable
-        One a layer.
-    plan_us : float or None
-        Host microseconds to plan one layer's selection, its lists known; None if there is no plan.
-    """
-
-    works: list[Work]
+    works: list[Work]  # one a layer
+    # Host microseconds to plan one layer's selection, its lists known; None if there is no plan.
     plan_us: float | None = None
 
 
@@ -197,22 +170,7 @@ SPARSE: dict[str, _SparsePeer] = {
 def sparse_peers(
     chosen: Sequence[Chosen], shape: Shape, names: Sequence[str] = tuple(SPARSE)
 ) -> dict[str, Found | str]:
-    """Return for each peer its work on every layer's lists, or in words why it is not there.
-
-    Parameters
-    ----------
-    chosen : sequence of Chosen
-        What was selected.
-    shape : Shape
-        Sizes.
-    names : sequence of str
-        Peers to ask, keys of `SPARSE`.
-
-    Returns
-    -------
-    dict
-        By name, what can be timed, or a reason: it does not import, does not serve, or is wrong.
-    """
+    """Return for each peer its work on every layer's lists, or in words why it is not there."""
     found: dict[str, Found | str] = {}
     wanted = chosen[0].expected()
     for name in names:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sparse_dlm_attn import Backend, InvalidArgumentError, Problem, UnavailableError, UnsupportedError
+from sparse_dlm_attn import Backend, InvalidArgumentError, UnavailableError, UnsupportedError
 from sparse_dlm_attn import get_backend as find_backend
-from sparse_dlm_attn.cli.console import note, print_json, progress, result_console
+from sparse_dlm_attn.capabilities import Problem
+from sparse_dlm_attn.cli.console import note, print_json, progress, result_console, table
 from sparse_dlm_attn.cli.options import named_as_options
 from sparse_dlm_attn.files import check_target, write_atomically
 from sparse_dlm_attn_bench.shape import Shape, with_budget
@@ -32,9 +33,7 @@ HeadDim = Annotated[int, typer.Option("--head-dim", help="Channels of a head.")]
 Tokens = Annotated[int, typer.Option(help="Rows of a block.")]
 PageSize = Annotated[int, typer.Option("--page-size", help="Tokens a page.")]
 Dtype = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
-Contexts = Annotated[
-    str, typer.Option(help="Context lengths in tokens, K for 1024 of them.", metavar="N,N,...")
-]
+Contexts = Annotated[str, typer.Option(help="Context lengths in tokens, K for 1024 of them.", metavar="N,N,...")]
 Repeats = Annotated[int, typer.Option(help="Replays of each graph; times are medians.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write results as JSON.", metavar="FILE")]
 
@@ -104,9 +103,7 @@ def tune(
         typer.Option(help="Policy whose passes are timed, reading about a tenth of the context.",
                      metavar="NAME[:key=value,...]"),
     ] = "losa",
-    limit: Annotated[
-        int, typer.Option(help="Most settings to try a context length; each compiles a kernel.")
-    ] = 40,
+    limit: Annotated[int, typer.Option(help="Most settings to try a context length; each compiles a kernel.")] = 40,
     repeats: Repeats = 20,
     file: Annotated[
         Path | None,
@@ -147,56 +144,26 @@ def tune(
 
 
 def counts(option: str, text: str) -> list[int]:
-    """Return numbers of tokens written ``16K,65536``, ascending.
-
-    Parameters
-    ----------
-    option : str
-        Its name, for messages.
-    text : str
-        What was given.
-
-    Raises
-    ------
-    InvalidArgumentError
-        If something else is written there.
-    """
+    """Return numbers of tokens written ``16K,65536``, ascending."""
     found = []
     for part in text.split(","):
         number, factor = part.strip().upper(), 1
         if number.endswith("K"):
             number, factor = number[:-1], 1024
         if not number.isdecimal() or not 1 <= int(number) * factor < 2**31:
-            raise InvalidArgumentError(
-                option, "must be numbers of tokens as in 16K,32768", repr(text)
-            )
+            raise InvalidArgumentError(option, "must be numbers of tokens as in 16K,32768", repr(text))
         found.append(int(number) * factor)
     return sorted(set(found))
 
 
 def shares(option: str, text: str) -> list[float]:
-    """Return shares written ``0.05,0.1``, ascending.
-
-    Parameters
-    ----------
-    option : str
-        Its name, for messages.
-    text : str
-        What was given.
-
-    Raises
-    ------
-    InvalidArgumentError
-        If something else is written there, or a share is not over 0 and at most 1.
-    """
+    """Return shares written ``0.05,0.1``, ascending."""
     try:
         found = sorted({float(part) for part in text.split(",")})
     except ValueError:
         found = []
     if not found or not all(0 < share <= 1 for share in found):
-        raise InvalidArgumentError(
-            option, "must be shares over 0 and at most 1, as in 0.05,0.1", repr(text)
-        )
+        raise InvalidArgumentError(option, "must be shares over 0 and at most 1, as in 0.05,0.1", repr(text))
     return found
 
 
@@ -246,29 +213,25 @@ def _need_gpu(command: str) -> None:
 
 def _check_backend(backend: Backend, shape: Shape) -> None:
     reasons = backend.why_not(
-        Problem(shape.dtype, shape.head_dim, shape.page_size, shape.q_heads, shape.kv_heads, shape.tokens,
-                "cuda")
+        Problem(shape.dtype, shape.head_dim, shape.page_size, shape.q_heads, shape.kv_heads, shape.tokens, "cuda")
     )
     if reasons:
         raise UnsupportedError(backend.name, reasons)
 
 
 def _print_points(points: list[Point], sentence: str) -> None:
-    from rich.table import Table
-
     from sparse_dlm_attn_bench.break_even import tokens
 
     asked = sorted({point.asked for point in points})
-    table = Table("context", "dense, us", "fastest dense", *(f"{share:.0%} read" for share in asked))
+    rows = []
     for context in sorted({point.context for point in points}):
         row = {point.asked: point for point in points if point.context == context}
         first = next(iter(row.values()))
-        table.add_row(
-            tokens(context), f"{first.dense_us:.1f}", first.peer,
-            *(f"{row[share].speedup:.2f}x ({row[share].sparse_us:.1f} us)" for share in asked),
-        )
+        gains = (f"{row[share].speedup:.2f}x ({row[share].sparse_us:.1f} us)" for share in asked)
+        rows.append((tokens(context), first.peer, f"{first.dense_us:.1f}", *gains))
     console = result_console()
-    console.print(table)
+    figures = ("dense, us", *(f"{share:.0%} read" for share in asked))
+    console.print(table(("context", "fastest dense"), figures, rows))
     console.print(sentence, markup=False, highlight=False)
 
 
@@ -296,15 +259,10 @@ def _plot(points: list[Point], policy: str, path: Path) -> None:
 
 
 def _print_entries(entries: list[Entry], target: Path) -> None:
-    from rich.table import Table
-
-    table = Table("context", "default, us", "tuned, us", "settings")
+    rows = []
     for entry in entries:
-        chosen: dict[str, Any] = entry.settings.as_dict()
-        table.add_row(
-            str(entry.kind.context), f"{entry.default_us:.1f}", f"{entry.tuned_us:.1f}",
-            ", ".join(f"{name}={value}" for name, value in chosen.items()),
-        )
+        chosen = ", ".join(f"{name}={value}" for name, value in entry.settings.as_dict().items())
+        rows.append((str(entry.kind.context), chosen, f"{entry.default_us:.1f}", f"{entry.tuned_us:.1f}"))
     console = result_console()
-    console.print(table)
+    console.print(table(("context", "settings"), ("default, us", "tuned, us"), rows))
     console.print(f"Kept in {target}. Use: --backend triton:tuned=true", markup=False, highlight=False)

@@ -21,33 +21,10 @@ class WrongResultError(SparseAttentionError, ArithmeticError):
     """A backend's result differs from the plain path's, so that its time means nothing."""
 
 
-def check_passes(
-    shape: Shape, policy: Any, backend: Backend, layer: Layer, /, **info: Any
-) -> float:
-    """Run three passes beside the plain path, which multiplies in float32, on the same pages.
+def check_passes(shape: Shape, policy: Any, backend: Backend, layer: Layer, /, **info: Any) -> float:
+    """Return the largest relative error of three passes beside the plain path, which multiplies in float32.
 
-    Parameters
-    ----------
-    shape : Shape
-        Sizes.
-    policy : str or PrefixAttentionPolicy
-        As for `PrefixAttention`.
-    backend : Backend
-        Under test.
-    layer : Layer
-        Inputs.
-    **info
-        Further fields of `PassInfo`.
-
-    Returns
-    -------
-    float
-        The largest relative error of an output.
-
-    Raises
-    ------
-    WrongResultError
-        If it exceeds the limit of the dtype, or other pages were selected.
+    Raise `WrongResultError` if it exceeds the limit of the dtype, or if other pages were selected.
     """
     plain = TorchBackend(device=str(layer.q.device), attention="masked")
     ours, theirs = PrefixAttention(policy, backend), PrefixAttention(policy, plain)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-__all__ = ["COLD_BYTES", "Timing", "bandwidth", "measure", "measure_chained", "relative_error"]
+__all__ = ["COLD_BYTES", "Timing", "bandwidth", "elapsed", "measure", "measure_chained", "relative_error"]
 
 COLD_BYTES = 420 << 20
 """Bytes that inputs must rotate over: several times the L2 cache of any GPU of today. Flushing it by writing
@@ -15,17 +15,10 @@ a buffer leaves dirty lines behind, which cost the next kernel about 10 us."""
 
 
 class Timing:
-    """Times of one piece of work, in microseconds.
+    """Medians of the times of one piece of work, in microseconds.
 
-    Parameters
-    ----------
-    alone : float
-        Median of replays of a graph that holds the work once, the launch of the graph included.
-    chained : float
-        Time of a graph that holds the work once for every input, divided by their number: what it costs
-        inside a model, where layer follows layer.
-    plain : float
-        Median of launches without a graph, until the device is done.
+    ``alone`` is a graph that holds it once, the launch included; ``chained`` a graph that holds it once for every
+    input, divided by their number: what it costs inside a model; ``plain`` are launches without a graph.
     """
 
     def __init__(self, alone: float, chained: float, plain: float) -> None:
@@ -37,46 +30,25 @@ class Timing:
 
 
 def measure(works: Sequence[Callable[[], object]], repeats: int = 30) -> Timing:
-    """Time works that do the same on different inputs.
-
-    Parameters
-    ----------
-    works : sequence of callable
-        Together they touch at least `COLD_BYTES`.
-    repeats : int
-        Rounds over all works.
-
-    Returns
-    -------
-    Timing
-        Their medians.
-    """
+    """Time works that do the same on different inputs, of `COLD_BYTES` or more together."""
     for work in works:
         work()
     torch.cuda.synchronize()
     graphs = [_captured([work]) for work in works]
     chain = _captured(works)
-    alone = [_elapsed(graph.replay) for _ in range(repeats) for graph in graphs]
-    chained = [_elapsed(chain.replay) / len(works) for _ in range(repeats)]
-    plain = [_elapsed(work) for _ in range(max(repeats // 10, 2)) for work in works]
+    alone = [elapsed(graph.replay) for _ in range(repeats) for graph in graphs]
+    chained = [elapsed(chain.replay) / len(works) for _ in range(repeats)]
+    plain = [elapsed(work) for _ in range(max(repeats // 10, 2)) for work in works]
     return Timing(statistics.median(alone), statistics.median(chained), statistics.median(plain))
 
 
 def measure_chained(works: Sequence[Callable[[], object]], repeats: int = 30) -> float:
-    """Return `Timing.chained` alone: one capture, for whoever compares many forms of the same work.
-
-    Parameters
-    ----------
-    works : sequence of callable
-        As for `measure`.
-    repeats : int
-        Replays.
-    """
+    """Return `Timing.chained` alone: one capture, for whoever compares many forms of the same work."""
     for work in works:
         work()
     torch.cuda.synchronize()
     chain = _captured(works)
-    return statistics.median(_elapsed(chain.replay) / len(works) for _ in range(repeats))
+    return statistics.median(elapsed(chain.replay) / len(works) for _ in range(repeats))
 
 
 def _captured(works: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
@@ -89,7 +61,8 @@ def _captured(works: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def _elapsed(run: Callable[[], object]) -> float:
+def elapsed(run: Callable[[], object]) -> float:
+    """Return the microseconds that the GPU takes for a call."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     start.record()
     run()
@@ -101,7 +74,7 @@ def _elapsed(run: Callable[[], object]) -> float:
 def bandwidth() -> float:
     """Return the read bandwidth of device memory, bytes a second: the best of a few plain sums."""
     data = torch.empty(1 << 30, dtype=torch.float32, device="cuda").normal_()
-    best = min(_elapsed(lambda: torch.sum(data)) for _ in range(10))
+    best = min(elapsed(lambda: torch.sum(data)) for _ in range(10))
     return data.numel() * 4 / (best * 1e-6)
 
 

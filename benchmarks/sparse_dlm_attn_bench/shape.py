@@ -12,40 +12,23 @@ __all__ = ["Shape", "with_budget"]
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a problem.
+    """Sizes of a problem; those that do not fit each other are an `InvalidArgumentError`."""
 
-    Parameters
-    ----------
-    batch, tokens, q_heads, kv_heads, head_dim, page_size : int
-        Sequences, rows of a block, heads, channels, tokens a page.
-    context : int
-        Context tokens, a multiple of ``page_size``.
-    dtype : str
-        "bfloat16", "float16" or "float32".
-
-    Raises
-    ------
-    InvalidArgumentError
-        If a size is below 1, or sizes do not fit each other.
-    """
-
-    batch: int = 1
-    context: int = 65536
-    tokens: int = 16
+    batch: int = 1  # sequences
+    context: int = 65536  # context tokens, a multiple of ``page_size``
+    tokens: int = 16  # rows of a block
     q_heads: int = 32
     kv_heads: int = 8
-    head_dim: int = 128
-    page_size: int = 64
-    dtype: str = "bfloat16"
+    head_dim: int = 128  # channels of a head
+    page_size: int = 64  # tokens a page
+    dtype: str = "bfloat16"  # or "float16" or "float32"
 
     def __post_init__(self) -> None:
         for name in ("batch", "context", "tokens", "q_heads", "kv_heads", "head_dim", "page_size"):
             if getattr(self, name) < 1:
                 raise InvalidArgumentError(name, "must be at least 1", getattr(self, name))
         if self.q_heads % self.kv_heads:
-            raise InvalidArgumentError(
-                "q_heads", f"must be a multiple of kv_heads={self.kv_heads}", self.q_heads
-            )
+            raise InvalidArgumentError("q_heads", f"must be a multiple of kv_heads={self.kv_heads}", self.q_heads)
         if self.context % self.page_size:
             raise InvalidArgumentError(
                 "context", f"must be a multiple of page_size={self.page_size} tokens", self.context
@@ -73,26 +56,9 @@ class Shape:
 
 
 def with_budget(policy: str, budget: int) -> str:
-    """Return a policy's text with its budget.
-
-    Parameters
-    ----------
-    policy : str
-        ``"name"`` or ``"name:key=value,..."``, without a budget.
-    budget : int
-        Context tokens a row may read.
-
-    Raises
-    ------
-    InvalidArgumentError
-        If it names a budget itself.
-    UnknownNameError
-        If the policy has no such parameter.
-    """
+    """Return a policy's text with its budget in tokens; a typed error if it has one already or knows none."""
     if "budget" in split_parameters("policy", policy)[1]:
-        raise InvalidArgumentError(
-            "policy", "must leave its budget out, which follows from the density", repr(policy)
-        )
+        raise InvalidArgumentError("policy", "must leave its budget out, which follows from the density", repr(policy))
     written = f"{policy}{',' if '=' in policy else ':'}budget={budget}"
     get_policy(written)
     return written

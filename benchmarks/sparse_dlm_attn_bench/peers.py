@@ -30,21 +30,12 @@ WORKSPACE = 128 << 20
 
 @dataclass(frozen=True)
 class Peer:
-    """A library's kernel.
+    """A library's kernel."""
 
-    Parameters
-    ----------
-    make : callable
-        ``make(layers, shape)`` returns the work on each layer; raises whatever the library raises.
-    log_base : float
-        Base of the LSE that it returns.
-    slow : bool
-        Whether it is asked only by name: it is known to be no match, or risky.
-    """
-
+    # Returns the work on each layer; raises whatever the library raises.
     make: Callable[[Sequence[Layer], Shape], list[Work]]
-    log_base: float = math.e
-    slow: bool = False
+    log_base: float = math.e  # base of the LSE that it returns
+    slow: bool = False  # whether it is asked only by name: it is known to be no match, or risky
 
     def read(self, result: Any, shape: tuple[int, ...]) -> Pair:
         """Return output ``shape`` and LSE in natural log ``shape[:3]`` of what a work returned."""
@@ -100,9 +91,7 @@ def flash_attn_3() -> Any:
 
 def _flash_attn_3(layer: Layer, shape: Shape) -> Work:
     splits = 16 if shape.batch == 1 else 0
-    return _with_lse(
-        flash_attn_3().flash_attn_func, layer, num_splits=splits, pack_gqa=True, return_attn_probs=True
-    )
+    return _with_lse(flash_attn_3().flash_attn_func, layer, num_splits=splits, pack_gqa=True, return_attn_probs=True)
 
 
 def _flash_attn_4(layer: Layer, shape: Shape) -> Work:
@@ -133,15 +122,7 @@ def flashinfer() -> Any:
 
 
 def wrapper_for(device: torch.device, workspace: torch.Tensor | None = None) -> Any:
-    """Return FlashInfer's wrapper for paged caches ``(pages, heads, page_size, head_dim)``.
-
-    Parameters
-    ----------
-    device : torch.device
-        Where it runs.
-    workspace : torch.Tensor, optional
-        For wrappers that share it, since they run one after the other; default: one of its own.
-    """
+    """Return FlashInfer's wrapper for paged caches ``(pages, heads, page_size, head_dim)``."""
     if workspace is None:
         workspace = torch.empty(WORKSPACE, dtype=torch.uint8, device=device)
     return flashinfer().BatchPrefillWithPagedKVCacheWrapper(workspace, "HND", backend="fa2")
@@ -223,26 +204,10 @@ def reason(error: BaseException) -> str:
     return lines[0][:120]
 
 
-def dense_peers(
-    layers: Sequence[Layer], shape: Shape, names: Sequence[str] = FAST
-) -> dict[str, list[Work] | str]:
+def dense_peers(layers: Sequence[Layer], shape: Shape, names: Sequence[str] = FAST) -> dict[str, list[Work] | str]:
     """Return for each peer its work on every layer, or in words why it is not there.
 
     A peer whose result differs from float32 sums is not there either.
-
-    Parameters
-    ----------
-    layers : sequence of Layer
-        Inputs.
-    shape : Shape
-        Their sizes.
-    names : sequence of str
-        Peers to ask, keys of `DENSE`.
-
-    Returns
-    -------
-    dict
-        By name, works to be timed or a reason.
     """
     found: dict[str, list[Work] | str] = {}
     wanted = expected_dense(layers[0])
@@ -260,19 +225,7 @@ def dense_peers(
 
 
 def differing(peer: Peer, result: Any, wanted: Pair, dtype: str) -> str:
-    """Return how a result differs from the wanted one, "" if it does not.
-
-    Parameters
-    ----------
-    peer : Peer
-        Whose result it is.
-    result : object
-        What its work returned.
-    wanted : tuple of torch.Tensor
-        ``(out, lse)`` in float32.
-    dtype : str
-        Of the inputs.
-    """
+    """Return how a result differs from the wanted one, "" if it does not."""
     out, lse = peer.read(result, tuple(wanted[0].shape))
     error, limit = relative_error(out, wanted[0]), TOLERANCE[dtype]
     off = float((lse - wanted[1]).abs().max())

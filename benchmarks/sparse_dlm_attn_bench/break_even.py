@@ -22,32 +22,17 @@ DENSE_LAYERS = 4
 
 @dataclass(frozen=True)
 class Point:
-    """One context length and density.
+    """One context length and density."""
 
-    Parameters
-    ----------
-    context : int
-        Tokens.
-    asked, density : float
-        Share of the context that was asked for, and that the pass reads.
-    policy : str
-        The policy with the budget that reads so much.
-    sparse_us, dense_us : float
-        Microseconds of a whole pass of one layer, inside a graph of several, and of the fastest dense peer.
-    peer : str
-        Its name.
-    error : float
-        Relative error of the pass's output.
-    """
-
-    context: int
-    asked: float
+    context: int  # tokens
+    asked: float  # share of the context that was asked for, and that the pass reads
     density: float
-    policy: str
+    policy: str  # the policy with the budget that reads so much
+    # Microseconds of a whole pass of one layer, inside a graph of several, and of the fastest dense peer.
     sparse_us: float
     dense_us: float
-    peer: str
-    error: float
+    peer: str  # its name
+    error: float  # relative error of the pass's output
 
     @property
     def speedup(self) -> float:
@@ -56,38 +41,9 @@ class Point:
 
 
 def measure_context(
-    shape: Shape, policy: str, densities: Sequence[float], backend: Backend, repeats: int,
-    say: Callable[[str], None],
+    shape: Shape, policy: str, densities: Sequence[float], backend: Backend, repeats: int, say: Callable[[str], None]
 ) -> list[Point]:
-    """Measure all densities of one context length.
-
-    Parameters
-    ----------
-    shape : Shape
-        Sizes.
-    policy : str
-        A policy with a budget, without it.
-    densities : sequence of float
-        Shares of the context to read.
-    backend : Backend
-        Computes the sparse passes.
-    repeats : int
-        Replays of each graph.
-    say : callable
-        Takes remarks on peers that are not here.
-
-    Returns
-    -------
-    list of Point
-        One for each density.
-
-    Raises
-    ------
-    WrongResultError
-        If a pass gives a wrong result.
-    UnavailableError
-        If no dense peer runs.
-    """
+    """Measure all densities of one context length; ``say`` takes remarks on peers that are not here."""
     import torch
 
     from sparse_dlm_attn_bench import gate, layer, timing
@@ -136,20 +92,7 @@ def _fastest_dense(
 
 
 def answer(points: Sequence[Point], policy: str) -> str:
-    """Say in one sentence from where on sparse beats dense.
-
-    Parameters
-    ----------
-    points : sequence of Point
-        All that was measured.
-    policy : str
-        Its name, for the sentence.
-
-    Returns
-    -------
-    str
-        For each density that wins anywhere the shortest context from which on it wins at every longer one.
-    """
+    """Say in one sentence for each density from which context on sparse beats dense at every longer one."""
     longest = max(point.context for point in points)
     parts = []
     for asked in sorted({point.asked for point in points}):
@@ -185,19 +128,7 @@ def _version(distribution: str) -> str | None:
 
 
 def record(points: Sequence[Point], shape: Shape, policy: str, sentence: str) -> dict[str, Any]:
-    """Return everything as JSON can say it, with versions and device.
-
-    Parameters
-    ----------
-    points : sequence of Point
-        What was measured.
-    shape : Shape
-        Sizes; its context is one of several.
-    policy : str
-        As asked for.
-    sentence : str
-        The answer.
-    """
+    """Return everything as JSON can say it, with versions and device."""
     import torch
 
     sizes = {name: size for name, size in asdict(shape).items() if name != "context"}

@@ -49,33 +49,11 @@ def neighbours(settings: Settings, multiprocessors: int) -> Iterator[Settings]:
                 yield changed
 
 
-def search(
-    default: Settings, multiprocessors: int, limit: int, time: Time
-) -> tuple[Settings, float, float]:
-    """Return the fastest settings found, their time and that of the default.
+def search(default: Settings, multiprocessors: int, limit: int, time: Time) -> tuple[Settings, float, float]:
+    """Return the fastest settings found, their time and that of the default, in microseconds.
 
-    Parameters
-    ----------
-    default : Settings
-        Where the search begins.
-    multiprocessors : int
-        Of the GPU.
-    limit : int
-        Most settings to time, the default included.
-    time : callable
-        Microseconds of settings; None if they do not run or are wrong.
-
-    Returns
-    -------
-    settings : Settings
-        The default, unless others were faster by `LEAST_GAIN`.
-    us, default_us : float
-        Microseconds.
-
-    Raises
-    ------
-    WrongResultError
-        If the default itself does not run.
+    At most ``limit`` settings are timed, the default included; ``time`` says None of those that do not run or are
+    wrong. Raise `WrongResultError` if the default itself does not run.
     """
     first = time(default)
     if first is None:
@@ -96,31 +74,8 @@ def search(
     return best, least, first
 
 
-def tune_shape(
-    shape: Shape, policy: str, backend: Backend, limit: int, repeats: int, step: Callable[[], Any]
-) -> Entry:
-    """Tune for one shape.
-
-    Parameters
-    ----------
-    shape : Shape
-        Sizes.
-    policy : str
-        A policy with a budget, without it.
-    backend : Backend
-        The Triton backend.
-    limit : int
-        Most settings to time. Each compiles the attention kernel once, 1 to 3 seconds, into Triton's cache.
-    repeats : int
-        Replays of each graph.
-    step : callable
-        Called after each of them.
-
-    Returns
-    -------
-    Entry
-        To be kept.
-    """
+def tune_shape(shape: Shape, policy: str, backend: Backend, limit: int, repeats: int, step: Callable[[], Any]) -> Entry:
+    """Tune for one shape: each of at most ``limit`` settings compiles the attention kernel once, 1 to 3 seconds."""
     made = layers(shape, backend)[:MOST_LAYERS]
     chosen, _ = budget_for(DENSITY, policy, shape, backend, made[0], **LAYER)
     works = [runner(chosen, backend, one, **LAYER) for one in made]
@@ -137,8 +92,5 @@ def tune_shape(
 
     with watched() as defaults:
         works[0]()
-    best, spent, before = search(
-        defaults[-1], torch.cuda.get_device_properties(0).multi_processor_count, limit, time
-    )
+    best, spent, before = search(defaults[-1], torch.cuda.get_device_properties(0).multi_processor_count, limit, time)
     return Entry(Machine.here(), kind_of(shape), best, before, spent)
-

@@ -21,33 +21,10 @@ def flex_listed(
     *, kernel: str = "TRITON", partial: Lists | None = None, options: dict[str, Any] | None = None,
     mask_mod: Callable[..., Any] = flex.every_slot,
 ) -> Pair:
-    """Run compiled FlexAttention over listed blocks.
+    """Run compiled FlexAttention over listed blocks; return ``out`` and its LSE, natural log.
 
-    Parameters
-    ----------
-    q : torch.Tensor
-        ``(batch, q_heads, tokens, head_dim)``.
-    k, v : torch.Tensor
-        ``(batch, kv_heads, keys, head_dim)``.
-    lists : Lists
-        ``(batch, q_heads, row blocks, width)``: blocks that need no mask.
-    block : tuple of int
-        Rows and keys a block.
-    scale : float
-        Factor on q.k.
-    kernel : str
-        "TRITON" or "FLASH".
-    partial : Lists, optional
-        Blocks to which ``mask_mod`` is applied; None for none.
-    options : dict, optional
-        Further kernel options.
-    mask_mod : callable
-        For ``partial``; default: every key.
-
-    Returns
-    -------
-    tuple of torch.Tensor
-        ``out`` like ``q`` and ``lse`` ``(batch, q_heads, tokens)``, natural log.
+    ``q`` is ``(batch, q_heads, tokens, head_dim)``, ``k`` and ``v`` are ``(batch, kv_heads, keys, head_dim)``.
+    Blocks of ``lists``, ``(batch, q_heads, row blocks, width)``, need no mask; those of ``partial`` get ``mask_mod``.
     """
     mask = listed_mask((q.shape[2], k.shape[2]), lists, block, partial=partial, mask_mod=mask_mod)
     return flex_masked(q, k, v, mask, scale, kernel=kernel, options=options)
@@ -57,15 +34,7 @@ def listed_mask(
     lengths: tuple[int, int], lists: Lists, block: tuple[int, int], *, partial: Lists | None = None,
     mask_mod: Callable[..., Any] = flex.every_slot,
 ) -> Any:
-    """Return FlexAttention's `BlockMask` of listed blocks.
-
-    Parameters
-    ----------
-    lengths : tuple of int
-        Rows and keys.
-    lists, block, partial, mask_mod
-        As for `flex_listed`.
-    """
+    """Return FlexAttention's `BlockMask` of listed blocks."""
     full = lists.pages.to(torch.int32), lists.counts.to(torch.int32)
     other = (
         (torch.zeros_like(full[0]), torch.zeros_like(full[1])) if partial is None
@@ -81,17 +50,7 @@ def flex_masked(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, scale: float, *, kernel: str = "TRITON",
     options: dict[str, Any] | None = None,
 ) -> Pair:
-    """Run compiled FlexAttention over a mask that is there already; see `flex_listed`.
-
-    Parameters
-    ----------
-    q, k, v
-        As there.
-    mask : BlockMask
-        As `listed_mask` makes it.
-    scale, kernel, options
-        As there.
-    """
+    """Run compiled FlexAttention over a mask that is there already; see `flex_listed`."""
     chosen = dict(options or {})
     if kernel != "TRITON":
         chosen["BACKEND"] = kernel

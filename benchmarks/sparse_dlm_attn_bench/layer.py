@@ -31,35 +31,12 @@ class Layer:
 
 
 def layers(
-    shape: Shape, backend: Backend, *, seed: int = 0, shuffled: bool = False, share: float = 0.1,
-    device: str = "cuda",
+    shape: Shape, backend: Backend, *, seed: int = 0, shuffled: bool = False, share: float = 0.1, device: str = "cuda"
 ) -> list[Layer]:
-    """Make as many layers as it takes to keep the L2 cache cold.
+    """Make two layers or more, as many as it takes to keep the L2 cache cold.
 
-    Parameters
-    ----------
-    shape : Shape
-        Sizes.
-    backend : Backend
-        Makes the page bounds, once, as an engine does when a page is full.
-    seed : int
-        Seed of the random numbers.
-    shuffled : bool
-        Whether pages lie in random order behind a page table, instead of in a dense cache.
-    share : float
-        What the sparsest pass reads of the context.
-    device : str
-        Where they lie.
-
-    Returns
-    -------
-    list of Layer
-        At least two.
-
-    Raises
-    ------
-    InvalidArgumentError
-        If two of them do not fit the GPU's free memory.
+    ``shuffled`` pages lie in random order behind a page table, instead of in a dense cache; ``share`` is what the
+    sparsest pass reads of the context. Raise `InvalidArgumentError` if two do not fit the GPU's free memory.
     """
     room = min(MOST_BYTES, torch.cuda.mem_get_info()[0] // 2) if device == "cuda" else MOST_BYTES
     if 2 * shape.cache_bytes > room:
@@ -89,9 +66,7 @@ def layers(
     return made
 
 
-def _shuffled(
-    context: Context, shape: Shape, cache: tuple[torch.Tensor, ...], generator: torch.Generator
-) -> Context:
+def _shuffled(context: Context, shape: Shape, cache: tuple[torch.Tensor, ...], generator: torch.Generator) -> Context:
     pages = shape.context // shape.page_size
     order = torch.randperm(shape.batch * pages, generator=generator, device=generator.device)
     pools = [
@@ -103,24 +78,8 @@ def _shuffled(
     )
 
 
-def runner(
-    policy: Any, backend: Backend, layer: Layer, index: int = 2, /, **info: Any
-) -> Callable[[], Any]:
-    """Return a function that runs pass ``index`` of a layer again and again, with the memory before it.
-
-    Parameters
-    ----------
-    policy : str or PrefixAttentionPolicy
-        As for `PrefixAttention`.
-    backend : Backend
-        Computes.
-    layer : Layer
-        Inputs.
-    index : int
-        Which pass; those before it run once, now.
-    **info
-        Further fields of `PassInfo`.
-    """
+def runner(policy: Any, backend: Backend, layer: Layer, index: int = 2, /, **info: Any) -> Callable[[], Any]:
+    """Return a function that runs pass ``index`` of a layer again and again, with the memory before it."""
     attention, memory = PrefixAttention(policy, backend), None
     for before in range(index):
         _, memory = attention(layer.q, layer.k, layer.v, layer.context, memory, PassInfo(before, **info))
@@ -131,9 +90,7 @@ def runner(
     return run
 
 
-def relative_density(
-    policy: Any, backend: Backend, layer: Layer, index: int = 2, /, **info: Any
-) -> float:
+def relative_density(policy: Any, backend: Backend, layer: Layer, index: int = 2, /, **info: Any) -> float:
     """Return the share of the context that pass ``index`` reads, the mean over sequences."""
     return float(runner(policy, backend, layer, index, **info)()[1].traffic.density.mean())
 
@@ -141,30 +98,7 @@ def relative_density(
 def budget_for(
     density: float, policy: str, shape: Shape, backend: Backend, layer: Layer, /, **info: Any
 ) -> tuple[str, float]:
-    """Return the smallest budget with which a pass reads at least ``density``, and what it reads.
-
-    Parameters
-    ----------
-    density : float
-        Share of the context, over 0 and at most 1.
-    policy : str
-        As for `with_budget`.
-    shape : Shape
-        Sizes.
-    backend : Backend
-        Computes.
-    layer : Layer
-        Inputs.
-    **info
-        Further fields of `PassInfo`.
-
-    Returns
-    -------
-    policy : str
-        The policy with its budget, whole pages.
-    density : float
-        What its pass 2 reads; less than asked for where the whole context as budget reads less.
-    """
+    """Return the smallest budget with which a pass reads at least ``density``, and what it reads."""
     least, most = 1, shape.context // shape.page_size
     while least < most:  # what is read grows with the budget
         middle = (least + most) // 2
