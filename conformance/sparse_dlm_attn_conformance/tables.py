@@ -12,8 +12,6 @@ from sparse_dlm_attn.capabilities import Problem
 from sparse_dlm_attn.ranked import Keep, RankedPass, Union
 from sparse_dlm_attn_conformance.cases import Arrays, Host, round_to
 
-__all__ = ["ChangeTable", "HostState", "MergeTable", "RankedRule", "ScoreTable"]
-
 
 @dataclass(frozen=True, eq=False)
 class HostState:
