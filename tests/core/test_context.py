@@ -4,25 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from problems import block, ragged_context
+from problems import ragged_context
 
-from sparse_dlm_attn import Context, InvalidArgumentError, InvalidTypeError, PrefixAttention, Selection
+from sparse_dlm_attn import Context, InvalidArgumentError, InvalidTypeError, Selection
 from sparse_dlm_attn.context import GENERATED, PROMPT
-
-
-@pytest.mark.clause("CONTEXT-4")
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("page_size", [1, 4, 12])
-def test_from_dense_views_the_cache_without_copying(batch: int, page_size: int) -> None:
-    rng = np.random.default_rng(0)
-    k, v = rng.standard_normal((2, batch, 2, 24, 8)).astype(np.float32)
-    context = Context.from_dense(k, v, page_size)
-    assert np.shares_memory(context.k_pages, k) and np.shares_memory(context.v_pages, v)
-    context.check_contents()
-    for b in range(batch):
-        pages = context.k_pages[context.page_table[b]]  # (pages, kv_heads, page_size, head_dim)
-        dense = pages.transpose(1, 0, 2, 3).reshape(2, 24, 8)
-        assert np.array_equal(dense, k[b])
 
 
 @pytest.mark.clause("CONTEXT-4")
@@ -83,24 +68,6 @@ def test_contents_are_checked_for_range() -> None:
         Context(good.k_pages, good.v_pages, good.page_table.astype(np.int64), good.page_lengths)
     with pytest.raises(InvalidTypeError, match="v_pages must have dtype float32"):
         Context(good.k_pages, good.v_pages.astype(np.float64), good.page_table, good.page_lengths)
-
-
-@pytest.mark.clause("CONTEXT-3", "CONTEXT-5")
-def test_physical_order_and_page_size_do_not_matter() -> None:
-    rng = np.random.default_rng(1)
-    k, v = rng.standard_normal((2, 1, 2, 24, 8)).astype(np.float32)
-    q, bk, bv = block(2, batch=1)
-    attention = PrefixAttention("dense", "reference")
-    outs = [attention(q, bk, bv, Context.from_dense(k, v, size, lengths=[21]))[0] for size in (1, 4, 24)]
-    np.testing.assert_allclose(outs[0], outs[1], atol=1e-6)
-    np.testing.assert_allclose(outs[0], outs[2], atol=1e-6)
-    context = Context.from_dense(k, v, 4, lengths=[21])
-    order = rng.permutation(6)
-    shuffled = Context(
-        context.k_pages[np.argsort(order)], context.v_pages[np.argsort(order)],
-        order[context.page_table].astype(np.int32), context.page_lengths,
-    )
-    assert np.array_equal(attention(q, bk, bv, shuffled)[0], outs[1])
 
 
 def test_segments_default_to_prompt() -> None:

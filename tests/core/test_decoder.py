@@ -186,31 +186,30 @@ def test_calls_out_of_order_say_what_to_call() -> None:
     assert not decoder.running and decoder.blocks == 1
 
 
-@pytest.mark.clause("ERROR-1")
-def test_wrong_arguments_are_refused_and_change_nothing() -> None:
-    with pytest.raises(InvalidArgumentError, match="layers must be at least 1"):
-        Decoder("dense", layers=0)
+@pytest.mark.parametrize(
+    ("contexts", "options", "error", "words"),
+    [
+        ([ragged_context(0)], {}, InvalidArgumentError, "one for each of 2 layers; got 1"),
+        ([1, 2], {}, InvalidTypeError, "contexts must hold Contexts; got int"),
+        (ragged_context(0), {}, InvalidTypeError, "contexts must be a list of Contexts.*got Context"),
+        ([ragged_context(0)] * 2, {"total_passes": 0}, InvalidArgumentError, "total_passes must be at least 1"),
+    ],
+    ids=["one of two", "numbers", "no list", "no passes"],
+)
+def test_a_block_that_is_refused_does_not_start(contexts: Any, options: Any, error: Any, words: str) -> None:
     decoder = Decoder("dense", layers=2)
-    with pytest.raises(InvalidArgumentError, match="one for each of 2 layers; got 1"):
-        decoder.start_block([ragged_context(0)])
-    with pytest.raises(InvalidTypeError, match="contexts must hold Contexts; got int"):
-        decoder.start_block([1, 2])  # type: ignore[list-item]
-    with pytest.raises(InvalidArgumentError, match="total_passes must be at least 1"):
-        decoder.start_block([ragged_context(0)] * 2, total_passes=0)
+    with pytest.raises(error, match=words):
+        decoder.start_block(contexts, **options)
     assert not decoder.running
-    decoder.start_block([ragged_context(0)] * 2)
+    decoder.start_block(ragged_context(0) for _ in range(2))  # type: ignore[arg-type]
     with pytest.raises(InvalidTypeError, match="decoded must be an array"):
         decoder.next_pass(decoded=[True])
     assert decoder.next_pass().info.index == 0
 
 
-@pytest.mark.clause("ERROR-1")
-def test_contexts_that_are_no_list_are_refused() -> None:
-    decoder = Decoder("dense", layers=1)
-    with pytest.raises(InvalidTypeError, match=r"contexts must be a list of Contexts.*got Context"):
-        decoder.start_block(ragged_context(0))  # type: ignore[arg-type]
-    assert not decoder.running
-    decoder.start_block(context for context in [ragged_context(0)])  # type: ignore[arg-type]
+def test_a_decoder_needs_layers() -> None:
+    with pytest.raises(InvalidArgumentError, match="layers must be at least 1"):
+        Decoder("dense", layers=0)
 
 
 def test_an_error_of_the_caller_s_own_generator_of_contexts_is_kept() -> None:
@@ -220,7 +219,6 @@ def test_an_error_of_the_caller_s_own_generator_of_contexts_is_kept() -> None:
 
     with pytest.raises(TypeError, match="mine"):
         Decoder("dense", layers=2).start_block(broken())
-
 
 
 @pytest.mark.clause("ERROR-1")

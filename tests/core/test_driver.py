@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from problems import block, masked_softmax, ragged_context
+from problems import block, ragged_context
 
 from sparse_dlm_attn import (
     AttentionState,
-    Context,
     InvalidArgumentError,
     InvalidTypeError,
     PassInfo,
@@ -20,7 +18,6 @@ from sparse_dlm_attn import (
     PrefixAttention,
     PrefixAttentionPolicy,
     Selection,
-    StaleMemoryError,
     UnsupportedError,
 )
 
@@ -45,34 +42,6 @@ class FirstRowOnly(PrefixAttentionPolicy[int]):
         return (inputs.memory or 0) + 1
 
 
-def with_lengths(context: Context, lengths: Array, version: int = 0) -> Context:
-    return Context(context.k_pages, context.v_pages, context.page_table, lengths, version=version)
-
-
-@pytest.mark.clause("ATTEND-4", "BLOCK-1")
-@pytest.mark.parametrize("empty", [False, True])
-def test_dense_pass_is_one_softmax_over_context_and_block(empty: bool) -> None:
-    context = ragged_context(0)
-    if empty:
-        context = with_lengths(context, np.zeros_like(context.page_lengths))
-    q, k, v = block(1)
-    out, memory = PrefixAttention("dense", "reference")(q, k, v, context)
-    pages = Context(  # the block as one more page behind the context
-        np.concatenate([_pad(context.k_pages), k]), np.concatenate([_pad(context.v_pages), v]),
-        np.concatenate([context.page_table, 15 + np.arange(2)[:, None]], axis=1).astype(np.int32),
-        np.concatenate([context.page_lengths, np.full((2, 1), 5, np.int32)], axis=1),
-    )
-    whole, _ = masked_softmax(
-        q, pages, Selection.all_pages(pages, 5), np.ones((2, 5), bool), 1 / math.sqrt(8)
-    )
-    np.testing.assert_allclose(out, whole, atol=1e-6)
-    assert memory.traffic.density.tolist() == ([0, 0] if empty else [1, 1])
-
-
-def _pad(pages: Array) -> Array:
-    return np.pad(pages, ((0, 0), (0, 0), (0, 1), (0, 0)), constant_values=np.nan)
-
-
 @pytest.mark.clause("REUSE-1", "DENSITY-1", "DENSITY-2")
 def test_rows_that_are_not_active_keep_their_context_part_and_traffic_is_counted() -> None:
     context = ragged_context(2)
@@ -94,64 +63,6 @@ def test_rows_that_are_not_active_keep_their_context_part_and_traffic_is_counted
     assert np.array_equal(second.traffic.dense_bytes, second.traffic.page_bytes)
     attached = context.with_bounds(attention.backend.page_bounds(context))
     assert attention(q, k, v, attached)[1].traffic.key_reads == 0
-
-
-@pytest.mark.clause("MEMORY-1")
-def test_memory_of_a_block_is_dropped_at_pass_0() -> None:
-    context = ragged_context(4)
-    q, k, v = block(5)
-    attention = PrefixAttention(FirstRowOnly(), "reference")
-    _, memory = attention(q, k, v, context)
-    _, memory = attention(q, k, v, context, memory, PassInfo(1))
-    grown = with_lengths(context, np.full_like(context.page_lengths, 4), version=1)
-    again, fresh = attention(q, k, v, grown, memory, PassInfo(0))
-    expected, _ = attention(q, k, v, grown)
-    assert np.array_equal(again, expected) and fresh.policy_memory == 1
-
-
-@pytest.mark.clause("MEMORY-1", "POLICY-2")
-def test_a_sequence_that_restarts_sees_nothing_of_its_earlier_block() -> None:
-    context = ragged_context(6)
-    q, k, v = block(7)
-    attention = PrefixAttention(FirstRowOnly(), "reference")
-    _, memory = attention(q, k, v, context)
-    moved = (q + 1).astype(np.float32)
-    mixed, after = attention(moved, k, v, context, memory, PassInfo(np.array([0, 1], np.int32)))
-    assert np.array_equal(mixed[:1], attention(moved, k, v, context)[0][:1])
-    assert np.array_equal(mixed[1:], attention(moved, k, v, context, memory, PassInfo(1))[0][1:])
-    assert after.active.tolist() == [[True] * 5, [True, False, False, False, False]]
-
-
-@pytest.mark.clause("MEMORY-2")
-@pytest.mark.parametrize("change", ["policy", "layer", "version", "lengths", "table", "rows"])
-def test_stale_memory_is_refused(change: str) -> None:
-    context = ragged_context(8)
-    q, k, v = block(9)
-    attention = PrefixAttention(FirstRowOnly(), "reference")
-    _, memory = attention(q, k, v, context, None, PassInfo(0, num_layers=2))
-    info = PassInfo(1, layer=1 if change == "layer" else 0, num_layers=2)
-    if change == "policy":
-        attention = PrefixAttention("dense", "reference")
-    elif change == "version":
-        context = with_lengths(context, context.page_lengths, version=1)
-    elif change == "lengths":
-        context = with_lengths(context, np.full_like(context.page_lengths, 4))
-    elif change == "table":
-        context = Context(context.k_pages, context.v_pages, context.page_table[:, ::-1], context.page_lengths)
-    elif change == "rows":
-        q, k, v = block(9, tokens=6)
-    with pytest.raises(StaleMemoryError):
-        attention(q, k, v, context, memory, info)
-
-
-@pytest.mark.clause("MEMORY-3")
-def test_dropped_memory_restarts_in_the_middle_of_a_block() -> None:
-    context = ragged_context(10)
-    q, k, v = block(11)
-    attention = PrefixAttention(FirstRowOnly(), "reference")
-    assert np.array_equal(
-        attention(q, k, v, context, None, PassInfo(3))[0], attention(q, k, v, context)[0]
-    )
 
 
 @pytest.mark.clause("DRIVER-1", "ERROR-1")
