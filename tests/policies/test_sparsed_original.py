@@ -66,16 +66,16 @@ def choose(policy: SparseD, q: Array, context: Context) -> Array:
     return np.asarray(memory.selection.mask)[0]
 
 
-@pytest.mark.parametrize(("tokens", "prompt"), [(64, 40), (61, 37), (50, 16), (33, 30), (17, 4)])
+@pytest.mark.parametrize(("tokens", "prompt"), [(61, 37), (33, 30), (17, 4)])
 @pytest.mark.parametrize("isolated", [True, False])
-@pytest.mark.parametrize("heads", [(4, 2), (3, 1), (2, 2)])
+@pytest.mark.parametrize("heads", [(4, 2), (3, 1)])
 @pytest.mark.clause("DRIVER-4", "POLICY-6")
 def test_the_code_variant_gives_the_authors_block_mask(
     tokens: int, prompt: int, isolated: bool, heads: tuple[int, int]
 ) -> None:
     size = 8
     q, k, context = sequence(tokens, tokens, size, prompt, q_heads=heads[0], kv_heads=heads[1])
-    for ratio in (0.3, 0.5, 0.0):
+    for ratio in (0.3, 0.0):
         for score_scale, scale in (("attention", 8**-0.5), ("heads", heads[0] ** -0.5)):
             policy = SparseD(
                 ratio=ratio, warmup=1, span=size, isolated=isolated, score_scale=score_scale,  # type: ignore[arg-type]

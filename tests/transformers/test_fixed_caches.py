@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from plain_backends import TorchOperators as PlainTorch
 from tape import Tape
-from test_captured_passes import PlainTorch
 from tiny_models import cache_name, causal_shape, in_double, new_cache, tokens
 from transformers import StaticCache
 
