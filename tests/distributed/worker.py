@@ -12,17 +12,12 @@ import sys
 import time
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / "policies"))
-
 from shards import BLOCKS, RULES, block_of, infos, policies, policy_of
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from sparse_dlm_attn import Context, PassInfo, SparseAttentionError
 from sparse_dlm_attn_distributed import DistributedAttention, DistributedBackend, ShardedContext

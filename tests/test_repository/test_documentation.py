@@ -162,16 +162,3 @@ def test_a_wrong_output_on_a_page_is_noticed(tmp_path: Path) -> None:
         run_page(page, "page_wrong")
     page.write_text("<!-- not run: needs a device -->\n```python\nraise SystemExit\n```\n", "utf-8")
     run_page(page, "page_left_out")
-
-
-def test_the_readme_keeps_to_its_length_and_shows_a_short_example() -> None:
-    text = (ROOT / "README.md").read_text("utf-8")
-    assert 60 <= len(text.splitlines()) <= 100
-    first = next(block for block in blocks(text) if block.kind == "python")
-    assert len(first.text.splitlines()) <= 14
-
-
-def test_no_page_is_missing_from_the_navigation() -> None:
-    navigation = (ROOT / "mkdocs.yml").read_text("utf-8")
-    written = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
-    assert written == set(re.findall(r"[\w/-]+\.md", navigation))
