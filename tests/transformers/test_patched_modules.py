@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
-import weakref
 from typing import Any
 
 import module_stand_ins as stand_ins
@@ -47,9 +45,9 @@ def held(cache: dict[str, Any]) -> Any:
     return next(iter(cache.values()))
 
 
-@pytest.fixture(scope="module", params=["Qwen3", "Llama"])
-def model(request: pytest.FixtureRequest) -> Any:
-    return causal_shape(request.param)
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return causal_shape("Qwen3")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -131,22 +129,6 @@ def test_ragged_prompts_padded_on_either_side_get_what_they_get_alone(model: Any
         with sparse.block():
             together = double(block, attention_mask=mask, position_ids=positions, **{name: cache}).logits
     torch.testing.assert_close(together, torch.cat(expected))
-
-
-def test_memory_is_let_go_when_a_block_ends(model: Any) -> None:
-    with torch.no_grad(), SparseAttention(model, "losa:budget=8,active=2", page_size=4) as sparse:
-        cache = prefilled(model)
-        sparse.start_block()
-        for _ in range(2):
-            model(tokens(1, BLOCK), **cache)
-        assert sparse.memory_bytes > 3 * 4 * BLOCK * 17 * 4  # layers, heads, rows, out and lse, bytes
-        memory = sparse.decoder.memories[0]
-        assert memory is not None and memory.bounds is not None
-        watched = [weakref.ref(x) for x in (memory.state.out, memory.bounds.lower, memory.selection)]
-        del memory
-        sparse.finish_block()
-        gc.collect()
-        assert sparse.memory_bytes == 0 and [ref() for ref in watched] == [None] * 3
 
 
 def test_the_first_block_of_an_empty_cache_reads_itself_alone(model: Any) -> None:
@@ -428,12 +410,6 @@ def test_policies_that_leave_rows_out_are_told_that_the_model_computes_all(model
                 sparse.next_pass(torch.ones(1, BLOCK, dtype=torch.bool))
             logits = model(tokens(1, PREFIX + BLOCK)[:, PREFIX:], **cache).logits
             assert_within_budget(logits, eager, exact)
-
-
-def test_a_copy_of_an_attached_model_is_refused(model: Any) -> None:
-    with SparseAttention(model, "dense"), pytest.raises(CallOrderError, match="nothing is attached to it"):
-        copy.deepcopy(model)
-    copy.deepcopy(model)
 
 
 def test_training_mode_within_a_block_is_refused(model: Any) -> None:
