@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
 
 torch = pytest.importorskip("torch", reason="the bench needs PyTorch")
 
-from sparse_dlm_attn import InvalidArgumentError, UnknownNameError, get_backend, get_policy  # noqa: E402
-from sparse_dlm_attn_bench import break_even, layer, timing  # noqa: E402
-from sparse_dlm_attn_bench.break_even import Point, answer, measure_context  # noqa: E402
+from sparse_dlm_attn import InvalidArgumentError, UnknownNameError, get_policy  # noqa: E402
+from sparse_dlm_attn_bench import layer, timing  # noqa: E402
+from sparse_dlm_attn_bench.break_even import Point, answer  # noqa: E402
 from sparse_dlm_attn_bench.gate import WrongResultError, check_passes  # noqa: E402
 from sparse_dlm_attn_bench.layer import budget_for, layers, relative_density  # noqa: E402
 from sparse_dlm_attn_bench.shape import Shape, with_budget  # noqa: E402
@@ -78,16 +77,6 @@ def test_the_budget_is_the_smallest_that_reads_so_much(density: float) -> None:
     )
 
 
-def test_layers_are_alike_whether_their_pages_are_shuffled() -> None:
-    backend = TorchBackend()
-    plain, shuffled = (layers(SMALL, backend, device="cpu", shuffled=on)[0] for on in (False, True))
-    assert not torch.equal(plain.context.page_table, shuffled.context.page_table)
-    bounds = plain.context.bounds, shuffled.context.bounds
-    assert bounds[0] is not None
-    assert bounds[1] is not None
-    assert torch.equal(bounds[0].lower, bounds[1].lower)
-
-
 def test_a_wrong_backend_is_not_timed() -> None:
     class Late(TorchBackend):
         def attend(self, *arguments: Any, **options: Any) -> Any:
@@ -103,28 +92,3 @@ def test_a_wrong_backend_is_not_timed() -> None:
     assert check_passes(SMALL, "losa:budget=64", TorchBackend(), one) < 1e-4
     with pytest.raises(WrongResultError, match="relative error"):
         check_passes(SMALL, "losa:budget=64", Late(), one)
-
-
-def test_points_are_measured_for_every_density(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = layers
-
-    def on_host(*arguments: Any, **options: Any) -> Any:
-        return real(*arguments, **options, device="cpu")
-
-    # A clock that counts pages: what a pass takes is what it reads.
-    def read(works: Any, repeats: int) -> float:
-        assert len(works) >= 2
-        return 1 + 100 * float(works[0]()[1].traffic.density.mean())
-
-    monkeypatch.setattr(layer, "layers", on_host)
-    monkeypatch.setattr(timing, "measure_chained", read)
-    said: list[str] = []
-    backend = get_backend("torch")
-    points = measure_context(SMALL, "mage", (0.5, 0.1), backend, 3, said.append)
-    assert [found.asked for found in points] == [0.1, 0.5]
-    assert all(found.peer == "torch, policy dense" and found.dense_us == 101 for found in points)
-    assert all(math.isclose(found.sparse_us, 1 + 100 * found.density, rel_tol=1e-6) for found in points)
-    assert 0.1 <= points[0].density < 0.2
-    assert points[0].speedup > points[1].speedup > 1
-    assert any(remark.startswith("B2 0K T4 p16: flash-attn 3 is not here (") for remark in said)
-    assert break_even.LAYER["layer"] > 0
