@@ -31,8 +31,7 @@ def block(seed: int, *, batch: int = 2, q_heads: int = 4, kv_heads: int = 2, tok
     """Queries, keys and values of one block."""
     rng = np.random.default_rng(seed)
     return tuple(  # type: ignore[return-value]
-        rng.standard_normal((batch, heads, tokens, head_dim)).astype(dtype)
-        for heads in (q_heads, kv_heads, kv_heads)
+        rng.standard_normal((batch, heads, tokens, head_dim)).astype(dtype) for heads in (q_heads, kv_heads, kv_heads)
     )
 
 

@@ -10,7 +10,6 @@ from sparse_dlm_attn import Context, InvalidArgumentError, InvalidTypeError, Sel
 from sparse_dlm_attn.context import GENERATED, PROMPT
 
 
-@pytest.mark.clause("CONTEXT-4")
 def test_from_dense_of_torch_shares_memory_too() -> None:
     torch = pytest.importorskip("torch")
     k = torch.randn(2, 2, 24, 8)
@@ -28,7 +27,6 @@ def test_lengths_become_full_partial_and_absent_pages() -> None:
     assert context.page_ends.tolist()[1] == [4, 5, 5]
 
 
-@pytest.mark.clause("ERROR-1")
 @pytest.mark.parametrize(
     ("page_size", "lengths", "words"),
     [
@@ -46,14 +44,12 @@ def test_from_dense_says_what_does_not_fit(page_size: int, lengths: object, word
         Context.from_dense(k, k, page_size, lengths=lengths)
 
 
-@pytest.mark.clause("ERROR-1")
 def test_a_slice_of_a_batched_cache_is_refused_rather_than_misread() -> None:
     k = np.zeros((2, 1, 16, 4), np.float32)[:, :, :12]
     with pytest.raises(InvalidArgumentError, match="contiguous"):
         Context.from_dense(k, k, 4)
 
 
-@pytest.mark.clause("ERROR-1")
 def test_contents_are_checked_for_range() -> None:
     good = ragged_context(0)
     table = good.page_table.copy()
@@ -76,7 +72,6 @@ def test_segments_default_to_prompt() -> None:
     assert not context.in_segment(GENERATED).any()
 
 
-@pytest.mark.clause("SELECTION-2")
 def test_page_lists_and_csr_name_the_same_pages() -> None:
     k = np.zeros((2, 2, 12, 4), np.float32)
     context = Context.from_dense(k, k, 4, lengths=[12, 5])
@@ -91,14 +86,12 @@ def test_page_lists_and_csr_name_the_same_pages() -> None:
     assert "pages=3" in str(Selection(mask, 3))
 
 
-@pytest.mark.clause("SELECTION-2")
 def test_csr_refuses_a_partial_page_in_the_middle() -> None:
     context = ragged_context(4)
     with pytest.raises(InvalidArgumentError, match="CSR"):
         Selection.all_pages(context, 5).to_csr(context)
 
 
-@pytest.mark.clause("DENSITY-1")
 def test_loaded_pages_are_the_union_over_active_rows_and_the_group() -> None:
     mask = np.zeros((1, 4, 3, 5), bool)  # 4 query heads, 3 spans of 2 rows, 5 pages
     mask[0, 0, 0, 0] = mask[0, 1, 0, 1] = mask[0, 1, 1, 2] = mask[0, 3, 2, 4] = True

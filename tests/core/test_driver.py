@@ -42,7 +42,6 @@ class FirstRowOnly(PrefixAttentionPolicy[int]):
         return (inputs.memory or 0) + 1
 
 
-@pytest.mark.clause("REUSE-1", "DENSITY-1", "DENSITY-2")
 def test_rows_that_are_not_active_keep_their_context_part_and_traffic_is_counted() -> None:
     context = ragged_context(2)
     q, k, v = block(3)
@@ -65,7 +64,6 @@ def test_rows_that_are_not_active_keep_their_context_part_and_traffic_is_counted
     assert attention(q, k, v, attached)[1].traffic.key_reads == 0
 
 
-@pytest.mark.clause("DRIVER-1", "ERROR-1")
 def test_bad_calls_name_argument_rule_and_value() -> None:
     context = ragged_context(12)
     q, k, v = block(13)
@@ -94,7 +92,6 @@ def test_bad_calls_name_argument_rule_and_value() -> None:
         attention(q[..., :4], k[..., :4], v[..., :4], context)
 
 
-@pytest.mark.clause("CAPS-1")
 def test_a_problem_that_the_backend_does_not_declare_is_refused_with_every_reason() -> None:
     from sparse_dlm_attn import Capabilities
     from sparse_dlm_attn_reference import ReferenceBackend
@@ -109,7 +106,6 @@ def test_a_problem_that_the_backend_does_not_declare_is_refused_with_every_reaso
         PrefixAttention("dense", Narrow())(q, k, v, ragged_context(15))
 
 
-@pytest.mark.clause("MERGE-1", "POLICY-5")
 def test_overridden_reuse_and_merge_are_called_instead_of_the_fused_pass() -> None:
     @dataclass(frozen=True)
     class BlockOnly(PrefixAttentionPolicy[None]):
@@ -118,8 +114,7 @@ def test_overridden_reuse_and_merge_are_called_instead_of_the_fused_pass() -> No
         def select_pages(self, inputs: PassInputs[None], active: Array) -> Selection:
             return Selection.all_pages(inputs.context, inputs.tokens)
 
-        def merge(self, inputs: PassInputs[None], context_state: AttentionState,
-                  block_state: AttentionState) -> Array:
+        def merge(self, inputs: PassInputs[None], context_state: AttentionState, block_state: AttentionState) -> Array:
             return block_state.out
 
     q, k, v = block(16)

@@ -36,9 +36,7 @@ def test_no_more_than_the_limit_is_read(tmp_path: Path) -> None:
         (b"whale \xff", DataFileError, r"not UTF-8 text \(byte 0xff at offset 6\)"),
     ],
 )
-def test_unusable_files_are_refused(
-    tmp_path: Path, content: bytes | None, error: type[Exception], match: str
-) -> None:
+def test_unusable_files_are_refused(tmp_path: Path, content: bytes | None, error: type[Exception], match: str) -> None:
     path = tmp_path / "text"
     if content is not None:
         path.write_bytes(content)
@@ -110,9 +108,7 @@ def test_what_goes_to_standard_output_joins_what_is_printed(tmp_path: Path, into
     assert found == b"before\ndata\nafter\n"
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "out"
     path.write_bytes(b"old")
 

@@ -19,7 +19,6 @@ def block(**changes: Any) -> tuple[Any, Any, Any, Context]:
     return tuple((given | changes).values())  # type: ignore[return-value]
 
 
-@pytest.mark.clause("ERROR-1")
 @pytest.mark.parametrize(
     "changes",
     [

@@ -51,9 +51,7 @@ def run(
     dtype: str = "float32", lengths: Any = None, rows: int = 4, seed: int = 0,
 ) -> LayerMemory:
     rng = np.random.default_rng(seed)
-    q, k, v = (
-        convert(rng.standard_normal((batch, count, rows, dim)).astype(dtype)) for count in (*heads, heads[1])
-    )
+    q, k, v = (convert(rng.standard_normal((batch, count, rows, dim)).astype(dtype)) for count in (*heads, heads[1]))
     cache = rng.standard_normal((2, batch, heads[1], tokens, dim)).astype(dtype)
     lengths = None if lengths is None else convert(np.asarray(lengths, np.int32))
     context = Context.from_dense(convert(cache[0]), convert(cache[1]), page, lengths)
@@ -100,7 +98,6 @@ def test_memory_of_a_block_is_refused_within_it_and_dropped_at_the_next(other: s
 
 
 @LIBRARIES
-@pytest.mark.clause("MEMORY-1", "MEMORY-2")
 def test_a_context_that_grew_continues_the_sequence(backend: str, convert: Callable[[Array], Any]) -> None:
     attention = PrefixAttention(SNAPKV, backend)
     memory = run(attention, None, PassInfo(0), convert, lengths=[40, 29])
@@ -113,7 +110,6 @@ def test_a_context_that_grew_continues_the_sequence(backend: str, convert: Calla
         run(attention, memory, PassInfo(0), convert, tokens=96, lengths=[71, 90])
 
 
-@pytest.mark.clause("MEMORY-2")
 def test_pages_that_moved_while_their_sequence_grew_are_noticed() -> None:
     """Pages cut from the end of a sequence hold other tokens when it grows by less than a page."""
     rng, attention, memory = np.random.default_rng(0), PrefixAttention(SNAPKV), None
@@ -129,7 +125,6 @@ def test_pages_that_moved_while_their_sequence_grew_are_noticed() -> None:
             memory = attention(q, k, v, context, memory, PassInfo(0))[1]
 
 
-@pytest.mark.clause("MEMORY-2")
 def test_a_block_may_take_the_place_of_a_suffix() -> None:
     attention, (q, k, v) = PrefixAttention(SNAPKV), block(1, tokens=4)
     first = ragged_context(2, pages=8, page_size=4)
@@ -145,7 +140,6 @@ def test_a_block_may_take_the_place_of_a_suffix() -> None:
         attention(q, k, v, replace(before, page_lengths=after), memory, PassInfo(0))
 
 
-@pytest.mark.clause("MEMORY-2")
 def test_a_sequence_that_begins_a_block_while_others_run_has_to_continue_its_own() -> None:
     attention = PrefixAttention(SNAPKV)
     memory = run(attention, None, PassInfo(0), as_is, lengths=[40, 40])
@@ -202,7 +196,6 @@ def test_a_decoder_follows_sequences_that_change_places(policy: str, order: list
             decoder.start_block([context.reorder(rows)])
 
 
-@pytest.mark.clause("MEMORY-4")
 def test_the_next_context_of_a_reordered_memory_may_lie_elsewhere() -> None:
     attention = PrefixAttention("losa:budget=16,active=2")
     memory = run(attention, None, PassInfo(0), as_is, lengths=[40, 29])
@@ -213,7 +206,6 @@ def test_the_next_context_of_a_reordered_memory_may_lie_elsewhere() -> None:
         run(attention, moved, PassInfo(1), as_is, batch=3, lengths=[40, 29, 29])
 
 
-@pytest.mark.clause("ERROR-1", "MEMORY-4")
 def test_numbers_of_sequences_are_checked_and_nothing_changes() -> None:
     decoder, (q, k, v) = Decoder("losa:budget=8,active=2", layers=1), block(0)
     decoder.start_block([ragged_context(0)])
@@ -254,7 +246,6 @@ class Remembers(PrefixAttentionPolicy[Any]):
         return self.value
 
 
-@pytest.mark.clause("MEMORY-4")
 def test_every_array_of_a_policy_s_value_is_taken_along_its_first_axis() -> None:
     rows = np.array([[1, 2], [3, 4]])
     value = Odd((rows, Odd(rows[0]), 3, "name", None, np.float32(2.5)))

@@ -49,8 +49,7 @@ def other_library(values: Array) -> Any:
 def of_backend(backend: Backend, context: Context) -> Context:
     convert = backend.asarray
     return Context(
-        convert(context.k_pages), convert(context.v_pages), convert(context.page_table),
-        convert(context.page_lengths),
+        convert(context.k_pages), convert(context.v_pages), convert(context.page_table), convert(context.page_lengths)
     )
 
 
@@ -77,7 +76,6 @@ def arguments_of(backend: Backend) -> dict[str, dict[str, Any]]:
     }
 
 
-@pytest.mark.clause("ERROR-1")
 @pytest.mark.parametrize("name", BACKENDS)
 def test_operators_refuse_every_wrong_type_in_every_argument(name: str) -> None:
     backend = backend_named(name)
@@ -91,7 +89,6 @@ def test_operators_refuse_every_wrong_type_in_every_argument(name: str) -> None:
                     getattr(backend, operator)(**{**good, argument: wrong}, **extra)
 
 
-@pytest.mark.clause("ERROR-1")
 @pytest.mark.parametrize("name", BACKENDS)
 def test_operators_refuse_arrays_of_other_shapes_dtypes_and_libraries(name: str) -> None:
     backend = backend_named(name)
@@ -100,20 +97,16 @@ def test_operators_refuse_arrays_of_other_shapes_dtypes_and_libraries(name: str)
             if not hasattr(value, "shape") or operator in ("top_pages", "largest_changes"):
                 continue
             host = np.asarray(value)
-            wrong = [backend.asarray(host[..., :-1]), backend.asarray(host[0]),
-                     backend.asarray(host.astype(np.int64))]
+            wrong = [backend.asarray(host[..., :-1]), backend.asarray(host[0]), backend.asarray(host.astype(np.int64))]
             wrong.append(other_library(host) if name == "reference" else host)
             for bad in wrong:
                 with pytest.raises(InvalidArgumentError):
                     getattr(backend, operator)(**{**good, argument: bad})
 
 
-@pytest.mark.clause("ERROR-1")
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("policy", ["dense", "losa", "mage:dense_layers=0", "sparsed"])
-def test_arrays_of_a_library_that_the_backend_does_not_compute_with_are_refused(
-    name: str, policy: str
-) -> None:
+def test_arrays_of_a_library_that_the_backend_does_not_compute_with_are_refused(name: str, policy: str) -> None:
     attention = PrefixAttention(policy, backend_named(name))
     source = backend_named("torch" if name == "reference" else "reference")
     q, k, v = (source.asarray(values) for values in block(1))
@@ -121,7 +114,6 @@ def test_arrays_of_a_library_that_the_backend_does_not_compute_with_are_refused(
         attention(q, k, v, of_backend(source, ragged_context(0)))
 
 
-@pytest.mark.clause("ERROR-1")
 @pytest.mark.parametrize("name", BACKENDS)
 def test_asarray_refuses_what_is_not_numbers(name: str) -> None:
     backend = backend_named(name)
@@ -133,7 +125,6 @@ def test_asarray_refuses_what_is_not_numbers(name: str) -> None:
             backend.asarray([1.0], dtype=dtype)  # type: ignore[arg-type]
 
 
-@pytest.mark.clause("ERROR-1")
 @pytest.mark.parametrize("field", ["v_pages", "page_table", "page_lengths", "page_segments"])
 def test_a_context_of_two_array_libraries_is_refused(field: str) -> None:
     context = ragged_context(0)
@@ -143,7 +134,6 @@ def test_a_context_of_two_array_libraries_is_refused(field: str) -> None:
         replace(context, **{field: other_library(getattr(context, field))})
 
 
-@pytest.mark.clause("CONTEXT-1", "ERROR-1")
 @pytest.mark.parametrize("reorder", [lambda a: a[..., ::2], lambda a: a[..., ::-1], np.asfortranarray])
 def test_pages_whose_channels_are_not_contiguous_are_refused(reorder: Callable[[Array], Array]) -> None:
     context = ragged_context(0)
@@ -152,7 +142,6 @@ def test_pages_whose_channels_are_not_contiguous_are_refused(reorder: Callable[[
         Context(pages, np.ascontiguousarray(pages), context.page_table, context.page_lengths)
 
 
-@pytest.mark.clause("ERROR-1")
 def test_context_refuses_metadata_versions_and_segments_that_mean_nothing() -> None:
     context = ragged_context(0)
     for wrong in ((1, 2), "bounds", 3):
@@ -170,7 +159,6 @@ def test_context_refuses_metadata_versions_and_segments_that_mean_nothing() -> N
         context.in_segment(3)
 
 
-@pytest.mark.clause("CONTEXT-4")
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_cache_without_tokens_is_an_empty_context(batch: int) -> None:
     cache = np.zeros((batch, 2, 0, 8), np.float32)
@@ -182,7 +170,6 @@ def test_a_cache_without_tokens_is_an_empty_context(batch: int) -> None:
     np.testing.assert_allclose(out, backend.attend_block(q, k, v).out, atol=1e-6)
 
 
-@pytest.mark.clause("CONTEXT-2")
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("policy", ["quest", "mage:dense_layers=0", "sparsed:warmup=1"])
 def test_absent_pages_may_point_into_a_cache_without_any_page(name: str, policy: str) -> None:
@@ -207,7 +194,6 @@ def test_a_batch_of_no_sequences_gives_no_rows(name: str) -> None:
         assert tuple(out.shape) == (0, 4, 5, 8)
 
 
-@pytest.mark.clause("ERROR-1")
 @pytest.mark.parametrize("field", ["index", "is_save", "layer", "num_layers", "total_passes"])
 def test_pass_info_refuses_what_is_no_number(field: str) -> None:
     for wrong in ("1", 2.5, [1.5], {}, np.zeros((0,)), [[1], [2, 3]]):
@@ -219,7 +205,6 @@ def test_pass_info_refuses_what_is_no_number(field: str) -> None:
                 PassInfo(**{"index": 0, field: wrong})  # type: ignore[arg-type]
 
 
-@pytest.mark.clause("ERROR-1")
 def test_pass_info_takes_numpy_numbers_and_refuses_negative_passes_in_arrays() -> None:
     info = PassInfo(np.int64(3), np.bool_(True), layer=np.int32(1), num_layers=2)  # type: ignore[arg-type]
     assert (info.index, info.is_save, info.layer) == (3, True, 1)
@@ -227,7 +212,6 @@ def test_pass_info_takes_numpy_numbers_and_refuses_negative_passes_in_arrays() -
         PassInfo([-1, 2])
 
 
-@pytest.mark.clause("ERROR-1")
 def test_selection_refuses_wrong_spans_capacities_contexts_and_rows() -> None:
     context = ragged_context(0)
     selection = Selection.all_pages(context, 5)
@@ -247,17 +231,13 @@ def test_selection_refuses_wrong_spans_capacities_contexts_and_rows() -> None:
             call()
 
 
-@pytest.mark.clause("SELECTION-1")
 def test_a_span_far_longer_than_the_block_costs_no_memory() -> None:
     context = ragged_context(0)
     selection = Selection(Selection.all_pages(context, 5).mask, 10**15)
     assert selection.for_rows(4, 5).shape == (2, 4, 5, 6)
-    assert np.array_equal(
-        selection.loaded(np.ones((2, 5), bool), 4, 2), np.repeat(context.exists[:, None], 2, axis=1)
-    )
+    assert np.array_equal(selection.loaded(np.ones((2, 5), bool), 4, 2), np.repeat(context.exists[:, None], 2, axis=1))
 
 
-@pytest.mark.clause("ERROR-1")
 @pytest.mark.parametrize("scale", [True, "1", math.nan, math.inf, 0, -1.0, 10**400, [1.0]])
 def test_scales_that_are_no_finite_positive_number_are_refused(scale: Any) -> None:
     with pytest.raises(InvalidArgumentError, match="scale"):
@@ -268,7 +248,6 @@ def test_numpy_scalars_are_scales() -> None:
     assert softmax_scale(8, np.float32(0.5)) == 0.5  # type: ignore[arg-type]
 
 
-@pytest.mark.clause("MEMORY-2")
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("field", ["page_lengths", "page_table"])
 def test_a_table_or_lengths_written_in_place_make_memory_stale(name: str, field: str) -> None:
@@ -301,13 +280,11 @@ class Forgetful(PrefixAttentionPolicy[None]):
         return inputs.context.exists
 
 
-@pytest.mark.clause("ERROR-1")
 def test_a_policy_that_returns_no_selection_is_named() -> None:
     with pytest.raises(InvalidTypeError, match=r"forgetful.select_pages\(\) must be a Selection"):
         PrefixAttention(Forgetful(), "reference")(*block(1), ragged_context(0))
 
 
-@pytest.mark.clause("ERROR-1")
 def test_choices_driver_options_states_and_problems_are_checked() -> None:
     for call in (
         lambda: get_policy("losa", drift=np.zeros(2)),
@@ -323,7 +300,6 @@ def test_choices_driver_options_states_and_problems_are_checked() -> None:
             call()
 
 
-@pytest.mark.clause("MERGE-1")
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("lse", [1e10, 1e17, 3e38, -3e38])
 def test_merged_states_stay_normalised_where_the_lse_has_no_room_for_a_sum(name: str, lse: float) -> None:
@@ -338,7 +314,6 @@ def test_merged_states_stay_normalised_where_the_lse_has_no_room_for_a_sum(name:
     np.testing.assert_allclose(backend.merge(*states).out, 1.5, rtol=1e-6)
 
 
-@pytest.mark.clause("CHANGE-3")
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize(
     ("change", "mass", "expected"),
@@ -357,7 +332,6 @@ def test_infinite_changes_reach_any_mass_by_the_first_of_them(
     assert np.asarray(chosen).tolist() == [expected]
 
 
-@pytest.mark.clause("TOP-1", "CHANGE-2")
 @pytest.mark.parametrize("name", BACKENDS)
 def test_counts_beyond_every_integer_dtype_are_clamped(name: str) -> None:
     backend = backend_named(name)

@@ -14,7 +14,6 @@ from sparse_dlm_attn_reference.attention import attend_pages_by_merging
 REFERENCE = get_backend("reference")
 
 
-@pytest.mark.clause("STATE-1", "ATTEND-1", "GQA-1", "GQA-2", "SELECTION-1", "CONTEXT-1")
 @pytest.mark.parametrize("q_heads, kv_heads", [(4, 2), (3, 3), (7, 1), (14, 2)])
 @pytest.mark.parametrize("span", [1, 2, 5])
 def test_two_oracles_and_a_token_loop_agree_on_attention(q_heads: int, kv_heads: int, span: int) -> None:
@@ -32,7 +31,6 @@ def test_two_oracles_and_a_token_loop_agree_on_attention(q_heads: int, kv_heads:
         np.testing.assert_allclose(merged.lse, lse, atol=1e-6)
 
 
-@pytest.mark.clause("TOP-1", "TOP-2", "TOP-3", "TOP-4")
 @pytest.mark.parametrize("top_pages", [REFERENCE.top_pages, operators.top_pages])
 def test_top_pages_ties_clamping_and_special_values(top_pages) -> None:  # type: ignore[no-untyped-def]
     scores = np.array([[1, 3, 3, 2, 3], [-np.inf] * 5, [0, np.nan, np.inf, 9, 1]], np.float32)
@@ -48,7 +46,6 @@ def test_top_pages_ties_clamping_and_special_values(top_pages) -> None:  # type:
     assert chosen(np.array([1, 1, 3])) == [[1], [1], [1, 2, 3]]
 
 
-@pytest.mark.clause("CHANGE-2", "CHANGE-3")
 @pytest.mark.parametrize("largest", [REFERENCE.largest_changes, operators.largest_changes])
 def test_largest_changes_by_count_and_by_mass(largest) -> None:  # type: ignore[no-untyped-def]
     change = np.array([[1, 4, 4, 1], [0, 0, 0, 0]], np.float32)
@@ -66,20 +63,16 @@ def test_largest_changes_by_count_and_by_mass(largest) -> None:  # type: ignore[
     assert rows(mass=1.0) == [[0, 1, 2, 3], []]
 
 
-@pytest.mark.clause("CHANGE-3")
 @pytest.mark.parametrize("largest", [REFERENCE.largest_changes, operators.largest_changes])
 def test_nan_change_keeps_every_row_of_its_sequence(largest) -> None:  # type: ignore[no-untyped-def]
     change = np.array([[1, np.nan, 2], [1, 1, 2]], np.float32)
     assert largest(change, mass=0.5).tolist() == [[True, True, True], [False, False, True]]
 
 
-@pytest.mark.clause("MERGE-1", "MERGE-2", "MERGE-3", "MERGE-4", "STATE-2")
 @pytest.mark.parametrize("merge", [REFERENCE.merge, operators.merge])
 def test_merge_handles_empty_equal_and_distant_states(merge) -> None:  # type: ignore[no-untyped-def]
     def state(value: float, lse: float) -> AttentionState:
-        return AttentionState(
-            np.full((1, 1, 1, 2), value, np.float32), np.full((1, 1, 1), lse, np.float32)
-        )
+        return AttentionState(np.full((1, 1, 1, 2), value, np.float32), np.full((1, 1, 1), lse, np.float32))
 
     empty = state(0.0, -np.inf)
     both = merge(state(1.0, 0.0), state(3.0, 0.0))

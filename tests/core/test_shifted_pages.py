@@ -8,14 +8,7 @@ import numpy as np
 import pytest
 from problems import block
 
-from sparse_dlm_attn import (
-    Context,
-    InvalidArgumentError,
-    InvalidTypeError,
-    PassInfo,
-    PrefixAttention,
-    get_backend,
-)
+from sparse_dlm_attn import Context, InvalidArgumentError, InvalidTypeError, PassInfo, PrefixAttention, get_backend
 from sparse_dlm_attn.arrays import to_numpy
 from sparse_dlm_attn.runs import largest_page_size
 
@@ -39,7 +32,6 @@ def tokens_of(context: Context, sequence: int) -> Array:
     return np.concatenate(parts, axis=1)
 
 
-@pytest.mark.clause("CONTEXT-4")
 @pytest.mark.parametrize("library", ["numpy", "torch"])
 @pytest.mark.parametrize("page_size", [1, 4, 12, 16])
 @pytest.mark.parametrize("layout", ["contiguous", "tokens before heads", "slice"])
@@ -100,7 +92,6 @@ def test_steps_that_all_pages_share_keep_the_physical_axis_short() -> None:
     assert context.page_table[1, :2].tolist() == plain.page_table[1, 2:].tolist()
 
 
-@pytest.mark.clause("ERROR-1")
 def test_a_page_that_would_reach_behind_the_memory_is_refused_with_one_that_does_not() -> None:
     k = np.zeros((2, 1, 32, 4), dtype=np.float32)
     valid = np.ones((2, 32), dtype=bool)
@@ -116,7 +107,6 @@ def test_a_page_that_would_reach_behind_the_memory_is_refused_with_one_that_does
         Context.from_dense(k[:, :, :4].copy(), k[:, :, :4].copy(), 16, valid=short)
 
 
-@pytest.mark.clause("ERROR-1")
 def test_what_valid_may_not_be() -> None:
     k = np.zeros((2, 1, 8, 4), dtype=np.float32)
     valid = np.ones((2, 8), dtype=bool)

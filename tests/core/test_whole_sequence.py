@@ -45,7 +45,6 @@ class EvenRows(PrefixAttentionPolicy[None]):
         return Selection.all_pages(inputs.context, inputs.tokens)
 
 
-@pytest.mark.clause("DRIVER-4")
 def test_bounds_of_a_whole_sequence_are_built_in_every_pass() -> None:
     q, k, v = block(4, tokens=TOKENS)
     attention = PrefixAttention(Quest(budget=4))
@@ -57,7 +56,6 @@ def test_bounds_of_a_whole_sequence_are_built_in_every_pass() -> None:
     assert second.traffic.key_reads == 1
 
 
-@pytest.mark.clause("DRIVER-4", "ERROR-1")
 def test_a_context_of_another_length_is_refused() -> None:
     q, k, v = block(5, tokens=TOKENS)
     with pytest.raises(InvalidArgumentError, match="exactly the block's 13 tokens"):
@@ -74,7 +72,6 @@ def test_a_context_of_another_length_is_refused() -> None:
         PrefixAttention("dense")(q, None, None, narrow)
 
 
-@pytest.mark.clause("ERROR-1", "POLICY-7")
 @pytest.mark.parametrize("answer", [None, np.ones((2, 3), bool), np.ones((2, TOKENS))])
 def test_an_answer_that_is_no_set_of_rows_is_refused(answer: Any) -> None:
     class Wrong(EvenRows):
@@ -86,7 +83,6 @@ def test_an_answer_that_is_no_set_of_rows_is_refused(answer: Any) -> None:
         PrefixAttention(Wrong())(q, k, v, ragged_context(7))
 
 
-@pytest.mark.clause("ERROR-1")
 def test_the_place_in_a_window_is_checked() -> None:
     q, k, v = block(8, tokens=TOKENS)
     attention = PrefixAttention("dense")
@@ -110,7 +106,6 @@ def test_the_place_in_a_window_is_checked() -> None:
      ([[0, 2]], r"shape \(2, rows\)"), ([0, 2], r"shape \(2, rows\)"),
      ([[0.0, 2.0], [1.0, -1.0]], "dtype int8")],
 )
-@pytest.mark.clause("ERROR-1")
 def test_the_order_of_decoding_names_each_planned_row_once(order: Any, error: str | None) -> None:
     planned = np.array([[True, False, True], [False, True, False]])
     if error is None:
@@ -120,7 +115,6 @@ def test_the_order_of_decoding_names_each_planned_row_once(order: Any, error: st
         PassInfo(0, planned=planned, planned_order=np.array(order))
 
 
-@pytest.mark.clause("ERROR-1")
 def test_an_order_of_decoding_needs_the_rows() -> None:
     with pytest.raises(InvalidArgumentError, match=r"planned_order.*Pass planned too"):
         PassInfo(0, planned_order=np.array([[0]]))

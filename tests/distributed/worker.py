@@ -91,9 +91,7 @@ def heads_too(on: Rank) -> Any:
             continue
         pools = {name: getattr(block.context, name)[:, own] for name in ("k_pages", "v_pages")}
         context = on.shard(replace(block.context, **pools), "random", row, 2)
-        mine = replace(
-            block, q=type(block.q)([q[:, queries] for q in block.q]), k=block.k[:, own], v=block.v[:, own]
-        )
+        mine = replace(block, q=type(block.q)([q[:, queries] for q in block.q]), k=block.k[:, own], v=block.v[:, own])
         results[policy] = (column, denoised(attention, mine, context))
     return results
 
@@ -173,9 +171,7 @@ def mistakes(on: Rank) -> Any:
         "meshes differ": lambda: DistributedBackend(
             TorchBackend(on.device), both, context_dim=names[other], heads_dim=names[not other]
         ),
-        "arrays of another library": lambda: DistributedBackend(
-            "sparse_dlm_attn_reference:ReferenceBackend", mesh
-        ),
+        "arrays of another library": lambda: DistributedBackend("sparse_dlm_attn_reference:ReferenceBackend", mesh),
     }
     both, names = on.mesh(on.world, 1), ("context", "heads")
     for name, act in acts.items():
@@ -238,8 +234,7 @@ def main() -> None:
         torch.cuda.set_device(rank)
         os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     dist.init_process_group(
-        "nccl" if device == "cuda" else "gloo", init_method=f"file://{folder}/store", rank=rank,
-        world_size=world,
+        "nccl" if device == "cuda" else "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
     )
     on = Rank(device, rank, world)
     for name in names.split(","):

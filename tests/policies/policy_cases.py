@@ -8,13 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sparse_dlm_attn import (
-    Backend,
-    Context,
-    LayerMemory,
-    PassInfo,
-    PrefixAttention,
-)
+from sparse_dlm_attn import Backend, Context, LayerMemory, PassInfo, PrefixAttention
 
 Array = Any
 TOKENS = 6
@@ -69,8 +63,7 @@ class Block:
         context = Context(*map(convert, (c.k_pages, c.v_pages, c.page_table, c.page_lengths)), segments)
         q = [convert(np.ascontiguousarray(rows)) for rows in self.q]
         newly = [convert(np.ascontiguousarray(rows)) for rows in self.newly]
-        return replace(self, q=_Passes(q), k=convert(self.k), v=convert(self.v), context=context,
-                       newly=newly)
+        return replace(self, q=_Passes(q), k=convert(self.k), v=convert(self.v), context=context, newly=newly)
 
 
 class _Passes(list):  # type: ignore[type-arg]

@@ -32,10 +32,7 @@ WINDOW = rows("....xxx...")
      ("sparse-dllm", 1, "xxxxxxxxxx"), ("sparse-dllm", 2, "....xxx..."),
      ("sparse-dllm:delay=0", 1, "....xxx..."), ("dense", 5, "xxxxxxxxxx")],
 )
-@pytest.mark.clause("POLICY-7")
-def test_rows_of_a_window_are_computed_alone_after_its_first_passes(
-    policy: str, number: int, expected: str
-) -> None:
+def test_rows_of_a_window_are_computed_alone_after_its_first_passes(policy: str, number: int, expected: str) -> None:
     assert computed(policy, PassInfo(20, window=WINDOW, window_index=number)) == expected
     each = np.array([number], np.int32)
     assert computed(policy, PassInfo(20, window=WINDOW, window_index=each)) == expected
@@ -50,10 +47,7 @@ def test_rows_of_a_window_are_computed_alone_after_its_first_passes(
      ("dkv-cache:mode=greedy,neighbours=2", 3, "....x.xxx."),
      ("dkv-cache:mode=greedy,neighbours=9", 3, "....x.xxxx")],
 )
-@pytest.mark.clause("POLICY-7")
-def test_decoded_tokens_are_computed_once_more_and_then_cached(
-    policy: str, number: int, expected: str
-) -> None:
+def test_decoded_tokens_are_computed_once_more_and_then_cached(policy: str, number: int, expected: str) -> None:
     info = PassInfo(
         20, decoded=rows("xxxxxx...."), newly_decoded=rows("....x....."), window=WINDOW,
         window_index=number, planned=rows("......x..."),
@@ -88,7 +82,6 @@ def test_neighbours_are_the_nearest_masked_rows_that_nobody_has_taken(
         assert np.flatnonzero(policy.computed_tokens(info, decoded | True)).tolist() == expected
 
 
-@pytest.mark.clause("SYNC-1")
 def test_neighbours_are_found_without_a_look_at_values() -> None:
     """Tensors on PyTorch's meta device have shapes and no values: any look at one raises."""
     torch = pytest.importorskip("torch")

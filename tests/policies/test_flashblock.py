@@ -59,7 +59,6 @@ def test_sequences_refresh_each_on_their_own() -> None:
 
 
 @pytest.mark.parametrize("dirty_rows", ["drop", "keep"])
-@pytest.mark.clause("MERGE-3", "REUSE-1")
 def test_dirty_rows_attend_within_the_block_only_or_reuse(dirty_rows: str) -> None:
     block = decoding(make_block(62), [[], [2], [3], []])
     passes = list(denoise(f"flashblock:limit=3,dirty_rows={dirty_rows}", block))
@@ -77,7 +76,6 @@ def test_dirty_rows_attend_within_the_block_only_or_reuse(dirty_rows: str) -> No
     assert np.isfinite(passes[3][1].state.lse).all()
 
 
-@pytest.mark.clause("ERROR-1", "DRIVER-1")
 def test_it_asks_for_the_decoded_tokens_and_leaves_the_memory_usable() -> None:
     block = make_block(63)
     attention = PrefixAttention("flashblock")

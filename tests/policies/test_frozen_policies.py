@@ -85,9 +85,7 @@ def test_the_scale_of_attention_is_the_scale_of_the_choice() -> None:
     block = make_block(78, batch=1, segments=False, pages=20)
     chosen = []
     for scale in (0.001, 5.0):  # nearly uniform masses, and nearly all mass on one token a row
-        _, memory = PrefixAttention("sparsed:warmup=1")(
-            block.q[0], block.k, block.v, block.context, scale=scale
-        )
+        _, memory = PrefixAttention("sparsed:warmup=1")(block.q[0], block.k, block.v, block.context, scale=scale)
         chosen.append(np.asarray(memory.policy_memory.mask))
     assert (chosen[0] != chosen[1]).any()
     assert get_policy("sparsed").ratio == 0.3  # type: ignore[attr-defined]

@@ -58,15 +58,11 @@ def test_the_active_set_is_the_same_before_and_after_a_rotary_embedding() -> Non
     plain = replace(block, q=block.q + noise)
     turned = replace(plain, q=rotated(plain.q))
     for rule in ("active=2", "mass=0.5"):
-        for (_, one), (_, other) in zip(
-            denoise(f"losa:{rule}", plain), denoise(f"losa:{rule}", turned), strict=True
-        ):
+        for (_, one), (_, other) in zip(denoise(f"losa:{rule}", plain), denoise(f"losa:{rule}", turned), strict=True):
             np.testing.assert_array_equal(one.active, other.active)
 
 
-@pytest.mark.parametrize(
-    ("save_pass", "rows", "density"), [("step", 2, None), ("dense", 6, 1.0), ("reuse", 0, 0.0)]
-)
+@pytest.mark.parametrize(("save_pass", "rows", "density"), [("step", 2, None), ("dense", 6, 1.0), ("reuse", 0, 0.0)])
 def test_the_save_pass_does_what_its_parameter_says(save_pass: str, rows: int, density: float | None) -> None:
     block = make_block(48)
     memories = [memory for _, memory in denoise(f"losa:active=2,budget=4,save_pass={save_pass}", block)]
@@ -87,9 +83,7 @@ def test_a_save_pass_that_is_the_first_pass_is_dense(save_pass: str) -> None:
 
 def test_only_active_rows_add_to_what_is_loaded() -> None:
     block = make_block(50, pages=30, segments=False)
-    few, all_rows = (
-        [memory for _, memory in denoise(f"losa:active={count},budget=4", block)] for count in (1, 6)
-    )
+    few, all_rows = ([memory for _, memory in denoise(f"losa:active={count},budget=4", block)] for count in (1, 6))
     for less, more in zip(few[1:], all_rows[1:], strict=True):
         assert (less.traffic.density < more.traffic.density).all()
         # One row chooses one page a query head: at most the group's two pages of 4 tokens a KV head.
@@ -97,7 +91,6 @@ def test_only_active_rows_add_to_what_is_loaded() -> None:
         np.testing.assert_array_equal(less.traffic.metadata_bytes, more.traffic.metadata_bytes)
 
 
-@pytest.mark.clause("CHANGE-2")
 def test_a_row_whose_query_becomes_nan_is_active_and_shows() -> None:
     block = make_block(51)
     q = block.q.copy()

@@ -26,7 +26,6 @@ def test_a_worked_example() -> None:
     assert float(memory.traffic.density[0]) == pytest.approx(4 / 7)
 
 
-@pytest.mark.clause("POLICY-6")
 @pytest.mark.parametrize(
     ("parameters", "pages"),
     [("budget=7", 1), ("budget=8", 2), ("budget=7,page_count=ceil", 2), ("budget=3", 1),
@@ -40,7 +39,6 @@ def test_a_row_reads_as_many_pages_as_its_budget_buys(parameters: str, pages: in
         np.testing.assert_array_equal(read, np.minimum(pages, existing)[:, None, None] * np.ones_like(read))
 
 
-@pytest.mark.clause("POLICY-6")
 def test_a_context_that_fits_into_the_budget_is_read_to_its_last_partial_page() -> None:
     cache = make_block(0, batch=1, page_size=8, pages=4).context.k_pages[:4].transpose(1, 0, 2, 3)
     cache = cache.reshape(1, 2, 32, 8)

@@ -36,7 +36,6 @@ class Ranking(type(REFERENCE)):  # type: ignore[misc]
         return super().attend_ranked(*arguments, **options)
 
 
-@pytest.mark.clause("RANKED-1", "POLICY-6")
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_ranked_pass_is_the_pass_of_the_operators(name: str) -> None:
     block, fused = make_block(31, passes=5), Ranking()

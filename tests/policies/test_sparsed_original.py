@@ -69,7 +69,6 @@ def choose(policy: SparseD, q: Array, context: Context) -> Array:
 @pytest.mark.parametrize(("tokens", "prompt"), [(61, 37), (33, 30), (17, 4)])
 @pytest.mark.parametrize("isolated", [True, False])
 @pytest.mark.parametrize("heads", [(4, 2), (3, 1)])
-@pytest.mark.clause("DRIVER-4", "POLICY-6")
 def test_the_code_variant_gives_the_authors_block_mask(
     tokens: int, prompt: int, isolated: bool, heads: tuple[int, int]
 ) -> None:
@@ -93,9 +92,7 @@ def test_the_two_variants_differ_where_the_generation_ranks_high() -> None:
     context = replace(context, k_pages=keys)
     prompt_pages = {
         policy.variant: choose(policy, q, context)[..., :4].sum(axis=-1)
-        for policy in (
-            SparseD(ratio=0.5, warmup=1, span=8), SparseD(ratio=0.5, warmup=1, span=8, variant="paper")
-        )
+        for policy in (SparseD(ratio=0.5, warmup=1, span=8), SparseD(ratio=0.5, warmup=1, span=8, variant="paper"))
     }
     assert (prompt_pages["paper"] == 2).all()  # half of the prompt's four
     assert (prompt_pages["code"] == 1).all()  # five of all eight, four of them not of the prompt
@@ -123,7 +120,6 @@ def test_dense_passes_of_the_worked_examples(total: int, code: int, paper: int) 
     assert SparseD(skip=0.2, variant="paper").warmup_passes(total) == paper
 
 
-@pytest.mark.clause("DRIVER-4")
 def test_after_the_warm_up_each_span_attends_to_its_own_pages() -> None:
     q, _, context = sequence(6, 29, 8, 13)
     attention = PrefixAttention(SparseD(warmup=2, ratio=0.3, span=8))
@@ -139,7 +135,6 @@ def test_after_the_warm_up_each_span_attends_to_its_own_pages() -> None:
     assert np.abs(outs[2] - outs[1]).max() > 1e-3
 
 
-@pytest.mark.clause("POOLED-3")
 def test_the_choice_reads_all_keys_once_where_nothing_is_isolated() -> None:
     """The LSE of the dense pass is handed on: no second softmax over the keys is needed."""
     q, _, context = sequence(7, 24, 8, 16)

@@ -24,7 +24,6 @@ def test_a_worked_example() -> None:
         np.testing.assert_array_equal(memory.selection.mask[0, 0, 0], np.array(expected, bool))
 
 
-@pytest.mark.clause("POLICY-6")
 @pytest.mark.parametrize("page_size", [1, 4])
 def test_a_window_reads_at_most_one_page_less_a_token_too_much(page_size: int) -> None:
     block = make_block(3, page_size=page_size, pages=20, segments=False)

@@ -99,9 +99,7 @@ def test_python_on_the_page_runs_and_prints_what_it_says(
         sys.modules.pop(name, None)
 
 
-def test_the_backend_on_the_page_holds_the_laws_of_the_suite(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_backend_on_the_page_holds_the_laws_of_the_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     suite = pytest.importorskip("sparse_dlm_attn_conformance", reason="the suite is not installed")
     page = (ROOT / "docs" / "how-to" / "write-a-backend.md").read_text("utf-8")
     (tmp_path / "dense_mask.py").write_text(blocks(page)[0].text, "utf-8")
@@ -115,9 +113,7 @@ def test_the_demo_in_the_readme_is_what_the_demo_prints() -> None:
     shown = [block.text for block in blocks((ROOT / "README.md").read_text("utf-8")) if "exact" in block.text]
     rows = [re.split(r"\s{2,}", line.strip()) for line in shown[0].splitlines()[2:]]
     code = "import sys; from sparse_dlm_attn.cli import main; sys.exit(main(['decode', '--json']))"
-    printed = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     results = json.loads(printed.stdout)["results"]
     assert [row[:2] for row in rows] == [[result["policy"], result["answer"]] for result in results]
     assert [row[2] == "yes" for row in rows] == [result["exact"] for result in results]
