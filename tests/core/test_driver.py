@@ -24,46 +24,6 @@ from sparse_dlm_attn import (
 Array = np.ndarray[Any, Any]
 
 
-@dataclass(frozen=True)
-class FirstRowOnly(PrefixAttentionPolicy[int]):
-    """Recomputes row 0 after the first pass and counts the passes it has seen."""
-
-    name: ClassVar[str] = "first-row-only"
-
-    def active_set(self, inputs: PassInputs[int]) -> Array:
-        first = np.arange(inputs.tokens)[None, :] == 0
-        return inputs.rows_where(inputs.restarts, inputs.all_rows, lambda: inputs.no_rows() | first)
-
-    def select_pages(self, inputs: PassInputs[int], active: Array) -> Selection:
-        inputs.ops.page_scores(inputs.q, inputs.ops.page_bounds(inputs.context))
-        return Selection.all_pages(inputs.context, inputs.tokens)
-
-    def remember(self, inputs: PassInputs[int], active: Array, selection: Selection) -> int:
-        return (inputs.memory or 0) + 1
-
-
-def test_rows_that_are_not_active_keep_their_context_part_and_traffic_is_counted() -> None:
-    context = ragged_context(2)
-    q, k, v = block(3)
-    attention = PrefixAttention(FirstRowOnly(), "reference")
-    _, first = attention(q, k, v, context)
-    moved = (q + 1).astype(np.float32)
-    _, second = attention(moved, k, v, context, first, PassInfo(1))
-    assert np.array_equal(second.state.out[:, :, 1:], first.state.out[:, :, 1:])
-    assert not np.array_equal(second.state.out[:, :, 0], first.state.out[:, :, 0])
-    assert second.policy_memory == 2
-    tokens = context.page_lengths.sum(axis=1)
-    pages = (context.page_lengths > 0).sum(axis=1)
-    token_bytes = 2 * 8 * 4
-    # Bounds are built in pass 0 from all keys (half of K and V) and only read afterwards.
-    assert first.traffic.metadata_bytes.tolist() == (2 * pages * token_bytes + tokens * token_bytes).tolist()
-    assert second.traffic.metadata_bytes.tolist() == (2 * pages * token_bytes).tolist()
-    assert second.traffic.page_bytes.tolist() == (2 * tokens * token_bytes).tolist()
-    assert np.array_equal(second.traffic.dense_bytes, second.traffic.page_bytes)
-    attached = context.with_bounds(attention.backend.page_bounds(context))
-    assert attention(q, k, v, attached)[1].traffic.key_reads == 0
-
-
 def test_bad_calls_name_argument_rule_and_value() -> None:
     context = ragged_context(12)
     q, k, v = block(13)

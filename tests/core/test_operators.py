@@ -56,34 +56,15 @@ def test_change_rules_that_make_no_sense_are_refused(rule: dict[str, Any]) -> No
         operators.largest_changes(np.zeros((1, 2), np.float32), **rule)
 
 
-class CountsPages(ReferenceBackend):
-    """Counts the pages whose keys it reads for bounds."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pages = 0
-
-    def page_bounds(self, context: Context) -> PageBounds:
-        self.pages += int((np.asarray(context.page_lengths) > 0).sum())
-        return super().page_bounds(context)
-
-
-def test_bounds_that_grow_read_new_and_partly_filled_pages_only() -> None:
-    rng = np.random.default_rng(0)
-    k, v = rng.standard_normal((2, 2, 3, 256, 8), dtype=np.float32)
-    backend, bounds, tokens, read = CountsPages(), None, 0, []
-    for length in (40, 24, 32, 8, 0, 152):  # 16 tokens a page: the first block ends inside one
-        before, tokens = tokens, tokens + length
-        context = Context.from_dense(k, v, 16, lengths=[tokens, tokens])
-        backend.pages = 0
-        bounds = (
-            backend.page_bounds(context) if bounds is None else backend.extend_bounds(context, bounds, before // 16)
-        )
-        read.append(backend.pages // 2)
-        wanted = ReferenceBackend().page_bounds(context)
-        np.testing.assert_array_equal(bounds.lower, wanted.lower)
-        np.testing.assert_array_equal(bounds.upper, wanted.upper)
-    assert read == [3, 2, 2, 1, 1, 10]
+def test_bounds_grow_without_a_look_at_finished_pages() -> None:
+    k = np.random.default_rng(0).standard_normal((2, 3, 64, 8), dtype=np.float32)
+    backend = ReferenceBackend()
+    before, after = (Context.from_dense(k, k, 16, lengths=[tokens] * 2) for tokens in (40, 64))
+    known, wanted = backend.page_bounds(before), backend.page_bounds(after)
+    k[:, :, :32] = np.nan
+    grown = backend.extend_bounds(after, known, 2)
+    np.testing.assert_array_equal(grown.lower, wanted.lower)
+    np.testing.assert_array_equal(grown.upper, wanted.upper)
 
 
 @pytest.mark.parametrize("first, pages, error", [

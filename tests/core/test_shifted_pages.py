@@ -81,17 +81,6 @@ def test_a_padded_sequence_gets_what_it_gets_alone(name: str, policy: str) -> No
         np.testing.assert_allclose(together[b], alone[0], rtol=0, atol=1e-6)
 
 
-def test_steps_that_all_pages_share_keep_the_physical_axis_short() -> None:
-    k = np.zeros((2, 2, 32, 4), dtype=np.float32)
-    valid = np.ones((2, 32), dtype=bool)
-    valid[1, :16] = False
-    context = Context.from_dense(k, k, 8, valid=valid)
-    plain = Context.from_dense(k, k, 8)
-    assert context.k_pages.strides == plain.k_pages.strides
-    assert np.array_equal(context.page_table[0], plain.page_table[0])
-    assert context.page_table[1, :2].tolist() == plain.page_table[1, 2:].tolist()
-
-
 def test_a_page_that_would_reach_behind_the_memory_is_refused_with_one_that_does_not() -> None:
     k = np.zeros((2, 1, 32, 4), dtype=np.float32)
     valid = np.ones((2, 32), dtype=bool)

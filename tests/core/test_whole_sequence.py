@@ -20,7 +20,6 @@ from sparse_dlm_attn import (
     PrefixAttentionPolicy,
     Selection,
 )
-from sparse_dlm_attn.policies.quest import Quest
 
 TOKENS = 13
 
@@ -43,17 +42,6 @@ class EvenRows(PrefixAttentionPolicy[None]):
 
     def select_pages(self, inputs: PassInputs[None], active: Any) -> Selection:
         return Selection.all_pages(inputs.context, inputs.tokens)
-
-
-def test_bounds_of_a_whole_sequence_are_built_in_every_pass() -> None:
-    q, k, v = block(4, tokens=TOKENS)
-    attention = PrefixAttention(Quest(budget=4))
-    _, memory = attention(q, None, None, as_context(k, v))
-    other = as_context(-k[:, :, ::-1], v)  # same version: the tokens keep their places
-    _, second = attention(q, None, None, other, memory, PassInfo(1))
-    _, fresh = attention(q, None, None, other)
-    np.testing.assert_array_equal(second.selection.mask, fresh.selection.mask)
-    assert second.traffic.key_reads == 1
 
 
 def test_a_context_of_another_length_is_refused() -> None:

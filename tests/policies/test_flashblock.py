@@ -50,14 +50,6 @@ def test_it_refreshes_when_enough_tokens_were_decoded_since_the_last_time(
     assert refreshes(f"flashblock:{parameters}", block) == [bool(e) for e in expected]
 
 
-def test_sequences_refresh_each_on_their_own() -> None:
-    block = decoding(make_block(61), [[], [0], [], []])
-    block.newly[1][1, 3] = True
-    memories = [memory for _, memory in denoise("flashblock", block)]
-    assert memories[1].active.all(axis=1).tolist() == [False, True]
-    np.testing.assert_array_equal(memories[1].traffic.density, [0, 1])
-
-
 @pytest.mark.parametrize("dirty_rows", ["drop", "keep"])
 def test_dirty_rows_attend_within_the_block_only_or_reuse(dirty_rows: str) -> None:
     block = decoding(make_block(62), [[], [2], [3], []])

@@ -62,16 +62,6 @@ def test_the_active_set_is_the_same_before_and_after_a_rotary_embedding() -> Non
             np.testing.assert_array_equal(one.active, other.active)
 
 
-@pytest.mark.parametrize(("save_pass", "rows", "density"), [("step", 2, None), ("dense", 6, 1.0), ("reuse", 0, 0.0)])
-def test_the_save_pass_does_what_its_parameter_says(save_pass: str, rows: int, density: float | None) -> None:
-    block = make_block(48)
-    memories = [memory for _, memory in denoise(f"losa:active=2,budget=4,save_pass={save_pass}", block)]
-    assert (memories[-2].active.sum(axis=1) == 2).all()
-    assert (memories[-1].active.sum(axis=1) == rows).all()
-    if density is not None:
-        np.testing.assert_array_equal(memories[-1].traffic.density, density)
-
-
 @pytest.mark.parametrize("save_pass", ["step", "dense", "reuse"])
 def test_a_save_pass_that_is_the_first_pass_is_dense(save_pass: str) -> None:
     block = make_block(49)
@@ -79,22 +69,3 @@ def test_a_save_pass_that_is_the_first_pass_is_dense(save_pass: str) -> None:
     _, memory = attention(block.q[0], block.k, block.v, block.context, None, PassInfo(0, is_save=True))
     assert memory.active.all()
     np.testing.assert_array_equal(memory.traffic.density, 1)
-
-
-def test_only_active_rows_add_to_what_is_loaded() -> None:
-    block = make_block(50, pages=30, segments=False)
-    few, all_rows = ([memory for _, memory in denoise(f"losa:active={count},budget=4", block)] for count in (1, 6))
-    for less, more in zip(few[1:], all_rows[1:], strict=True):
-        assert (less.traffic.density < more.traffic.density).all()
-        # One row chooses one page a query head: at most the group's two pages of 4 tokens a KV head.
-        assert (less.traffic.tokens_read <= 2 * 2 * 4).all()
-        np.testing.assert_array_equal(less.traffic.metadata_bytes, more.traffic.metadata_bytes)
-
-
-def test_a_row_whose_query_becomes_nan_is_active_and_shows() -> None:
-    block = make_block(51)
-    q = block.q.copy()
-    q[1, 0, 2, 4, 3] = np.nan
-    passes = list(denoise("losa:active=1,budget=8", replace(block, q=q)))
-    assert passes[1][1].active[0].tolist() == [False] * 4 + [True, False]
-    assert np.isnan(passes[1][0][0, 2, 4]).all()

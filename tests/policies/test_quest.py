@@ -49,17 +49,6 @@ def test_a_context_that_fits_into_the_budget_is_read_to_its_last_partial_page() 
         assert (rows_read(memory, 4, 6).sum(axis=-1) == read).all()
 
 
-def test_the_newest_page_is_the_last_before_the_block_and_counts_in_the_budget() -> None:
-    block = make_block(24)
-    c = block.context
-    for sequence in range(2):
-        before = np.flatnonzero((c.page_lengths[sequence] > 0) & (c.page_segments[sequence] != 2))
-        _, memory = next(denoise("quest:budget=4,pages=own,newest=true", block))
-        read = rows_read(memory, 4, 6)[sequence]
-        assert read[..., before[-1]].all()
-        assert (read.sum(axis=-1) == 1).all()
-
-
 def test_without_a_page_before_the_block_the_whole_budget_goes_to_the_best_pages() -> None:
     block = make_block(24)
     suffix = np.full_like(block.context.page_segments, 2)
@@ -69,16 +58,3 @@ def test_without_a_page_before_the_block_the_whole_budget_goes_to_the_best_pages
         for newest in ("true", "false")
     )
     assert (forced == free).all() and (forced.sum(axis=-1) == 2).all()
-
-
-def test_the_first_pass_is_dense_only_on_request_and_dense_layers_always_are() -> None:
-    block = make_block(25)
-
-    def densities(policy: str, layer: int) -> list[float]:
-        return [float(memory.traffic.density[0]) for _, memory in denoise(policy, block, layer=layer)]
-
-    assert max(densities("quest:budget=4", 1)) < 1
-    dense_first = densities("quest:budget=4,first_pass=dense", 1)
-    assert dense_first[0] == 1 and max(dense_first[1:]) < 1
-    assert densities("quest:budget=4,dense_layers=2", 1) == [1, 1, 1, 1]
-    assert max(densities("quest:budget=4,dense_layers=2", 2)) < 1

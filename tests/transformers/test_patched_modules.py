@@ -84,23 +84,6 @@ def test_a_block_over_the_cache_equals_one_dense_pass(model: Any, policy: str, m
     assert torch.equal(one_pass(model, 2), eager)  # given back as it was
 
 
-def test_what_the_save_pass_appends_is_what_the_next_block_reads(model: Any) -> None:
-    double = in_double(model)
-    text = tokens(1, PREFIX + 2 * BLOCK)
-    with torch.no_grad():
-        exact = double(text, attention_mask=block_causal(PREFIX + 2 * BLOCK, torch.float64)).logits
-        with SparseAttention(double, "dense", page_size=4) as sparse:
-            cache = prefilled(double)
-            for start in (PREFIX, PREFIX + BLOCK):
-                part = text[:, start : start + BLOCK]
-                with sparse.block(total_passes=1):
-                    logits = double(part, **cache).logits
-                    # An LSE has float32 in float64 too (STATE-1), and weighs context against block.
-                    torch.testing.assert_close(logits, exact[:, start : start + BLOCK], rtol=0, atol=1e-5)
-                    sparse.next_pass(is_save=True)
-                    double(part, **cache)
-
-
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_ragged_prompts_padded_on_either_side_get_what_they_get_alone(model: Any, side: str) -> None:
     """Prompts of 40, 25 and 3 tokens in one batch; keys that a pass may not read are poisoned."""
@@ -157,14 +140,6 @@ def stand_ins_cache() -> Any:
     from transformers import DynamicCache
 
     return DynamicCache()
-
-
-def test_a_sparse_policy_reads_less_of_a_whole_sequence() -> None:
-    stack, reports = random_stack(stand_ins.LLaDA), []
-    sparse = SparseAttention(stack, "quest:budget=8", page_size=4, on_pass=reports.append)
-    with torch.no_grad(), sparse, sparse.block():
-        stack(rows(64, 0))
-    assert len(reports) == 1 and reports[0].density < 1.0
 
 
 def test_every_contract_is_tested_on_what_it_says() -> None:
@@ -533,23 +508,6 @@ def test_a_new_prompt_is_not_answered_with_the_pages_of_the_one_before(model: An
             assert sparse.decoder.memories[0] is not None  # kept for the sequence
         sparse.reset()
         assert sparse.decoder.memories[0] is None
-
-
-def test_a_batch_that_changes_without_a_word_is_stale(model: Any) -> None:
-    with torch.no_grad(), SparseAttention(model, SNAPKV, page_size=4) as sparse:
-        cache = prefilled(model, 2)
-        snapkv_blocks(sparse, model, cache, 1, 2)
-        other = prefilled_elsewhere(model, 1)
-        with sparse.block(), pytest.raises(StaleMemoryError, match=r"reset\(\)"):
-            model(tokens(1, BLOCK), **other)
-
-
-def prefilled_elsewhere(model: Any, batch: int) -> dict[str, Any]:
-    """A cache that the attached model has never seen."""
-    cache = {cache_name(model): new_cache(model)}
-    for layer in range(model.config.num_hidden_layers):
-        held(cache).update(*torch.randn(2, batch, 2, PREFIX + BLOCK, 16), layer)
-    return cache
 
 
 @pytest.mark.parametrize("call", ["reorder_cache", "batch_select_indices", "batch_repeat_interleave", "by hand"])
