@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from types import SimpleNamespace
 
 import pytest
 
@@ -13,7 +12,7 @@ from sparse_dlm_attn_bench import layer  # noqa: E402
 from sparse_dlm_attn_bench.layer import Layer, layers  # noqa: E402
 from sparse_dlm_attn_bench.peers import DENSE, dense_peers, expected_dense  # noqa: E402
 from sparse_dlm_attn_bench.shape import Shape  # noqa: E402
-from sparse_dlm_attn_bench.sparse_peers import Chosen, Found, sparse_peers  # noqa: E402
+from sparse_dlm_attn_bench.sparse_peers import Chosen, sparse_peers  # noqa: E402
 from sparse_dlm_attn_torch import TorchBackend  # noqa: E402
 
 SHAPE = Shape(batch=2, context=512, tokens=4, q_heads=4, kv_heads=2, head_dim=16, page_size=256, dtype="float32")
@@ -39,15 +38,6 @@ def test_expected_dense_attention_is_that_of_pytorch(made: list[Layer]) -> None:
     torch.testing.assert_close(out, wanted, atol=1e-5, rtol=0)
     keys = made[0].cache[0].repeat_interleave(2, 1)
     torch.testing.assert_close(lse, (made[0].q_next @ keys.mT / 4).logsumexp(-1), atol=1e-5, rtol=0)
-
-
-def test_flash_attn_serves_lists_as_block_tables(chosen: list[Chosen], monkeypatch: pytest.MonkeyPatch) -> None:
-    from stand_ins import flash_attn_with_kvcache
-
-    module = SimpleNamespace(flash_attn_with_kvcache=flash_attn_with_kvcache)
-    monkeypatch.setitem(sys.modules, "flash_attn", module)
-    found = sparse_peers(chosen, SHAPE, ("flash-attn 2 paged, heads folded",))
-    assert isinstance(found["flash-attn 2 paged, heads folded"], Found), found
 
 
 def test_a_peer_that_is_missing_says_why(

@@ -1,4 +1,4 @@
-"""The driver: validation before work, memory that cannot be misused, traffic that is counted."""
+"""The driver: what a policy is asked, in which order, and what it may answer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from problems import block, ragged_context
+from problems import Array, block, ragged_context
 
 from sparse_dlm_attn import (
     AttentionState,
@@ -20,36 +20,6 @@ from sparse_dlm_attn import (
     Selection,
     UnsupportedError,
 )
-
-Array = np.ndarray[Any, Any]
-
-
-def test_bad_calls_name_argument_rule_and_value() -> None:
-    context = ragged_context(12)
-    q, k, v = block(13)
-    attention = PrefixAttention("dense", "reference")
-    cases: list[tuple[type[Exception], str, tuple[Any, ...]]] = [
-        (InvalidTypeError, "context must be a Context", (q, k, v, "cache")),
-        (InvalidArgumentError, r"q must have shape .*; got shape \(2, 4, 5\)", (q[..., 0], k, v, context)),
-        (InvalidTypeError, "q must be an array", (q.tolist(), k, v, context)),
-        (InvalidTypeError, "k must have dtype float32; got dtype float64", (q, k.astype(float), v, context)),
-        (InvalidArgumentError, r"k must have shape \(2, 2, 5, 8\)", (q, k[:, :1], v, context)),
-        (InvalidArgumentError, "multiple of kv_heads=2", (q[:, :3], k, v, context)),
-        (InvalidTypeError, "q must have dtype", (q.astype(int), k, v, context)),
-        (InvalidArgumentError, "must hold 1 sequences", (q[:1], k[:1], v[:1], context)),
-        (InvalidArgumentError, "at least one row", (q[:, :, :0], k[:, :, :0], v[:, :, :0], context)),
-        (InvalidTypeError, "memory must be", (q, k, v, context, "x", PassInfo(1))),
-        (InvalidTypeError, "info must be a PassInfo", (q, k, v, context, None, 1)),
-        (InvalidArgumentError, "info.index must have shape", (q, k, v, context, None,
-                                                              PassInfo(np.arange(3, dtype=np.int32)))),
-    ]
-    for error, words, arguments in cases:
-        with pytest.raises(error, match=words):
-            attention(*arguments)
-    with pytest.raises(InvalidArgumentError, match="scale must be a finite positive"):
-        attention(q, k, v, context, scale=0.0)
-    with pytest.raises(InvalidArgumentError, match="head_dim 4"):
-        attention(q[..., :4], k[..., :4], v[..., :4], context)
 
 
 def test_a_problem_that_the_backend_does_not_declare_is_refused_with_every_reason() -> None:
@@ -83,11 +53,70 @@ def test_overridden_reuse_and_merge_are_called_instead_of_the_fused_pass() -> No
     assert np.array_equal(out, attention.backend.attend_block(q, k, v).out)
 
 
-def test_info_accepts_ints_and_uniform_arrays_alike() -> None:
-    assert PassInfo(np.array([2, 2])).index == 2
-    assert isinstance(PassInfo([0, 1]).index, np.ndarray)
-    assert PassInfo(0, is_save=np.array([True, True])).is_save is True
-    with pytest.raises(InvalidArgumentError, match=r"layer must be in 0\.\.num_layers-1 = 0\.\.1"):
-        PassInfo(0, layer=2, num_layers=2)
-    with pytest.raises(InvalidArgumentError, match="index must be a pass number from 0"):
-        PassInfo(-1)
+TOKENS = 13
+
+
+class EvenRows(PrefixAttentionPolicy[None]):
+    """Compute every second row after pass 0."""
+
+    name = "even-rows"
+
+    def computed_tokens(self, info: PassInfo, rows: Any) -> Any:
+        return rows if info.index == 0 else rows & (np.arange(rows.shape[1]) % 2 == 0)
+
+    def select_pages(self, inputs: PassInputs[None], active: Any) -> Selection:
+        return Selection.all_pages(inputs.context, inputs.tokens)
+
+
+@pytest.mark.parametrize("answer", [None, np.ones((2, 3), bool), np.ones((2, TOKENS))])
+def test_an_answer_that_is_no_set_of_rows_is_refused(answer: Any) -> None:
+    class Wrong(EvenRows):
+        def computed_tokens(self, info: PassInfo, rows: Any) -> Any:
+            return answer
+
+    q, k, v = block(6, tokens=TOKENS)
+    with pytest.raises((InvalidArgumentError, InvalidTypeError), match=r"computed_tokens\(\)"):
+        PrefixAttention(Wrong())(q, k, v, ragged_context(7))
+
+
+def test_a_state_is_known_to_remember_alone() -> None:
+    seen: list[AttentionState | None] = []
+
+    class Watching(EvenRows):
+        def active_set(self, inputs: PassInputs[None]) -> Any:
+            seen.append(inputs.state)
+            return inputs.all_rows()
+
+        def remember(self, inputs: PassInputs[None], active: Any, selection: Selection) -> None:
+            seen.append(inputs.state)
+
+    q, k, v = block(10, tokens=TOKENS)
+    _, memory = PrefixAttention(Watching())(q, k, v, ragged_context(11))
+    assert seen == [None, memory.state]
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_pairs_count_what_active_rows_attend_to(heads: int) -> None:
+    rng = np.random.default_rng(heads)
+    context = ragged_context(12)
+    q, k, v = block(13, tokens=TOKENS)
+    spans = -(-TOKENS // 4)
+    chosen = Selection(rng.random((2, heads, spans, context.pages)) < 0.5, 4)
+
+    class Given(EvenRows):
+        def computed_tokens(self, info: PassInfo, rows: Any) -> Any:
+            return rows
+
+        def active_set(self, inputs: PassInputs[None]) -> Any:
+            return np.arange(TOKENS)[None].repeat(2, axis=0) % 3 != 1
+
+        def select_pages(self, inputs: PassInputs[None], active: Any) -> Selection:
+            return chosen
+
+    _, memory = PrefixAttention(Given())(q, k, v, context)
+    expected = np.zeros(2)
+    for b, h, row in np.ndindex(2, 4, TOKENS):
+        if row % 3 != 1:
+            expected[b] += context.page_lengths[b][chosen.mask[b, h * heads // 4, row // 4]].sum()
+    np.testing.assert_array_equal(memory.traffic.pairs, expected)
+    np.testing.assert_array_equal(memory.traffic.dense_pairs, context.page_lengths.sum(axis=1) * 4 * TOKENS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -17,18 +16,14 @@ from sparse_dlm_attn import (
     Context,
     InvalidArgumentError,
     InvalidTypeError,
-    PageBounds,
     PassInfo,
     PrefixAttention,
     PrefixAttentionPolicy,
-    Problem,
     Selection,
     SparseAttentionError,
     StaleMemoryError,
     get_backend,
-    get_policy,
 )
-from sparse_dlm_attn.values import softmax_scale
 
 Array = np.ndarray[Any, Any]
 WRONG: list[Any] = [None, "abc", [1, 2], 2.5, object(), {}, np.zeros((0,)), np.array([None, 1])]
@@ -125,40 +120,6 @@ def test_asarray_refuses_what_is_not_numbers(name: str) -> None:
             backend.asarray([1.0], dtype=dtype)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("field", ["v_pages", "page_table", "page_lengths", "page_segments"])
-def test_a_context_of_two_array_libraries_is_refused(field: str) -> None:
-    context = ragged_context(0)
-    segments = np.zeros_like(context.page_lengths, dtype=np.int8)
-    context = replace(context, page_segments=segments)
-    with pytest.raises(InvalidArgumentError, match=f"{field} must be a ndarray .*k_pages is; got a Tensor"):
-        replace(context, **{field: other_library(getattr(context, field))})
-
-
-@pytest.mark.parametrize("reorder", [lambda a: a[..., ::2], lambda a: a[..., ::-1], np.asfortranarray])
-def test_pages_whose_channels_are_not_contiguous_are_refused(reorder: Callable[[Array], Array]) -> None:
-    context = ragged_context(0)
-    pages = reorder(context.k_pages)
-    with pytest.raises(InvalidArgumentError, match="contiguous in its last axis"):
-        Context(pages, np.ascontiguousarray(pages), context.page_table, context.page_lengths)
-
-
-def test_context_refuses_metadata_versions_and_segments_that_mean_nothing() -> None:
-    context = ragged_context(0)
-    for wrong in ((1, 2), "bounds", 3):
-        with pytest.raises(InvalidTypeError, match="bounds"):
-            context.with_bounds(wrong)  # type: ignore[arg-type]
-    lower = np.zeros((2, 2, 6, 8), np.float32)
-    with pytest.raises(InvalidTypeError, match="upper must have dtype float32"):
-        PageBounds(lower, lower.astype(np.float64))
-    with pytest.raises(InvalidTypeError, match="version"):
-        replace(context, version="2")
-    segments = np.full(context.page_lengths.shape, 7, np.int8)
-    with pytest.raises(InvalidArgumentError, match=r"page_segments must be 0 prompt.* got 7"):
-        replace(context, page_segments=segments).check_contents()
-    with pytest.raises(InvalidArgumentError, match="segment must be 0"):
-        context.in_segment(3)
-
-
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_cache_without_tokens_is_an_empty_context(batch: int) -> None:
     cache = np.zeros((batch, 2, 0, 8), np.float32)
@@ -194,58 +155,11 @@ def test_a_batch_of_no_sequences_gives_no_rows(name: str) -> None:
         assert tuple(out.shape) == (0, 4, 5, 8)
 
 
-@pytest.mark.parametrize("field", ["index", "is_save", "layer", "num_layers", "total_passes"])
-def test_pass_info_refuses_what_is_no_number(field: str) -> None:
-    for wrong in ("1", 2.5, [1.5], {}, np.zeros((0,)), [[1], [2, 3]]):
-        with pytest.raises(InvalidArgumentError, match=field):
-            PassInfo(**{"index": 0, field: wrong})  # type: ignore[arg-type]
-    if field != "is_save":
-        for wrong in (True, -1):
-            with pytest.raises(InvalidArgumentError, match=field):
-                PassInfo(**{"index": 0, field: wrong})  # type: ignore[arg-type]
-
-
-def test_pass_info_takes_numpy_numbers_and_refuses_negative_passes_in_arrays() -> None:
-    info = PassInfo(np.int64(3), np.bool_(True), layer=np.int32(1), num_layers=2)  # type: ignore[arg-type]
-    assert (info.index, info.is_save, info.layer) == (3, True, 1)
-    with pytest.raises(InvalidArgumentError, match=r"index .*\[-1, 2\]"):
-        PassInfo([-1, 2])
-
-
-def test_selection_refuses_wrong_spans_capacities_contexts_and_rows() -> None:
-    context = ragged_context(0)
-    selection = Selection.all_pages(context, 5)
-    for call in (
-        lambda: Selection(selection.mask, 0),
-        lambda: selection.page_lists(-1),
-        lambda: selection.to_csr(None),  # type: ignore[arg-type]
-        lambda: selection.to_csr(Context.from_dense(*np.zeros((2, 2, 2, 8, 8), np.float32), 4)),
-        lambda: Selection.all_pages(None, 5),  # type: ignore[arg-type]
-        lambda: Selection.all_pages(context, -1),
-        lambda: selection.loaded(np.ones((2, 5)), 4, 2),
-        lambda: selection.loaded(np.ones((2, 6), bool), 4, 2),
-        lambda: selection.for_rows(4, 0),
-        lambda: selection.check_fits((2, 4), context),
-    ):
-        with pytest.raises(InvalidArgumentError):
-            call()
-
-
 def test_a_span_far_longer_than_the_block_costs_no_memory() -> None:
     context = ragged_context(0)
     selection = Selection(Selection.all_pages(context, 5).mask, 10**15)
     assert selection.for_rows(4, 5).shape == (2, 4, 5, 6)
     assert np.array_equal(selection.loaded(np.ones((2, 5), bool), 4, 2), np.repeat(context.exists[:, None], 2, axis=1))
-
-
-@pytest.mark.parametrize("scale", [True, "1", math.nan, math.inf, 0, -1.0, 10**400, [1.0]])
-def test_scales_that_are_no_finite_positive_number_are_refused(scale: Any) -> None:
-    with pytest.raises(InvalidArgumentError, match="scale"):
-        softmax_scale(8, scale)
-
-
-def test_numpy_scalars_are_scales() -> None:
-    assert softmax_scale(8, np.float32(0.5)) == 0.5  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -283,21 +197,6 @@ class Forgetful(PrefixAttentionPolicy[None]):
 def test_a_policy_that_returns_no_selection_is_named() -> None:
     with pytest.raises(InvalidTypeError, match=r"forgetful.select_pages\(\) must be a Selection"):
         PrefixAttention(Forgetful(), "reference")(*block(1), ragged_context(0))
-
-
-def test_choices_driver_options_states_and_problems_are_checked() -> None:
-    for call in (
-        lambda: get_policy("losa", drift=np.zeros(2)),
-        lambda: get_policy("losa", drift=["previous"]),
-        lambda: PrefixAttention("dense", "reference", check_contents="yes"),  # type: ignore[arg-type]
-        lambda: AttentionState.empty_like(None),
-        lambda: AttentionState(np.zeros((1, 1, 1, 2), np.float32), other_library(np.zeros((1, 1, 1), "f4"))),
-        lambda: get_backend("reference").why_not(None),  # type: ignore[arg-type]
-        lambda: get_backend("reference").why_not(Problem("float32", 8, 4, 4, 0, 5)),
-        lambda: get_policy("sys:exit"),
-    ):
-        with pytest.raises(SparseAttentionError):
-            call()
 
 
 @pytest.mark.parametrize("name", BACKENDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from problems import Array, ragged_context, random_selection
 
-from sparse_dlm_attn import Context, InvalidArgumentError, InvalidTypeError, PageBounds, Selection, operators
+from sparse_dlm_attn import Context, Selection, operators
 from sparse_dlm_attn_reference import ReferenceBackend
 
 
@@ -48,14 +49,6 @@ def test_values_work_on_any_library(convert: Callable[[Array], Any]) -> None:
     assert str(other) == str(selection)
 
 
-@pytest.mark.parametrize(
-    "rule", [{}, {"count": 1, "mass": 0.5}, {"count": -1}, {"count": 1.5}, {"mass": 1.1}, {"mass": -0.1}]
-)
-def test_change_rules_that_make_no_sense_are_refused(rule: dict[str, Any]) -> None:
-    with pytest.raises(InvalidArgumentError, match=r"count|mass"):
-        operators.largest_changes(np.zeros((1, 2), np.float32), **rule)
-
-
 def test_bounds_grow_without_a_look_at_finished_pages() -> None:
     k = np.random.default_rng(0).standard_normal((2, 3, 64, 8), dtype=np.float32)
     backend = ReferenceBackend()
@@ -67,22 +60,23 @@ def test_bounds_grow_without_a_look_at_finished_pages() -> None:
     np.testing.assert_array_equal(grown.upper, wanted.upper)
 
 
-@pytest.mark.parametrize("first, pages, error", [
-    (-1, 4, "from_page"), (5, 4, "from_page"), (3, 2, "bounds must hold the first from_page=3 pages"),
-    (True, 4, "from_page"), (1.0, 4, "from_page"),
-])
-def test_bounds_that_cannot_grow_so_are_refused(first: Any, pages: int, error: str) -> None:
-    cache = np.zeros((1, 1, 64, 8), dtype=np.float32)
-    context = Context.from_dense(cache, cache, 16)
-    known = np.zeros((1, 1, pages, 8), dtype=np.float32)
-    with pytest.raises(InvalidArgumentError, match=error):
-        ReferenceBackend().extend_bounds(context, PageBounds(known, known), first)
-
-
-def test_bounds_of_another_form_do_not_grow() -> None:
-    cache = np.zeros((1, 1, 64, 8), dtype=np.float32)
-    context, other = Context.from_dense(cache, cache, 16), np.zeros((1, 2, 4, 8), dtype=np.float32)
-    with pytest.raises(InvalidArgumentError, match=r"bounds\.lower"):
-        ReferenceBackend().extend_bounds(context, PageBounds(other, other), 1)
-    with pytest.raises(InvalidTypeError, match="bounds must be PageBounds"):
-        ReferenceBackend().extend_bounds(context, None, 1)  # type: ignore[arg-type]
+@pytest.mark.parametrize("known", [False, True], ids=["two sweeps", "known LSE"])
+def test_many_keys_are_scored_some_at_a_time(known: bool) -> None:
+    rng, keys, rows, page_size, span = np.random.default_rng(0), 65_536, 512, 128, 64
+    k = rng.standard_normal((1, 1, keys, 4), dtype=np.float32)
+    q = rng.standard_normal((1, 1, rows, 4), dtype=np.float32)
+    weights = np.exp(0.5 * np.matmul(q[0, 0], k[0, 0].T))
+    total = weights.sum(axis=1, dtype=np.float64)[:, None]
+    weights /= total
+    expected = weights.reshape(rows // span, span, -1, page_size).sum(axis=3).mean(axis=1)
+    del weights
+    lse = np.log(total).astype(np.float32).reshape(1, 1, rows) if known else None
+    context = Context.from_dense(k, k, page_size)
+    tracemalloc.start()
+    try:
+        scores = operators.pooled_scores(q, context, span=span, lse=lse)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_allclose(scores[0, 0], expected, rtol=1e-3)
+    assert peak < 64 * 2**20  # the scores of all rows and keys take 128 MiB

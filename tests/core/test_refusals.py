@@ -32,6 +32,7 @@ CACHE = np.zeros((1, 1, 12, 4), np.float32)
 LONG = np.zeros((2, 1, 16, 4), np.float32)
 PADDED = np.zeros((2, 1, 8, 4), np.float32)
 VALID = np.ones((2, 8), bool)
+SIDEWAYS = np.zeros((8, 2, 1, 4), np.float32).transpose(1, 2, 0, 3)  # tokens outside sequences
 CONTEXT = ragged_context(0)  # 15 physical pages of 4 tokens; 2 sequences of 6
 ONE_PAGE = Context.from_dense(*np.zeros((2, 1, 1, 64, 8), np.float32), 16)
 Q, K, V = block(1)  # 4 query heads and 2 KV heads, 5 rows, 8 channels
@@ -80,7 +81,7 @@ VALUES: list[tuple[str, Call]] = [
     ("contiguous", lambda: Context.from_dense(LONG[:, :, :12], LONG[:, :, :12], 4)),  # a slice would be misread
     ("lengths must be None together with valid", lambda: Context.from_dense(PADDED, PADDED, 4, [8, 8], valid=VALID)),
     (r"valid must have shape \(2, 8\)", lambda: Context.from_dense(PADDED, PADDED, 4, valid=VALID[:1])),
-    ("batch stride", lambda: Context.from_dense(*[np.zeros((8, 2, 1, 4), "f4").transpose(1, 2, 0, 3)] * 2, 4, valid=VALID)),
+    ("batch stride", lambda: Context.from_dense(SIDEWAYS, SIDEWAYS, 4, valid=VALID)),
     ("v must be laid out as k is", lambda: Context.from_dense(PADDED, LONG[:, :, :8], 4, valid=VALID)),
     # A context
     (r"page_table must point into .* got 15 at \(1, 5\)",
@@ -97,16 +98,15 @@ VALUES: list[tuple[str, Call]] = [
       for field in ("v_pages", "page_table", "page_lengths")),
     # A selection
     ("span", lambda: Selection(EVERY.mask, 0)),
-    ("", lambda: EVERY.page_lists(-1)),
+    ("capacity must be at least 0; got -1", lambda: EVERY.page_lists(-1)),
     ("context", lambda: EVERY.to_csr(None)),  # type: ignore[arg-type]
-    ("", lambda: EVERY.to_csr(Context.from_dense(*np.zeros((2, 2, 2, 8, 8), np.float32), 4))),
+    ("2 sequences of 6 pages; got 2 sequences of 2 pages",
+     lambda: EVERY.to_csr(Context.from_dense(*np.zeros((2, 2, 2, 8, 8), np.float32), 4))),
     ("CSR", lambda: EVERY.to_csr(CONTEXT)),  # a partial page in the middle
     ("context", lambda: Selection.all_pages(None, 5)),  # type: ignore[arg-type]
-    ("", lambda: Selection.all_pages(CONTEXT, -1)),
-    ("active", lambda: EVERY.loaded(np.ones((2, 5)), 4, 2)),
-    ("active", lambda: EVERY.loaded(np.ones((2, 6), bool), 4, 2)),
-    ("", lambda: EVERY.for_rows(4, 0)),
-    ("", lambda: EVERY.check_fits((2, 4), CONTEXT)),
+    ("tokens must be at least 0; got -1", lambda: Selection.all_pages(CONTEXT, -1)),
+    ("1 spans of 5 rows; got 6", lambda: EVERY.loaded(np.ones((2, 6), bool), 4, 2)),
+    ("1 spans of 5 rows; got 0", lambda: EVERY.for_rows(4, 0)),
     # A pass
     (r"q must have shape .*; got shape \(2, 4, 5\)", lambda: attend(Q[..., 0])),
     (r"k must have shape \(2, 2, 5, 8\)", lambda: attend(k=K[:, :1])),
@@ -118,7 +118,7 @@ VALUES: list[tuple[str, Call]] = [
     ("info.index must have shape", lambda: attend(Q, K, V, CONTEXT, None, PassInfo(np.arange(3, dtype=np.int32)))),
     (r"info\.window", lambda: attend(Q, K, V, CONTEXT, None, PassInfo(0, window=np.ones((2, 3), bool)))),
     (r"info\.planned", lambda: attend(Q, K, V, CONTEXT, None, PassInfo(0, planned=np.ones((1, 5), bool)))),
-    (r"info\.window_index", lambda: attend(Q, K, V, CONTEXT, None, PassInfo(0, window_index=np.array([0, 1, 2], "i4")))),
+    (r"info\.window_index", lambda: attend(Q, K, V, CONTEXT, None, PassInfo(0, window_index=np.arange(3)))),
     ("exactly the block's 5 tokens", lambda: whole(keys=4)),
     ("head_dim 8", lambda: whole(channels=4)),
     # Its place in the block
@@ -137,6 +137,8 @@ VALUES: list[tuple[str, Call]] = [
     (r"planned_order.*shape \(2, rows\)", lambda: order([0, 2])),
     (r"planned_order.*shape \(2, rows\)", lambda: order(0, 2)),
     ("planned_order.*dtype int8", lambda: order([0, 2], [1, -1], dtype="float64")),
+    *(("drift must be one of previous, refresh", lambda drift=drift: get_policy("losa", drift=drift))
+      for drift in (np.zeros(2), ["previous"])),
     # Operators
     *(("count|mass", lambda rule=rule: largest_changes(np.zeros((1, 2), np.float32), **rule)) for rule in (
         {}, {"count": 1, "mass": 0.5}, {"count": -1}, {"count": 1.5}, {"mass": 1.1}, {"mass": -0.1})),
@@ -147,8 +149,8 @@ VALUES: list[tuple[str, Call]] = [
       for pooled in (pooled_scores, REFERENCE.pooled_scores)),
     *(("scale", lambda scale=scale: softmax_scale(8, scale))
       for scale in (True, "1", math.nan, math.inf, 0, -1.0, 10**400, [1.0])),
-    ("", lambda: AttentionState(np.zeros((1, 1, 1, 2), np.float32), tensor(np.zeros((1, 1, 1), "f4")))),
-    ("", lambda: REFERENCE.why_not(Problem("float32", 8, 4, 4, 0, 5))),
+    ("lse must be a ndarray", lambda: AttentionState(np.zeros((1, 1, 1, 2), "f4"), tensor(np.zeros((1, 1, 1), "f4")))),
+    ("multiple of kv_heads, itself at least 1", lambda: REFERENCE.why_not(Problem("float32", 8, 4, 4, 0, 5))),
 ]  # fmt: skip
 TYPES: list[tuple[str, Call]] = [
     ("page_table must have dtype int32", lambda: replace(CONTEXT, page_table=CONTEXT.page_table.astype(np.int64))),
@@ -169,12 +171,12 @@ TYPES: list[tuple[str, Call]] = [
     ("bounds must be PageBounds", lambda: REFERENCE.extend_bounds(ONE_PAGE, None, 1)),  # type: ignore[arg-type]
     *(("lse", lambda pooled=pooled: pooled(Q, CONTEXT, span=2, lse=np.zeros((2, 4, 5))))
       for pooled in (pooled_scores, REFERENCE.pooled_scores)),
-    ("drift", lambda: get_policy("losa", drift=np.zeros(2))),
-    ("drift", lambda: get_policy("losa", drift=["previous"])),
     ("check_contents", lambda: PrefixAttention("dense", "reference", check_contents="yes")),  # type: ignore[arg-type]
-    ("", lambda: AttentionState.empty_like(None)),
-    ("", lambda: REFERENCE.why_not(None)),  # type: ignore[arg-type]
-    ("", lambda: get_policy("sys:exit")),
+    ("q must be an array", lambda: AttentionState.empty_like(None)),
+    ("problem must be a Problem", lambda: REFERENCE.why_not(None)),  # type: ignore[arg-type]
+    ("must be constructible with these options", lambda: get_policy("sys:exit")),
+    ("active must have dtype bool", lambda: EVERY.loaded(np.ones((2, 5)), 4, 2)),
+    ("q_shape must be the shape", lambda: EVERY.check_fits((2, 4), CONTEXT)),
 ]  # fmt: skip
 
 

@@ -61,17 +61,3 @@ def test_a_pass_never_looks_at_values(policy: str, uniform: bool) -> None:
         info = PassInfo(index, newly_decoded=block.newly[step], layer=1, num_layers=4)
         out, memory = attention(block.q[step], block.k, block.v, block.context, memory, info)
     assert out.shape == block.q[0].shape
-
-
-@pytest.mark.parametrize(
-    "generous",
-    ["sliding-window:window=10000000000", "streaming-llm:sinks=20,window=16", "quest:budget=36",
-     "quest:budget=10000000000,pages=own,newest=true", "losa:active=10000000000,budget=36",
-     "mage:budget=36,dense_layers=0", "sparsed:warmup=1,ratio=1", "flashblock:limit=0",
-     "quest:dense_layers=2", "losa:dense_layers=2,save_pass=reuse"],
-)  # fmt: skip
-def test_a_budget_as_long_as_the_context_is_dense_attention(generous: str) -> None:
-    block = make_block(11, segments=False)  # 9 pages of 4 tokens
-    for (out, memory), (dense_out, _) in zip(denoise(generous, block), denoise("dense", block), strict=True):
-        np.testing.assert_allclose(out, dense_out, atol=2e-6)
-        np.testing.assert_array_equal(memory.traffic.density, 1)
