@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from sparse_dlm_attn_bench import layer, timing  # noqa: E402
 from sparse_dlm_attn_bench.break_even import Point, answer  # noqa: E402
 from sparse_dlm_attn_bench.gate import WrongResultError, check_passes  # noqa: E402
 from sparse_dlm_attn_bench.layer import budget_for, layers, relative_density  # noqa: E402
+from sparse_dlm_attn_bench.peers import DENSE, dense_peers, expected_dense  # noqa: E402
 from sparse_dlm_attn_bench.shape import Shape, with_budget  # noqa: E402
+from sparse_dlm_attn_bench.sparse_peers import Chosen, sparse_peers  # noqa: E402
 from sparse_dlm_attn_torch import TorchBackend  # noqa: E402
 
 SMALL = Shape(batch=2, context=512, tokens=4, q_heads=4, kv_heads=2, head_dim=16, page_size=16, dtype="float32")
@@ -44,16 +47,6 @@ def test_the_answer_says_where_sparse_comes_closest_if_it_never_wins() -> None:
     said = answer([point(1000, 0.1, 0.5), point(2048, 0.1, 0.7), point(2048, 0.3, 0.6)], "losa")
     assert said.startswith("losa beats dense attention nowhere up to 2K tokens")
     assert "at 2K tokens and 10% of them read, with 0.70x" in said
-
-
-@pytest.mark.parametrize("sizes, argument", [
-    ({"batch": 0}, "batch"), ({"q_heads": 30}, "q_heads"), ({"context": 100}, "context"),
-    ({"dtype": "int8"}, "dtype"),
-])
-def test_sizes_that_do_not_fit_are_refused(sizes: dict[str, Any], argument: str) -> None:
-    with pytest.raises(InvalidArgumentError) as caught:
-        Shape(**sizes)
-    assert caught.value.argument == argument
 
 
 def test_a_policy_gets_its_budget() -> None:
@@ -92,3 +85,25 @@ def test_a_wrong_backend_is_not_timed() -> None:
     assert check_passes(SMALL, "losa:budget=64", TorchBackend(), one) < 1e-4
     with pytest.raises(WrongResultError, match="relative error"):
         check_passes(SMALL, "losa:budget=64", Late(), one)
+
+
+def test_expected_dense_attention_is_that_of_pytorch() -> None:
+    one = layers(SMALL, TorchBackend(), device="cpu")[0]
+    out, lse = expected_dense(one)
+    wanted = torch.nn.functional.scaled_dot_product_attention(one.q_next, *one.cache, enable_gqa=True)
+    torch.testing.assert_close(out, wanted, atol=1e-5, rtol=0)
+    keys = one.cache[0].repeat_interleave(2, 1)
+    torch.testing.assert_close(lse, (one.q_next @ keys.mT / 4).logsumexp(-1), atol=1e-5, rtol=0)
+
+
+def test_a_peer_that_is_missing_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("flash_attn", "flash_attn_interface", "fa3_fwd_interface", "flashinfer"):
+        monkeypatch.setitem(sys.modules, module, None)
+    made = layers(SMALL, TorchBackend(), device="cpu")
+    names = tuple(name for name in DENSE if "flash-attn" in name or "FlashInfer paged" in name)
+    pages, rows = torch.ones(2, 2, 1, 32, dtype=torch.bool), torch.ones(2, 4, dtype=torch.bool)
+    sparse = ("FlashInfer paged, heads folded", "flash-attn 3 paged, heads folded")
+    found = dense_peers(made, SMALL, names) | sparse_peers([Chosen(one, pages, rows) for one in made], SMALL, sparse)
+    assert len(found) == len(names) + 2
+    for said in found.values():
+        assert isinstance(said, str) and said.startswith("ModuleNotFoundError")

@@ -13,6 +13,8 @@ import pytest
 import sparse_dlm_attn
 
 ROOT = Path(__file__).parents[2]
+
+
 def entry_points() -> list[EntryPoint]:
     """Everything that this distribution registers."""
     return sorted(distribution("sparse_dlm_attn").entry_points, key=lambda entry: (entry.group, entry.name))
