@@ -53,6 +53,12 @@ def test_overridden_reuse_and_merge_are_called_instead_of_the_fused_pass() -> No
     assert np.array_equal(out, attention.backend.attend_block(q, k, v).out)
 
 
+def test_bounds_that_a_context_brings_are_not_built_again() -> None:
+    context, attention = ragged_context(2), PrefixAttention("quest:budget=8")
+    attached = context.with_bounds(attention.backend.page_bounds(context))
+    assert [attention(*block(3), view)[1].traffic.key_reads for view in (context, attached)] == [1, 0]
+
+
 TOKENS = 13
 
 

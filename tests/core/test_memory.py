@@ -88,6 +88,18 @@ def test_memory_of_a_sequence_is_refused_for_another_one(
         run(attention, memory, PassInfo(0), convert, **changes)
 
 
+def test_memory_of_another_policy_layer_or_version_is_refused_in_these_words() -> None:
+    attention, rows, context = PrefixAttention("dense"), block(9), ragged_context(8)
+    _, memory = attention(*rows, context, None, PassInfo(0, num_layers=2))
+    for driver, view, info, words in (
+        (PrefixAttention("losa"), context, PassInfo(1, num_layers=2), "made by Dense.*not by Losa"),
+        (attention, context, PassInfo(1, layer=1, num_layers=2), r"belongs to layer 0, info\.layer is 1"),
+        (attention, replace(context, version=1), PassInfo(1, num_layers=2), "version 0 became 1"),
+    ):
+        with pytest.raises(StaleMemoryError, match=words):
+            driver(*rows, view, memory, info)
+
+
 @pytest.mark.parametrize("other", KNOWN_FROM_SHAPES)
 def test_memory_of_a_block_is_refused_within_it_and_dropped_at_the_next(other: str) -> None:
     attention = PrefixAttention("losa:budget=16,active=2", check_contents=False)

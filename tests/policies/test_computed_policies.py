@@ -9,7 +9,6 @@ import pytest
 from policy_cases import Array, make_block
 
 from sparse_dlm_attn import Context, PassInfo, PrefixAttention, get_policy
-from sparse_dlm_attn.policies.positions import band_pages
 
 
 def rows(text: str) -> Array:
@@ -149,15 +148,16 @@ def test_sparse_dllm_keeps_the_floor(tokens: int, kept: int) -> None:
 
 
 @pytest.mark.parametrize("page_size", [1, 3, 4])
-def test_a_band_holds_the_pages_near_each_row_of_a_whole_sequence(page_size: int) -> None:
+def test_a_window_holds_the_pages_near_each_row_of_a_whole_sequence(page_size: int) -> None:
     tokens = 14
-    _, context = whole_block(tokens, page_size)
+    q, context = whole_block(tokens, page_size)
     for window, after, sinks in ((1, 0, 0), (3, 2, 0), (2, 0, 3), (99, 99, 0)):
-        got = band_pages(context, tokens, page_size, window=window, after=after, sinks=sinks)[0]
+        attention = PrefixAttention(f"streaming-llm:sinks={sinks},window={window},after={after}")
+        got = attention(q, None, None, context)[1].selection.for_rows(4, tokens)[0, 0]
         for row in range(tokens):
             near = set(range(row - window + 1, row + after + 1)) | set(range(sinks))
             wanted = {token // page_size for token in near if 0 <= token < tokens}
-            mine = set(np.flatnonzero(got[row // page_size]))
+            mine = set(np.flatnonzero(got[row]))
             assert wanted <= mine
             if page_size == 1:
                 assert wanted == mine
