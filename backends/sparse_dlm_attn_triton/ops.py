@@ -216,7 +216,7 @@ def attend_ranked(
     lower, upper : torch.Tensor
         As from `page_bounds`.
     reference, count, mass, budget, pages, union, keep
-        The rule, see `sparse_dlm_attn.RankedPass`.
+        The rule, see `sparse_dlm_attn.ranked.RankedPass`.
     scale, cached_out, cached_lse, ragged
         As for `attend`.
 

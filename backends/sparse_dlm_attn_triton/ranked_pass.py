@@ -50,7 +50,7 @@ def ranked_plan(
     q, k, v, pages, bounds, reference, cached
         As for `RankedPlan.run`.
     rule : tuple
-        ``count, mass, budget, pages, union, keep`` of a `sparse_dlm_attn.RankedPass`.
+        ``count, mass, budget, pages, union, keep`` of a `sparse_dlm_attn.ranked.RankedPass`.
     scale : float
         Factor on q.k.
     ragged : bool

@@ -12,7 +12,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from sparse_dlm_attn import Context, PageBounds, Problem, Selection
+from sparse_dlm_attn import Context, PageBounds, Selection
+from sparse_dlm_attn.capabilities import Problem
 
 __all__ = ["REGIMES", "Arrays", "Case", "Host", "fill", "round_to", "transport"]
 

@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from sparse_dlm_attn import PrefixAttentionPolicy, SparseAttentionError, get_policy
-from sparse_dlm_attn.registry import policies
+from sparse_dlm_attn.registry import list_policies
 from sparse_dlm_attn_conformance.process import restored
 from sparse_dlm_attn_conformance.strategies import choice
 from sparse_dlm_attn_conformance.subjects import names_nothing
@@ -95,7 +95,7 @@ def contenders(wanted: list[str], seconds: float = 120.0) -> list[Contender]:
 
     A registered name stands for its small variants (`VARIANTS`); anything else is taken as it is.
     """
-    names = list(dict.fromkeys(wanted)) or list(policies())
+    names = list(dict.fromkeys(wanted)) or list(list_policies())
     return [load(spec, seconds) for name in names for spec in VARIANTS.get(name, (name,))]
 
 

@@ -13,7 +13,8 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from sparse_dlm_attn import LayerMemory, PassInfo, PrefixAttention, PrefixAttentionPolicy, StaleMemoryError
+from sparse_dlm_attn import PassInfo, PrefixAttention, PrefixAttentionPolicy, StaleMemoryError
+from sparse_dlm_attn.memory import LayerMemory
 from sparse_dlm_attn_conformance.cases import Arrays, Case, Host
 from sparse_dlm_attn_conformance.checks import expect, expect_close, expect_same_bits
 from sparse_dlm_attn_conformance.doubles import Grid

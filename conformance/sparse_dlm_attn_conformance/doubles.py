@@ -10,18 +10,16 @@ import numpy as np
 from sparse_dlm_attn import (
     AttentionState,
     Backend,
-    Capabilities,
     Context,
     PageBounds,
     PassInfo,
     PassInputs,
     PrefixAttentionPolicy,
-    Problem,
-    RankedPass,
-    RankedResult,
     Selection,
 )
 from sparse_dlm_attn.arrays import Array, to_numpy
+from sparse_dlm_attn.capabilities import Capabilities, Problem
+from sparse_dlm_attn.ranked import RankedPass, RankedResult
 from sparse_dlm_attn_reference import ReferenceBackend
 
 __all__ = ["Changes", "Delegate", "Grid", "Probe", "Ranking", "Watched"]

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from sparse_dlm_attn import LayerMemory, PassInfo, PrefixAttention, PrefixAttentionPolicy, Problem
+from sparse_dlm_attn import PassInfo, PrefixAttention, PrefixAttentionPolicy
+from sparse_dlm_attn.capabilities import Problem
+from sparse_dlm_attn.memory import LayerMemory
 from sparse_dlm_attn_conformance.cases import Arrays, Case, Host
 from sparse_dlm_attn_conformance.operations import leaves
 from sparse_dlm_attn_conformance.strategies import cases, choice, integers

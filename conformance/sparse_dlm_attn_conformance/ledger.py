@@ -23,7 +23,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from sparse_dlm_attn import DataFileError, InvalidArgumentError
+from sparse_dlm_attn import InvalidArgumentError
+from sparse_dlm_attn.errors import DataFileError
 
 __all__ = ["KnownFailure", "Ledger"]
 

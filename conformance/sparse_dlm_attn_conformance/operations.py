@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from sparse_dlm_attn import AttentionState, PageBounds, RankedPass, RankedResult
+from sparse_dlm_attn import AttentionState, PageBounds
 from sparse_dlm_attn.arrays import Array, is_array
+from sparse_dlm_attn.ranked import RankedPass, RankedResult
 from sparse_dlm_attn_conformance.cases import Arrays, Host
 from sparse_dlm_attn_conformance.subjects import Loaded, Subject, host
 from sparse_dlm_attn_conformance.tables import HostState

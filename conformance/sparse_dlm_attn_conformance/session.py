@@ -12,7 +12,8 @@ from hypothesis import Phase, settings
 from hypothesis.database import DirectoryBasedExampleDatabase
 
 import sparse_dlm_attn
-from sparse_dlm_attn import DataFileError, InvalidArgumentError, UnknownNameError
+from sparse_dlm_attn import InvalidArgumentError, UnknownNameError
+from sparse_dlm_attn.errors import DataFileError
 from sparse_dlm_attn_conformance.clauses import check_clauses, matches
 from sparse_dlm_attn_conformance.contenders import Contender, contenders
 from sparse_dlm_attn_conformance.laws import CALM, OPTIONS, LawOptions, Record, clauses_of

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 from hypothesis import strategies as st
 
-from sparse_dlm_attn import Capabilities
+from sparse_dlm_attn.capabilities import Capabilities
 from sparse_dlm_attn.ranked import Keep
 from sparse_dlm_attn_conformance.cases import REGIMES, Case
 from sparse_dlm_attn_conformance.tables import ChangeTable, MergeTable, RankedRule, ScoreTable

@@ -102,7 +102,7 @@ class Subject:
 
     @property
     def device_kind(self) -> str:
-        """Kind of the device ("cpu", "cuda"), as `sparse_dlm_attn.Problem` writes it."""
+        """Kind of the device ("cpu", "cuda"), as `sparse_dlm_attn.capabilities.Problem` writes it."""
         return str(self.device).split(":")[0].lower()
 
     def using(self, backend: Backend) -> Subject:

@@ -8,16 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparse_dlm_attn import (
-    Backend,
-    Capabilities,
-    PrefixAttention,
-    Problem,
-    UnavailableError,
-    UnknownNameError,
-    UnsupportedError,
-    get_backend,
-)
+from sparse_dlm_attn import Backend, PrefixAttention, UnavailableError, UnknownNameError, UnsupportedError, get_backend
+from sparse_dlm_attn.capabilities import Capabilities, Problem
 from sparse_dlm_attn_conformance.cases import Case, round_to, transport
 from sparse_dlm_attn_conformance.checks import ConformanceFailure, expect, expect_array, expect_same_bits
 from sparse_dlm_attn_conformance.doubles import Watched

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from sparse_dlm_attn import LayerMemory, PassInfo, PrefixAttention, PrefixAttentionPolicy
+from sparse_dlm_attn import PassInfo, PrefixAttention, PrefixAttentionPolicy
+from sparse_dlm_attn.memory import LayerMemory
 from sparse_dlm_attn_conformance import accuracy
 from sparse_dlm_attn_conformance.cases import Arrays, Host
 from sparse_dlm_attn_conformance.checks import expect, expect_close, expect_same_bits, expect_state_close

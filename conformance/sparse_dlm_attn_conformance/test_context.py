@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparse_dlm_attn import Context, Problem
+from sparse_dlm_attn import Context
 from sparse_dlm_attn.arrays import to_numpy
+from sparse_dlm_attn.capabilities import Problem
 from sparse_dlm_attn_conformance import accuracy
 from sparse_dlm_attn_conformance.cases import Arrays, Case, Host
 from sparse_dlm_attn_conformance.checks import expect, expect_close, expect_same_bits

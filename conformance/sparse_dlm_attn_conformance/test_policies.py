@@ -8,15 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparse_dlm_attn import (
-    AttentionState,
-    LayerMemory,
-    PassInputs,
-    PrefixAttention,
-    PrefixAttentionPolicy,
-    Selection,
-    get_policy,
-)
+from sparse_dlm_attn import AttentionState, PassInputs, PrefixAttention, PrefixAttentionPolicy, Selection, get_policy
+from sparse_dlm_attn.memory import LayerMemory
 from sparse_dlm_attn_conformance import accuracy
 from sparse_dlm_attn_conformance.cases import Arrays, Host
 from sparse_dlm_attn_conformance.checks import (

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparse_dlm_attn import AttentionState, RankedPass
+from sparse_dlm_attn import AttentionState
+from sparse_dlm_attn.ranked import RankedPass
 from sparse_dlm_attn_conformance import accuracy
 from sparse_dlm_attn_conformance.cases import Arrays, Case, Host
 from sparse_dlm_attn_conformance.checks import expect, expect_same_bits, expect_state_close

@@ -5,12 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sparse_dlm_attn import (
-    AttentionState,
-    PageBounds,
-    RankedResult,
-    get_policy,
-)
+from sparse_dlm_attn import AttentionState, PageBounds, get_policy
+from sparse_dlm_attn.ranked import RankedResult
 from sparse_dlm_attn_conformance import accuracy
 from sparse_dlm_attn_conformance.cases import Arrays, Case, Host
 from sparse_dlm_attn_conformance.checks import (

@@ -15,12 +15,12 @@ from sparse_dlm_attn import (
     Backend,
     CallOrderError,
     Decoder,
-    DecoderPass,
     InvalidArgumentError,
     InvalidTypeError,
     PrefixAttentionPolicy,
     UnsupportedError,
 )
+from sparse_dlm_attn.decoder import DecoderPass
 from sparse_dlm_attn.policy import check_choice, check_count, check_flag
 from sparse_dlm_attn_cuda_graphs import CapturedPasses
 from sparse_dlm_attn_transformers.attachment import Attachment, Scope, attachment_for, first_input

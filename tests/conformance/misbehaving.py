@@ -6,7 +6,8 @@ import time
 
 import numpy as np
 
-from sparse_dlm_attn import AttentionState, Backend, Capabilities
+from sparse_dlm_attn import AttentionState, Backend
+from sparse_dlm_attn.capabilities import Capabilities
 from sparse_dlm_attn_reference import ReferenceBackend
 
 

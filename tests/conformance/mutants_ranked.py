@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from mutation import Method, R, broken
 
-from sparse_dlm_attn import RankedPass, RankedResult, Selection, ranked
+from sparse_dlm_attn import Selection, ranked
+from sparse_dlm_attn.ranked import RankedPass, RankedResult
 from sparse_dlm_attn_reference import ReferenceBackend
 
 Mistake = Callable[..., RankedResult]

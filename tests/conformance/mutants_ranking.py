@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 from mutation import BACKENDS, Method, Mutant, R, broken
 
-from sparse_dlm_attn import Capabilities
+from sparse_dlm_attn.capabilities import Capabilities
 from sparse_dlm_attn_reference import ReferenceBackend
 
 

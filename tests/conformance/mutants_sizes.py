@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from mutation import BACKENDS, Mutant, R, broken, with_lengths
 
-from sparse_dlm_attn import AttentionState, Capabilities, PageBounds, Selection
+from sparse_dlm_attn import AttentionState, PageBounds, Selection
+from sparse_dlm_attn.capabilities import Capabilities
 from sparse_dlm_attn_reference import ReferenceBackend
 
 

@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from sparse_dlm_attn import AttentionState, Backend, Capabilities, PageBounds
+from sparse_dlm_attn import AttentionState, Backend, PageBounds
 from sparse_dlm_attn.arrays import compute_dtype, namespace, shape_of
+from sparse_dlm_attn.capabilities import Capabilities
 from sparse_dlm_attn.operators import gather_pages, valid_tokens
 from sparse_dlm_attn.values import softmax_scale
 from sparse_dlm_attn_reference import ReferenceBackend

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 from policy_mutation import LOSA, POLICIES, QUEST, PolicyMutant, broken, select
 
-from sparse_dlm_attn import PassInfo, PassInputs, RankedPass, Selection
+from sparse_dlm_attn import PassInfo, PassInputs, Selection
 from sparse_dlm_attn.policies.dkv_cache import DKVCache
 from sparse_dlm_attn.policies.flashblock import FlashBlock, FlashBlockMemory
 from sparse_dlm_attn.policies.losa import Losa
@@ -19,6 +19,7 @@ from sparse_dlm_attn.policies.sliding_window import SlidingWindow
 from sparse_dlm_attn.policies.snapkv import SnapKV
 from sparse_dlm_attn.policies.sparsed import SparseD
 from sparse_dlm_attn.policies.streaming_llm import StreamingLLM
+from sparse_dlm_attn.ranked import RankedPass
 from sparse_dlm_attn.rules import RuleMemory
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, find, given, settings
 from hypothesis import strategies as st
 
-from sparse_dlm_attn import Capabilities
+from sparse_dlm_attn.capabilities import Capabilities
 from sparse_dlm_attn_conformance.cases import REGIMES, Case, fill, round_to
 from sparse_dlm_attn_conformance.episodes import Episode, episodes
 from sparse_dlm_attn_conformance.strategies import cases, change_tables, merge_tables, score_tables, within

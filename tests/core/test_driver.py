@@ -23,7 +23,7 @@ from sparse_dlm_attn import (
 
 
 def test_a_problem_that_the_backend_does_not_declare_is_refused_with_every_reason() -> None:
-    from sparse_dlm_attn import Capabilities
+    from sparse_dlm_attn.capabilities import Capabilities
     from sparse_dlm_attn_reference import ReferenceBackend
 
     class Narrow(ReferenceBackend):

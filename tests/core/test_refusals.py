@@ -19,12 +19,12 @@ from sparse_dlm_attn import (
     PageBounds,
     PassInfo,
     PrefixAttention,
-    Problem,
     Selection,
     SparseAttentionError,
     get_backend,
     get_policy,
 )
+from sparse_dlm_attn.capabilities import Problem
 from sparse_dlm_attn.operators import largest_changes, pooled_scores
 from sparse_dlm_attn.values import softmax_scale
 

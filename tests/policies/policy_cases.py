@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from sparse_dlm_attn import Backend, Context, LayerMemory, PassInfo, PrefixAttention
+from sparse_dlm_attn import Backend, Context, PassInfo, PrefixAttention
+from sparse_dlm_attn.memory import LayerMemory
 
 Array = Any
 TOKENS = 6

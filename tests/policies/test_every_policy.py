@@ -9,9 +9,10 @@ import pytest
 from plain_backends import StrictOperators, TorchOperators
 from policy_cases import EVERY_POLICY, denoise, make_block, rows_read
 
-from sparse_dlm_attn import Capabilities, PassInfo, PrefixAttention, get_policy, policies
+from sparse_dlm_attn import PassInfo, PrefixAttention, get_policy, list_policies
+from sparse_dlm_attn.capabilities import Capabilities
 
-OURS = sorted(name for name, plugin in policies().items() if plugin.target.startswith("sparse_dlm_attn."))
+OURS = sorted(name for name, plugin in list_policies().items() if plugin.target.startswith("sparse_dlm_attn."))
 every_policy = pytest.mark.parametrize("policy", EVERY_POLICY)
 
 

@@ -62,7 +62,7 @@ except SystemExit as done:
     ("code", "ours", "helpers"),
     [
         ("import sparse_dlm_attn", set(), set()),
-        ("import sparse_dlm_attn as s; assert s.backends() and s.policies()", set(), set()),
+        ("import sparse_dlm_attn as s; assert s.list_backends() and s.list_policies()", set(), set()),
         (PASS, {"sparse_dlm_attn_reference"}, set()),
         (VERSION, set(), {"typer", "rich", "click"}),
     ],

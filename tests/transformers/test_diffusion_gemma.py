@@ -13,7 +13,7 @@ import torch
 import transformers
 from tiny_models import CANVAS, assert_within_budget, cache_name, diffusion_gemma, in_double, new_cache, tokens
 
-from sparse_dlm_attn import CallOrderError, InvalidArgumentError, policies
+from sparse_dlm_attn import CallOrderError, InvalidArgumentError, list_policies
 from sparse_dlm_attn_transformers import NAME, PassReport, SparseAttention
 
 if not hasattr(transformers, "DiffusionGemmaConfig"):
@@ -208,7 +208,7 @@ def test_a_module_that_holds_the_model_can_be_attached_to(model: Any) -> None:
     assert model.config._attn_implementation == "eager" and "generate" not in vars(model)
 
 
-@pytest.mark.parametrize("name", sorted(policies()))
+@pytest.mark.parametrize("name", sorted(list_policies()))
 def test_every_policy_runs_in_its_own_loop_or_says_why_not(model: Any, name: str) -> None:
     options: dict[str, Any] = {"max_new_tokens": 2 * CANVAS, "max_denoising_steps": 3}
     if name == "flashblock":  # a canvas has no mask token, so nobody knows what is decoded

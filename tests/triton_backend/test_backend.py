@@ -24,13 +24,13 @@ from sparse_dlm_attn import (  # noqa: E402
     PageBounds,
     PassInfo,
     PrefixAttention,
-    Problem,
-    RankedPass,
     Selection,
     SparseAttentionError,
     UnavailableError,
     UnsupportedError,
 )
+from sparse_dlm_attn.capabilities import Problem  # noqa: E402
+from sparse_dlm_attn.ranked import RankedPass  # noqa: E402
 from sparse_dlm_attn_conformance import (  # noqa: E402
     test_attention,
     test_decisions,
