@@ -16,7 +16,7 @@ from sparse_dlm_attn.checks import (
 )
 from sparse_dlm_attn.values import softmax_scale
 
-__all__ = ["attend_block", "attend_pages", "attend_pages_by_merging", "merge", "page_tokens", "reuse"]
+__all__ = ["attend_block", "attend_pages", "merge", "page_tokens", "reuse"]
 
 FloatArray = np.ndarray[Any, Any]
 ROWS_AT_ONCE = 256  # bounds the score matrix of a whole-sequence block
@@ -72,12 +72,6 @@ def attend_pages(
     """Attend to selected pages: one softmax a row over all its keys (clause ATTEND-1)."""
     check_attend_pages(q, context, selection, active, scale)
     check_library("q", q, np.ndarray, "reference")
-    return _attend_pages(q, context, selection, active, scale)
-
-
-def _attend_pages(
-    q: FloatArray, context: Context, selection: Selection, active: FloatArray, scale: float | None
-) -> AttentionState:
     batch, q_heads, tokens, head_dim = q.shape
     factor = softmax_scale(head_dim, scale)
     out = np.zeros(q.shape)
@@ -98,28 +92,6 @@ def _attend_pages(
             where = b, heads[:, None], rows
             out[where], lse[where] = softmax_attention(q[where], k, v, factor)
     return _state(out, lse, q.dtype)
-
-
-def attend_pages_by_merging(
-    q: FloatArray,
-    context: Context,
-    selection: Selection,
-    active: FloatArray,
-    *,
-    scale: float | None = None,
-) -> AttentionState:
-    """Second oracle for `attend_pages`: attend to one page at a time and merge the states.
-
-    It must agree with the softmax over all keys at once, for any partition into pages.
-    """
-    check_attend_pages(q, context, selection, active, scale)
-    pages = np.arange(context.pages)
-    states = [AttentionState.empty_like(q.astype(np.float64))]
-    for page in pages:
-        only = Selection(selection.mask & (pages == page), selection.span)
-        states.append(_attend_pages(q.astype(np.float64), context, only, active, scale))
-    merged = merge(*states)
-    return _state(merged.out, merged.lse, q.dtype)
 
 
 def attend_block(

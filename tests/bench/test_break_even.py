@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import Any
 
 import pytest
 
 torch = pytest.importorskip("torch", reason="the bench needs PyTorch")
 
-from sparse_dlm_attn import InvalidArgumentError, UnknownNameError, get_backend, get_policy  # noqa: E402
-from sparse_dlm_attn_bench import break_even, layer, timing  # noqa: E402
-from sparse_dlm_attn_bench.break_even import Point, answer, measure_context  # noqa: E402
+from sparse_dlm_attn import InvalidArgumentError, UnknownNameError, get_policy  # noqa: E402
+from sparse_dlm_attn_bench import layer, timing  # noqa: E402
+from sparse_dlm_attn_bench.break_even import Point, answer  # noqa: E402
 from sparse_dlm_attn_bench.gate import WrongResultError, check_passes  # noqa: E402
 from sparse_dlm_attn_bench.layer import budget_for, layers, relative_density  # noqa: E402
+from sparse_dlm_attn_bench.peers import DENSE, dense_peers, expected_dense  # noqa: E402
 from sparse_dlm_attn_bench.shape import Shape, with_budget  # noqa: E402
+from sparse_dlm_attn_bench.sparse_peers import Chosen, sparse_peers  # noqa: E402
 from sparse_dlm_attn_torch import TorchBackend  # noqa: E402
 
 SMALL = Shape(batch=2, context=512, tokens=4, q_heads=4, kv_heads=2, head_dim=16, page_size=16, dtype="float32")
@@ -47,16 +49,6 @@ def test_the_answer_says_where_sparse_comes_closest_if_it_never_wins() -> None:
     assert "at 2K tokens and 10% of them read, with 0.70x" in said
 
 
-@pytest.mark.parametrize("sizes, argument", [
-    ({"batch": 0}, "batch"), ({"q_heads": 30}, "q_heads"), ({"context": 100}, "context"),
-    ({"dtype": "int8"}, "dtype"),
-])
-def test_sizes_that_do_not_fit_are_refused(sizes: dict[str, Any], argument: str) -> None:
-    with pytest.raises(InvalidArgumentError) as caught:
-        Shape(**sizes)
-    assert caught.value.argument == argument
-
-
 def test_a_policy_gets_its_budget() -> None:
     assert with_budget("losa", 64) == "losa:budget=64"
     assert get_policy(with_budget("losa:active=3", 64)) == get_policy("losa", active=3, budget=64)
@@ -78,16 +70,6 @@ def test_the_budget_is_the_smallest_that_reads_so_much(density: float) -> None:
     )
 
 
-def test_layers_are_alike_whether_their_pages_are_shuffled() -> None:
-    backend = TorchBackend()
-    plain, shuffled = (layers(SMALL, backend, device="cpu", shuffled=on)[0] for on in (False, True))
-    assert not torch.equal(plain.context.page_table, shuffled.context.page_table)
-    bounds = plain.context.bounds, shuffled.context.bounds
-    assert bounds[0] is not None
-    assert bounds[1] is not None
-    assert torch.equal(bounds[0].lower, bounds[1].lower)
-
-
 def test_a_wrong_backend_is_not_timed() -> None:
     class Late(TorchBackend):
         def attend(self, *arguments: Any, **options: Any) -> Any:
@@ -105,26 +87,23 @@ def test_a_wrong_backend_is_not_timed() -> None:
         check_passes(SMALL, "losa:budget=64", Late(), one)
 
 
-def test_points_are_measured_for_every_density(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = layers
+def test_expected_dense_attention_is_that_of_pytorch() -> None:
+    one = layers(SMALL, TorchBackend(), device="cpu")[0]
+    out, lse = expected_dense(one)
+    wanted = torch.nn.functional.scaled_dot_product_attention(one.q_next, *one.cache, enable_gqa=True)
+    torch.testing.assert_close(out, wanted, atol=1e-5, rtol=0)
+    keys = one.cache[0].repeat_interleave(2, 1)
+    torch.testing.assert_close(lse, (one.q_next @ keys.mT / 4).logsumexp(-1), atol=1e-5, rtol=0)
 
-    def on_host(*arguments: Any, **options: Any) -> Any:
-        return real(*arguments, **options, device="cpu")
 
-    # A clock that counts pages: what a pass takes is what it reads.
-    def read(works: Any, repeats: int) -> float:
-        assert len(works) >= 2
-        return 1 + 100 * float(works[0]()[1].traffic.density.mean())
-
-    monkeypatch.setattr(layer, "layers", on_host)
-    monkeypatch.setattr(timing, "measure_chained", read)
-    said: list[str] = []
-    backend = get_backend("torch")
-    points = measure_context(SMALL, "mage", (0.5, 0.1), backend, 3, said.append)
-    assert [found.asked for found in points] == [0.1, 0.5]
-    assert all(found.peer == "torch, policy dense" and found.dense_us == 101 for found in points)
-    assert all(math.isclose(found.sparse_us, 1 + 100 * found.density, rel_tol=1e-6) for found in points)
-    assert 0.1 <= points[0].density < 0.2
-    assert points[0].speedup > points[1].speedup > 1
-    assert any(remark.startswith("B2 0K T4 p16: flash-attn 3 is not here (") for remark in said)
-    assert break_even.LAYER["layer"] > 0
+def test_a_peer_that_is_missing_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("flash_attn", "flash_attn_interface", "fa3_fwd_interface", "flashinfer"):
+        monkeypatch.setitem(sys.modules, module, None)
+    made = layers(SMALL, TorchBackend(), device="cpu")
+    names = tuple(name for name in DENSE if "flash-attn" in name or "FlashInfer paged" in name)
+    pages, rows = torch.ones(2, 2, 1, 32, dtype=torch.bool), torch.ones(2, 4, dtype=torch.bool)
+    sparse = ("FlashInfer paged, heads folded", "flash-attn 3 paged, heads folded")
+    found = dense_peers(made, SMALL, names) | sparse_peers([Chosen(one, pages, rows) for one in made], SMALL, sparse)
+    assert len(found) == len(names) + 2
+    for said in found.values():
+        assert isinstance(said, str) and said.startswith("ModuleNotFoundError")

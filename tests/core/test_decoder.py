@@ -48,9 +48,7 @@ def queries(backend: Any, seed: int) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("name", ["reference", "torch"])
-@pytest.mark.parametrize(
-    "policy", ["dense", "losa:budget=8,active=2", "flashblock", "snapkv:capacity=16,window=4"]
-)
+@pytest.mark.parametrize("policy", ["dense", "losa:budget=8,active=2", "flashblock", "snapkv:capacity=16,window=4"])
 def test_its_passes_are_those_of_the_driver(name: str, policy: str) -> None:
     backend = backend_named(name)
     decoder, attention = Decoder(policy, backend, layers=LAYERS), PrefixAttention(policy, backend)
@@ -88,10 +86,7 @@ def test_what_the_caller_writes_into_its_mask_does_not_change_what_was_newly_dec
     assert np.argwhere(step.info.newly_decoded).tolist() == [[0, 3]]
 
 
-@pytest.mark.clause("MEMORY-1")
-@pytest.mark.parametrize(
-    "policy", ["losa:budget=8,active=2", "quest:budget=8", "snapkv:capacity=16,window=4"]
-)
+@pytest.mark.parametrize("policy", ["losa:budget=8,active=2", "quest:budget=8", "snapkv:capacity=16,window=4"])
 def test_a_finished_block_lets_go_of_states_contexts_and_metadata(policy: str) -> None:
     decoder = Decoder(policy, layers=1)
     context = ragged_context(3)
@@ -156,7 +151,6 @@ def test_what_is_decoded_next_and_in_which_order_reaches_the_policy(order: list[
         step(0, q, None, None, Context.from_dense(q, q, 3))
 
 
-@pytest.mark.clause("ERROR-1")
 def test_calls_out_of_order_say_what_to_call() -> None:
     q, k, v = block(0)
     decoder = Decoder("dense", layers=2)
@@ -186,31 +180,30 @@ def test_calls_out_of_order_say_what_to_call() -> None:
     assert not decoder.running and decoder.blocks == 1
 
 
-@pytest.mark.clause("ERROR-1")
-def test_wrong_arguments_are_refused_and_change_nothing() -> None:
-    with pytest.raises(InvalidArgumentError, match="layers must be at least 1"):
-        Decoder("dense", layers=0)
+@pytest.mark.parametrize(
+    ("contexts", "options", "error", "words"),
+    [
+        ([ragged_context(0)], {}, InvalidArgumentError, "one for each of 2 layers; got 1"),
+        ([1, 2], {}, InvalidTypeError, "contexts must hold Contexts; got int"),
+        (ragged_context(0), {}, InvalidTypeError, "contexts must be a list of Contexts.*got Context"),
+        ([ragged_context(0)] * 2, {"total_passes": 0}, InvalidArgumentError, "total_passes must be at least 1"),
+    ],
+    ids=["one of two", "numbers", "no list", "no passes"],
+)
+def test_a_block_that_is_refused_does_not_start(contexts: Any, options: Any, error: Any, words: str) -> None:
     decoder = Decoder("dense", layers=2)
-    with pytest.raises(InvalidArgumentError, match="one for each of 2 layers; got 1"):
-        decoder.start_block([ragged_context(0)])
-    with pytest.raises(InvalidTypeError, match="contexts must hold Contexts; got int"):
-        decoder.start_block([1, 2])  # type: ignore[list-item]
-    with pytest.raises(InvalidArgumentError, match="total_passes must be at least 1"):
-        decoder.start_block([ragged_context(0)] * 2, total_passes=0)
+    with pytest.raises(error, match=words):
+        decoder.start_block(contexts, **options)
     assert not decoder.running
-    decoder.start_block([ragged_context(0)] * 2)
+    decoder.start_block(ragged_context(0) for _ in range(2))  # type: ignore[arg-type]
     with pytest.raises(InvalidTypeError, match="decoded must be an array"):
         decoder.next_pass(decoded=[True])
     assert decoder.next_pass().info.index == 0
 
 
-@pytest.mark.clause("ERROR-1")
-def test_contexts_that_are_no_list_are_refused() -> None:
-    decoder = Decoder("dense", layers=1)
-    with pytest.raises(InvalidTypeError, match=r"contexts must be a list of Contexts.*got Context"):
-        decoder.start_block(ragged_context(0))  # type: ignore[arg-type]
-    assert not decoder.running
-    decoder.start_block(context for context in [ragged_context(0)])  # type: ignore[arg-type]
+def test_a_decoder_needs_layers() -> None:
+    with pytest.raises(InvalidArgumentError, match="layers must be at least 1"):
+        Decoder("dense", layers=0)
 
 
 def test_an_error_of_the_caller_s_own_generator_of_contexts_is_kept() -> None:
@@ -222,8 +215,6 @@ def test_an_error_of_the_caller_s_own_generator_of_contexts_is_kept() -> None:
         Decoder("dense", layers=2).start_block(broken())
 
 
-
-@pytest.mark.clause("ERROR-1")
 def test_decoded_rows_of_another_shape_or_library_are_refused_and_change_nothing() -> None:
     torch = pytest.importorskip("torch")
     decoder, (q, k, v) = Decoder("dense", layers=1), block(0)

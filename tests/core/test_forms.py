@@ -9,7 +9,7 @@ import pytest
 
 from sparse_dlm_attn import AttentionState, Context, InvalidArgumentError, InvalidTypeError, PrefixAttention
 from sparse_dlm_attn.checks import check_block, check_states
-from sparse_dlm_attn.forms import MOST, Forms
+from sparse_dlm_attn.operators import largest_changes
 
 
 def block(**changes: Any) -> tuple[Any, Any, Any, Context]:
@@ -19,7 +19,6 @@ def block(**changes: Any) -> tuple[Any, Any, Any, Context]:
     return tuple((given | changes).values())  # type: ignore[return-value]
 
 
-@pytest.mark.clause("ERROR-1")
 @pytest.mark.parametrize(
     "changes",
     [
@@ -34,17 +33,6 @@ def test_another_form_is_checked_after_one_that_passed(changes: dict[str, Any]) 
             check_block(*block(**changes))
 
 
-def test_contents_are_no_form() -> None:
-    calls: list[Any] = []
-    forms = Forms()
-    for value in (0.0, 1.0):
-        forms.check(calls.append, np.full(3, value))
-    assert len(calls) == 1
-    for count in (1, True, 1.0, np.float32(0.5), np.float32(2)):
-        forms.check(calls.append, count)
-    assert len(calls) == 6
-
-
 def test_what_has_no_form_is_checked_each_time() -> None:
     state = AttentionState(np.zeros((1, 2, 3, 4), np.float32), np.zeros((1, 2, 3), np.float32))
     for _ in range(2):
@@ -52,12 +40,11 @@ def test_what_has_no_form_is_checked_each_time() -> None:
             check_states(state, [state])  # type: ignore[arg-type]
 
 
-def test_forms_are_forgotten_when_there_are_too_many() -> None:
-    calls: list[Any] = []
-    forms = Forms()
-    for number in (*range(MOST + 1), 0):
-        forms.check(calls.append, number)
-    assert len(calls) == MOST + 2
+def test_true_is_no_count_after_one_was() -> None:
+    for _ in range(2):
+        assert largest_changes(np.ones((1, 2), np.float32), count=1).sum() == 1
+        with pytest.raises(InvalidArgumentError, match="count"):
+            largest_changes(np.ones((1, 2), np.float32), count=True)
 
 
 def test_a_gradient_is_refused_after_a_form_that_passed() -> None:

@@ -66,7 +66,6 @@ def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         del sys.modules[name]
 
 
-@pytest.mark.clause("REGISTRY-1")
 def test_third_parties_register_like_first_parties(plugins: Path) -> None:
     assert list_backends()["good"].distribution == "strangers"
     assert get_backend("good", speed=3).speed == 3  # type: ignore[attr-defined]
@@ -74,7 +73,6 @@ def test_third_parties_register_like_first_parties(plugins: Path) -> None:
     assert get_backend("reference").name == "reference"  # the broken ones do not matter
 
 
-@pytest.mark.clause("REGISTRY-1", "ERROR-2")
 @pytest.mark.parametrize(
     ("name", "words"),
     [
@@ -92,7 +90,6 @@ def test_what_cannot_be_loaded_says_why_and_what_to_do(plugins: Path, name: str,
         assert words in list_backends()[name].why_not()
 
 
-@pytest.mark.clause("ERROR-1")
 def test_wrong_things_are_refused_by_name(plugins: Path) -> None:
     with pytest.raises(InvalidTypeError, match="must name a Backend or a factory"):
         get_backend("not-a-backend")
@@ -104,7 +101,6 @@ def test_wrong_things_are_refused_by_name(plugins: Path) -> None:
         get_policy("dense")
 
 
-@pytest.mark.clause("ERROR-1")
 def test_unknown_names_list_the_known_and_the_nearest() -> None:
     with pytest.raises(UnknownNameError, match=r"unknown backend 'refrence'.*did you mean 'reference'"):
         get_backend("refrence")

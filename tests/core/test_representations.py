@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import pytest
 
-import sparse_dlm_attn
 from sparse_dlm_attn import AttentionState, Context, PageBounds, PassInfo, PassInputs, PrefixAttention, Rule, Selection
 from sparse_dlm_attn.memory import LayerMemory
 from sparse_dlm_attn.ranked import RankedPass, RankedResult
@@ -27,11 +24,6 @@ class Closed(np.ndarray):
 
 def closed(shape: tuple[int, ...], dtype: str) -> Any:
     return np.zeros(shape, dtype).view(Closed)
-
-
-def on_no_device(shape: tuple[int, ...], dtype: str) -> Any:
-    torch = pytest.importorskip("torch", reason="PyTorch has tensors without contents")
-    return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
 
 
 def values_of(make: Callable[[tuple[int, ...], str], Any]) -> list[Any]:
@@ -54,24 +46,12 @@ def values_of(make: Callable[[tuple[int, ...], str], Any]) -> list[Any]:
     return [bounds, context, state, selection, info, ranked, inputs, traffic, memory, result, rule]
 
 
-def test_every_public_value_with_arrays_is_tried_here() -> None:
-    public = [getattr(sparse_dlm_attn, name) for name in sparse_dlm_attn.__all__]
-    with_arrays = {
-        each for each in public if isinstance(each, type) and dataclasses.is_dataclass(each)
-        and any("Array" in str(field.type) for field in dataclasses.fields(each))
-    }
-    assert with_arrays <= {type(value) for value in values_of(lambda shape, dtype: np.zeros(shape, dtype))}
-
-
-@pytest.mark.parametrize(("make", "device"), [(closed, "cpu"), (on_no_device, "meta")])
-def test_a_value_is_shown_in_a_line_without_reading_its_arrays(
-    make: Callable[[tuple[int, ...], str], Any], device: str
-) -> None:
-    for value in values_of(make):
+def test_a_value_is_shown_in_a_line_without_reading_its_arrays() -> None:
+    for value in values_of(closed):
         shown = repr(value)
         assert shown.startswith(f"{type(value).__name__}(") and "\n" not in shown
         assert len(shown) < 1000
-        assert f"on {device}" in shown
+        assert "on cpu" in shown
 
 
 def test_arrays_are_shown_by_dtype_shape_and_device_and_plain_values_as_they_are() -> None:

@@ -9,7 +9,8 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="graphs are PyTorch's")
 
-from policy_cases import EVERY_POLICY, AnyArrayBackend, Block, make_block  # noqa: E402
+from plain_backends import TorchOperators  # noqa: E402
+from policy_cases import EVERY_POLICY, Block, make_block  # noqa: E402
 from tape import Tape  # noqa: E402
 
 from sparse_dlm_attn import CallOrderError, Context, Decoder, UnsupportedError, get_policy  # noqa: E402
@@ -21,17 +22,8 @@ LAYERS, SIZE, CAPACITY = 2, 4, 9
 POLICIES = [name for name in EVERY_POLICY if not get_policy(name).counts_passes]
 
 
-class PlainTorch(AnyArrayBackend):
-    """Operators that a tape can record: nothing but PyTorch's."""
-
-    name = "plain-torch"
-
-    def asarray(self, values: Any, *, dtype: str | None = None) -> Any:
-        return torch.as_tensor(values, dtype=getattr(torch, dtype) if dtype else None)
-
-
 def decoder(policy: Any) -> Decoder:
-    return Decoder(policy, PlainTorch(), layers=LAYERS, check_contents=False)
+    return Decoder(policy, TorchOperators(), layers=LAYERS, check_contents=False)
 
 
 def blocks() -> list[Block]:
@@ -159,7 +151,7 @@ def test_what_a_graph_cannot_keep_is_refused_with_every_reason() -> None:
     assert not is_capturing()
 
 
-class OnCuda(PlainTorch):
+class OnCuda(TorchOperators):
     @property
     def capabilities(self) -> Capabilities:
         return Capabilities(devices=("cuda",))

@@ -1,7 +1,8 @@
-"""Starts one process for each rank, and makes what the ranks share importable."""
+"""Starts one process for each rank."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,9 +12,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
-
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "policies")]
 
 TIME_LIMIT = {"cpu": 240, "cuda": 200}  # seconds; a scenario that hangs is a failure
 
@@ -33,11 +31,12 @@ class Ranks:
         folder = self.folder / f"{scenarios.replace(',', '-')}-{device}-{world}"
         folder.mkdir()
         logs = [(folder / f"{rank}.log").open("w", encoding="utf-8") for rank in range(world)]
-        command = [sys.executable, str(HERE / "worker.py"), scenarios, device]
+        command = [sys.executable, str(Path(__file__).with_name("worker.py")), scenarios, device]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         started = [
             subprocess.Popen(
-                [*command, str(rank), str(world), str(folder), str(limit)], stdout=log,
-                stderr=subprocess.STDOUT,
+                [*command, str(rank), str(world), str(folder), str(limit)],
+                stdout=log, stderr=subprocess.STDOUT, env=environment,
             )
             for rank, log in enumerate(logs)
         ]

@@ -20,11 +20,8 @@ Owner = Callable[[int, int, int], Any]
 
 def policies(world: int = 2) -> tuple[str, ...]:
     """Every registered policy: in several settings on two ranks, in one on more."""
-    every = (*EVERY_POLICY, "snapkv:capacity=12,window=4,kernel=3", "losa:active=3,budget=4,pages=own")
-    if world == 2:
-        return every
-    first = {policy.partition(":")[0]: policy for policy in reversed(every)}
-    return tuple(policy for policy in every if policy in first.values())
+    first = {policy.partition(":")[0]: policy for policy in reversed(EVERY_POLICY)}
+    return EVERY_POLICY if world == 2 else tuple(first.values())
 
 
 def policy_of(text: str) -> Any:
@@ -55,29 +52,11 @@ def infos(block: Block) -> list[PassInfo]:
     ]
 
 
-def _random(batch: int, pages: int, ranks: int) -> Any:
-    return np.random.default_rng(ranks).integers(0, ranks, (batch, pages))
-
-
-def _uneven(batch: int, pages: int, ranks: int) -> Any:
-    owner = np.zeros((batch, pages), dtype=int)
-    owner[:, 2 :: 2 * ranks] = ranks - 1
-    return owner
-
-
-def _empty(batch: int, pages: int, ranks: int) -> Any:
-    return _random(batch, pages, ranks) % max(ranks - 1, 1)  # the last rank holds nothing
-
-
-def _one(batch: int, pages: int, ranks: int) -> Any:
-    return np.full((batch, pages), ranks - 1)
-
-
-def _round_robin(batch: int, pages: int, ranks: int) -> Any:
-    return np.broadcast_to(np.arange(pages) % ranks, (batch, pages))
-
-
 RULES: dict[str, Owner] = {
-    "random": _random, "uneven": _uneven, "empty": _empty, "one rank": _one, "round robin": _round_robin
+    "random": lambda batch, pages, ranks: np.random.default_rng(ranks).integers(0, ranks, (batch, pages)),
+    "uneven": lambda batch, pages, ranks: np.tile((np.arange(pages) % (2 * ranks) == 2) * (ranks - 1), (batch, 1)),
+    "empty": lambda batch, pages, ranks: RULES["random"](batch, pages, ranks) % max(ranks - 1, 1),
+    "one rank": lambda batch, pages, ranks: np.full((batch, pages), ranks - 1),
+    "round robin": lambda batch, pages, ranks: np.tile(np.arange(pages) % ranks, (batch, 1)),
 }
-"""Rules that give the rank of each page, ``(batch, pages)``."""
+"""Rules that give the rank of each page, ``(batch, pages)``; with "empty" the last rank holds nothing."""

@@ -16,7 +16,6 @@ import torch
 from shards import BLOCKS, RULES, block_of, infos, policies, policy_of
 
 from sparse_dlm_attn import PrefixAttention
-from sparse_dlm_attn import list_policies as registered
 from sparse_dlm_attn.operators import gather_pages
 from sparse_dlm_attn_conformance.accuracy import CEILING
 from sparse_dlm_attn_torch import TorchBackend
@@ -66,10 +65,6 @@ def expect_same(got: list[dict[str, Any]], want: list[dict[str, Any]], name: str
         assert torch.equal(mine.isneginf(), theirs.isneginf()), where
         error = torch.where(mine.isneginf(), 0.0, mine - theirs).abs()
         assert bool((error <= room).all()), f"{where}: {float(error.max())}"
-
-
-def test_every_registered_policy_is_among_the_cases() -> None:
-    assert set(registered()) <= {policy.partition(":")[0] for policy in policies()}
 
 
 CASES = [(device, world, policy) for device, world in PLACES for policy in policies(world)]
@@ -149,31 +144,12 @@ def test_passes_in_a_cuda_graph_can_be_replayed(ranks: Any) -> None:
 
 @TWO
 def test_what_ranks_were_given_differently_is_an_error_on_all_of_them(ranks: Any, device: str) -> None:
-    expected = {
-        "rows differ": ("InvalidArgumentError", "q must be the same on every rank"),
-        "one block is wrong": ("InvalidArgumentError", "k must be the same on every rank"),
-        "lengths differ": ("InvalidArgumentError", "context.page_lengths must be the same on every rank"),
-        "page sizes differ": ("InvalidArgumentError", "context.page_size must be the same on every rank"),
-        "versions differ": ("InvalidArgumentError", "context.version must be the same on every rank"),
-        "one saves": ("InvalidArgumentError", "pass 0, is_save False, layer 0"),
-        "scales differ": ("InvalidArgumentError", "scale must be the same on every rank"),
-        "a page twice": ("InvalidArgumentError", "exactly one rank; got 2 ranks"),
-        "no shards": ("InvalidTypeError", "context must be a ShardedContext"),
-        "own bounds": ("InvalidTypeError", "bounds must be ShardedBounds"),
-        "policies differ": ("InvalidArgumentError", "policy must be the same on every rank"),
-        "meshes differ": ("InvalidArgumentError", "with pages over"),
-        "arrays of another library": ("InvalidTypeError", "compute on tensors of PyTorch"),
-    }
-    for rank in ranks.run("mistakes", device, 2, 100):
-        seen = rank["mistakes"]
-        for name, (kind, text) in expected.items():
-            assert seen[name][0] == kind and text in seen[name][1], (name, seen[name])
-            assert seen[f"{name}, then a pass"] == ("no error", ""), name
-        assert len(seen) == 2 * len(expected)
+    for rank in ranks.run("mistakes,late" if device == "cpu" else "mistakes", device, 2, 100):
+        assert rank["mistakes"] == []
 
 
 def test_a_rank_that_does_not_come_ends_the_wait_at_the_time_limit_of_the_group(ranks: Any) -> None:
-    waiting, _ = ranks.run("late", "cpu", 2, 60)
+    waiting, _ = ranks.run("mistakes,late", "cpu", 2, 100)
     text, seconds = waiting["late"]
     assert "time" in text.lower()
     assert 1.5 < seconds < 5.5

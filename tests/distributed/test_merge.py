@@ -18,10 +18,7 @@ from sparse_dlm_attn_torch import TorchBackend  # noqa: E402
 
 WAYS = pytest.mark.parametrize(
     ("way", "device"),
-    [
-        (merge_kernel, "cuda" if torch.cuda.is_available() else "cpu"),
-        (partial(merging.finish, TorchBackend()), "cpu"),
-    ],
+    [(merge_kernel, "cuda" if torch.cuda.is_available() else "cpu"), (partial(merging.finish, TorchBackend()), "cpu")],
     ids=["kernel", "operators"],
 )
 

@@ -12,17 +12,12 @@ import sys
 import time
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / "policies"))
-
 from shards import BLOCKS, RULES, block_of, infos, policies, policy_of
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from sparse_dlm_attn import Context, PassInfo, SparseAttentionError
 from sparse_dlm_attn_distributed import DistributedAttention, DistributedBackend, ShardedContext
@@ -96,9 +91,7 @@ def heads_too(on: Rank) -> Any:
             continue
         pools = {name: getattr(block.context, name)[:, own] for name in ("k_pages", "v_pages")}
         context = on.shard(replace(block.context, **pools), "random", row, 2)
-        mine = replace(
-            block, q=type(block.q)([q[:, queries] for q in block.q]), k=block.k[:, own], v=block.v[:, own]
-        )
+        mine = replace(block, q=type(block.q)([q[:, queries] for q in block.q]), k=block.k[:, own], v=block.v[:, own])
         results[policy] = (column, denoised(attention, mine, context))
     return results
 
@@ -143,50 +136,50 @@ def bytes_sent(on: Rank) -> Any:
 
 
 def mistakes(on: Rank) -> Any:
-    """Ranks that were given different things, or all the same wrong ones; each time a good pass follows."""
-    results, mesh, other = {}, on.mesh(), on.rank == 1
+    """Ranks that were given different things, or all the same wrong ones; each time a good pass follows.
+
+    Returns what was said instead of what should have been.
+    """
+    mesh, both, names, other = on.mesh(), on.mesh(on.world, 1), ("context", "heads"), on.rank == 1
     attention, block = on.attention("quest:budget=8", mesh), on.block("pages of 4")
     context = on.shard(block.context, "random")
-
-    def attempt(name: str, act: Any) -> None:
-        try:
-            act()
-            results[name] = "no error", ""
-        except Exception as error:
-            results[name] = type(error).__name__, str(error)
 
     def one_pass(rows: int = 6, keys: int = 6, info: Any = None, scale: Any = None, **changed: Any) -> None:
         q, k, v = block.q[0][:, :, :rows], block.k[:, :, :keys], block.v[:, :, :keys]
         attention(q, k, v, replace(context, **changed), None, info, scale=scale)
 
-    clamped = context.page_lengths.clamp(max=2)
+    local, clamped = TorchBackend(on.device), context.page_lengths.clamp(max=2)
     half = {name: getattr(context, name)[:, :, :2] for name in ("k_pages", "v_pages")} if other else {}
-    plain = TorchBackend(on.device).page_bounds(context.local)
     everything = ShardedContext.of(block.context, torch.ones_like(context.held))
-    acts = {
-        "rows differ": lambda: one_pass(rows=5 if other else 6, keys=5 if other else 6),
-        "one block is wrong": lambda: one_pass(keys=2 if other else 6),
-        "lengths differ": lambda: one_pass(page_lengths=clamped if other else context.page_lengths),
-        "page sizes differ": lambda: one_pass(page_lengths=clamped, **half),
-        "versions differ": lambda: one_pass(version=on.rank),
-        "one saves": lambda: one_pass(info=PassInfo(0, is_save=other)),
-        "scales differ": lambda: one_pass(scale=1.0 + on.rank),
-        "a page twice": lambda: attention(block.q[0], block.k, block.v, everything),
-        "no shards": lambda: attention(block.q[0], block.k, block.v, block.context),
-        "own bounds": lambda: context.with_bounds(plain),
-        "policies differ": lambda: on.attention(f"quest:budget={8 if other else 16}", mesh),
-        "meshes differ": lambda: DistributedBackend(
-            TorchBackend(on.device), both, context_dim=names[other], heads_dim=names[not other]
-        ),
-        "arrays of another library": lambda: DistributedBackend(
-            "sparse_dlm_attn_reference:ReferenceBackend", mesh
-        ),
-    }
-    both, names = on.mesh(on.world, 1), ("context", "heads")
-    for name, act in acts.items():
-        attempt(name, act)
-        attempt(f"{name}, then a pass", one_pass)
-    return results
+    swapped = {"context_dim": names[other], "heads_dim": names[not other]}
+    acts: list[tuple[str, Any]] = [
+        ("q must be the same on every rank", lambda: one_pass(rows=5 if other else 6, keys=5 if other else 6)),
+        ("k must be the same on every rank", lambda: one_pass(keys=2 if other else 6)),
+        ("context.page_lengths must be the same on every rank",
+         lambda: one_pass(page_lengths=clamped if other else context.page_lengths)),
+        ("context.page_size must be the same on every rank", lambda: one_pass(page_lengths=clamped, **half)),
+        ("context.version must be the same on every rank", lambda: one_pass(version=on.rank)),
+        ("pass 0, is_save False, layer 0", lambda: one_pass(info=PassInfo(0, is_save=other))),
+        ("scale must be the same on every rank", lambda: one_pass(scale=1.0 + on.rank)),
+        ("exactly one rank; got 2 ranks", lambda: attention(block.q[0], block.k, block.v, everything)),
+        ("context must be a ShardedContext", lambda: attention(block.q[0], block.k, block.v, block.context)),
+        ("bounds must be ShardedBounds", lambda: context.with_bounds(local.page_bounds(context.local))),
+        ("policy must be the same on every rank", lambda: on.attention(f"quest:budget={8 if other else 16}", mesh)),
+        ("with pages over", lambda: DistributedBackend(local, both, **swapped)),
+        ("compute on tensors of PyTorch",
+         lambda: DistributedBackend("sparse_dlm_attn_reference:ReferenceBackend", mesh)),
+    ]  # fmt: skip
+    wrong = []
+    for words, act in acts:
+        for call, wanted in ((act, words), (one_pass, "")):
+            try:
+                call()
+                said = ""
+            except SparseAttentionError as error:
+                said = str(error)
+            if wanted not in said or bool(said) != bool(wanted):
+                wrong.append((words, said))
+    return wrong
 
 
 def late(on: Rank) -> Any:
@@ -243,8 +236,7 @@ def main() -> None:
         torch.cuda.set_device(rank)
         os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     dist.init_process_group(
-        "nccl" if device == "cuda" else "gloo", init_method=f"file://{folder}/store", rank=rank,
-        world_size=world,
+        "nccl" if device == "cuda" else "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
     )
     on = Rank(device, rank, world)
     for name in names.split(","):

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from sparse_dlm_attn import AttentionState, Backend, Context, PageBounds, PassInfo, PrefixAttention, Selection
-from sparse_dlm_attn.arrays import namespace
-from sparse_dlm_attn.capabilities import Capabilities, Problem
+from sparse_dlm_attn import Backend, Context, PassInfo, PrefixAttention
 from sparse_dlm_attn.memory import LayerMemory
-from sparse_dlm_attn.operators import gather_pages, valid_tokens
-from sparse_dlm_attn.policy import PassInputs
-from sparse_dlm_attn.values import softmax_scale
 
 Array = Any
 TOKENS = 6
@@ -24,34 +18,23 @@ EVERY_POLICY = (
     "dense",
     "sliding-window:window=7",
     "streaming-llm:sinks=3,window=5,after=2",
-    "quest:budget=8",
     "quest:budget=8,pages=own,newest=true",
     "quest:budget=10,page_count=ceil,union_over=query_head,first_pass=dense",
     "quest:budget=1,min_pages=2,union_over=layer,group_scores=mean",
-    "quest:budget=8,group_scores=max,dense_layers=1",
     "losa:active=2,budget=8",
-    "losa:active=0",
     "losa:mass=0.5,budget=8,drift=refresh,save_pass=dense",
     "losa:active=3,budget=8,pages=own,first_pass=sparse,save_pass=reuse",
-    "losa:active=2,budget=8,dense_layers=1",
     "flashblock",
     "flashblock:limit=1,dirty_rows=keep,save_pass=reuse",
     "mage:budget=8,dense_layers=0",
-    "mage:budget=8,dense_layers=1",
     "sparsed",
     "sparsed:warmup=1,ratio=0.2,span=2",
-    "sparsed:warmup=2,isolated=false",
-    "sparsed:variant=paper,skip=0.4",
     "sparsed:warmup=0,score_scale=heads",
     "sparsed:warmup=1,frozen=false,span=4",
     "fast-dllm",
-    "fast-dllm:mode=prefix",
     "dkv-cache",
-    "dkv-cache:mode=greedy,reload=3",
     "sparse-dllm:delay=0",
-    "sparse-dllm:ratio=0.3,kernel=5",
     "snapkv:capacity=12,window=4",
-    "snapkv:capacity=9,window=2,kernel=9,pooling=max",
 )
 
 
@@ -81,8 +64,7 @@ class Block:
         context = Context(*map(convert, (c.k_pages, c.v_pages, c.page_table, c.page_lengths)), segments)
         q = [convert(np.ascontiguousarray(rows)) for rows in self.q]
         newly = [convert(np.ascontiguousarray(rows)) for rows in self.newly]
-        return replace(self, q=_Passes(q), k=convert(self.k), v=convert(self.v), context=context,
-                       newly=newly)
+        return replace(self, q=_Passes(q), k=convert(self.k), v=convert(self.v), context=context, newly=newly)
 
 
 class _Passes(list):  # type: ignore[type-arg]
@@ -137,83 +119,3 @@ def rows_read(memory: LayerMemory, q_heads: int, tokens: int) -> Array:
     mask = np.asarray(memory.selection.for_rows(q_heads, tokens))
     exists = np.asarray(memory.page_lengths) > 0
     return mask & np.asarray(memory.active)[:, None, :, None] & exists[:, None, None, :]
-
-
-def inputs_for(block: Block, index: int, memory: Any = None, **changes: Any) -> PassInputs[Any]:
-    """Return the inputs of one pass, to ask a policy without a driver."""
-    from sparse_dlm_attn import get_backend
-
-    given = {
-        "ops": get_backend("reference"), "q": block.q[index], "context": block.context,
-        "memory": memory, "cached": None, "info": PassInfo(index, newly_decoded=block.newly[index]),
-        "restarts": memory is None,
-    }
-    return PassInputs(**{**given, **changes})
-
-
-class AnyArrayBackend(Backend):
-    """The four required operators on the array API alone; everything else is inherited."""
-
-    name = "any-array"
-
-    @property
-    def capabilities(self) -> Capabilities:
-        return Capabilities(batch_invariant=True)
-
-    def why_not(self, problem: Problem) -> list[str]:
-        return []
-
-    def asarray(self, values: Any, *, dtype: str | None = None) -> Array:
-        return np.asarray(values, dtype=dtype)
-
-    def page_bounds(self, context: Context) -> PageBounds:
-        xp = namespace(context.k_pages)
-        keys = gather_pages(context.k_pages, context)
-        valid = valid_tokens(context)[:, None, :, :, None]
-        absent = ~context.exists[:, None, :, None]
-        zero = xp.zeros_like(keys[:, :, :, 0, :])
-        lower = xp.min(xp.where(valid, keys, xp.full_like(keys, math.inf)), axis=3)
-        upper = xp.max(xp.where(valid, keys, xp.full_like(keys, -math.inf)), axis=3)
-        return PageBounds(xp.where(absent, zero, lower), xp.where(absent, zero, upper))
-
-    def page_scores(self, q: Array, bounds: PageBounds, *, active: Array | None = None) -> Array:
-        xp = namespace(q)
-        group = q.shape[1] // bounds.lower.shape[1]
-        lower, upper = (xp.repeat(b, group, axis=1)[:, :, None, :, :] for b in (bounds.lower, bounds.upper))
-        rows = q[:, :, :, None, :]
-        return xp.sum(xp.maximum(rows * lower, rows * upper), axis=-1)
-
-    def attend_pages(
-        self, q: Array, context: Context, selection: Selection, active: Array, *, scale: float | None = None
-    ) -> AttentionState:
-        xp = namespace(q)
-        batch, q_heads, tokens, head_dim = q.shape
-        slots = context.pages * context.page_size
-        chosen = selection.for_rows(q_heads, tokens)[..., None] & valid_tokens(context)[:, None, None, :, :]
-        allowed = xp.reshape(chosen, (batch, q_heads, tokens, slots)) & active[:, None, :, None]
-        flat = (batch, context.kv_heads, slots, head_dim)
-        keys, values = (xp.reshape(gather_pages(p, context), flat)
-                        for p in (context.k_pages, context.v_pages))
-        return self._softmax(q, keys, values, allowed, scale)
-
-    def attend_block(self, q: Array, k: Array, v: Array, *, scale: float | None = None) -> AttentionState:
-        xp = namespace(q)
-        allowed = xp.ones((*q.shape[:3], k.shape[2]), dtype=xp.bool, device=q.device)
-        return self._softmax(q, k, v, allowed, scale)
-
-    def _softmax(self, q: Array, k: Array, v: Array, allowed: Array, scale: float | None) -> AttentionState:
-        if k.shape[2] == 0:
-            return AttentionState.empty_like(q)
-        xp = namespace(q)
-        group = q.shape[1] // k.shape[1]
-        k, v = xp.repeat(k, group, axis=1), xp.repeat(v, group, axis=1)
-        logits = xp.matmul(q, xp.matrix_transpose(k)) * softmax_scale(q.shape[3], scale)
-        minus = xp.full_like(logits, -math.inf)
-        logits = xp.where(allowed, logits, minus)
-        peak = xp.max(logits, axis=-1, keepdims=True)
-        weights = xp.exp(logits - xp.where(peak == -math.inf, xp.zeros_like(peak), peak))
-        total = xp.sum(weights, axis=-1, keepdims=True)
-        empty = total == 0
-        safe = xp.where(empty, xp.ones_like(total), total)
-        lse = xp.where(empty, xp.full_like(total, -math.inf), peak + xp.log(safe))
-        return AttentionState(xp.matmul(weights / safe, v), lse[..., 0])

@@ -50,16 +50,7 @@ def test_it_refreshes_when_enough_tokens_were_decoded_since_the_last_time(
     assert refreshes(f"flashblock:{parameters}", block) == [bool(e) for e in expected]
 
 
-def test_sequences_refresh_each_on_their_own() -> None:
-    block = decoding(make_block(61), [[], [0], [], []])
-    block.newly[1][1, 3] = True
-    memories = [memory for _, memory in denoise("flashblock", block)]
-    assert memories[1].active.all(axis=1).tolist() == [False, True]
-    np.testing.assert_array_equal(memories[1].traffic.density, [0, 1])
-
-
 @pytest.mark.parametrize("dirty_rows", ["drop", "keep"])
-@pytest.mark.clause("MERGE-3", "REUSE-1")
 def test_dirty_rows_attend_within_the_block_only_or_reuse(dirty_rows: str) -> None:
     block = decoding(make_block(62), [[], [2], [3], []])
     passes = list(denoise(f"flashblock:limit=3,dirty_rows={dirty_rows}", block))
@@ -77,7 +68,6 @@ def test_dirty_rows_attend_within_the_block_only_or_reuse(dirty_rows: str) -> No
     assert np.isfinite(passes[3][1].state.lse).all()
 
 
-@pytest.mark.clause("ERROR-1", "DRIVER-1")
 def test_it_asks_for_the_decoded_tokens_and_leaves_the_memory_usable() -> None:
     block = make_block(63)
     attention = PrefixAttention("flashblock")

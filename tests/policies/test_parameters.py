@@ -9,7 +9,6 @@ from policy_cases import denoise, make_block
 from sparse_dlm_attn import InvalidArgumentError, InvalidTypeError, UnknownNameError, get_policy
 
 
-@pytest.mark.clause("ERROR-1")
 @pytest.mark.parametrize(
     ("policy", "message"),
     [
@@ -60,7 +59,6 @@ def test_a_value_outside_its_range_is_refused_by_name(policy: str, message: str)
         get_policy(policy)
 
 
-@pytest.mark.clause("ERROR-1")
 @pytest.mark.parametrize(
     ("policy", "message"),
     [
@@ -79,7 +77,6 @@ def test_a_value_of_the_wrong_type_is_refused_by_name(policy: str, message: str)
         get_policy(policy)
 
 
-@pytest.mark.clause("ERROR-1")
 def test_an_unknown_parameter_is_refused_with_the_nearest_one() -> None:
     with pytest.raises(UnknownNameError, match="did you mean 'budget'"):
         get_policy("quest:buget=8")

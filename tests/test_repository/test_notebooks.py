@@ -20,10 +20,6 @@ def read(path: Path) -> Any:
     return nbformat.read(path, as_version=4)
 
 
-def test_there_is_a_notebook() -> None:
-    assert NOTEBOOKS
-
-
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_the_notebook_is_stored_without_outputs(path: Path) -> None:
     cells = [cell for cell in read(path).cells if cell.cell_type == "code"]

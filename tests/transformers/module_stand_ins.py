@@ -11,21 +11,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from tiny_models import SIZES, VOCABULARY
 from torch import nn
 from transformers import LlamaConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
-SHAPE = {
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 512,
-}
-VOCABULARY = 64
+SHAPE = {**SIZES, "num_hidden_layers": 2, "head_dim": 16}
 
 
 def plain_attention(q: Any, k: Any, v: Any, mask: Any, *, causal: bool = False) -> torch.Tensor:
@@ -63,14 +55,9 @@ class OwnForward:
     save_flag, returns = "", 2
 
     def forward(
-        self: Any,
-        hidden_states: Any,
-        attention_mask: Any = None,
-        position_ids: Any = None,
-        past_key_value: Any = None,
-        position_embeddings: Any = None,
-        **kwargs: Any,
-    ) -> Any:
+        self: Any, hidden_states: Any, attention_mask: Any = None, position_ids: Any = None, past_key_value: Any = None,
+        position_embeddings: Any = None, **kwargs: Any,
+    ) -> Any:  # fmt: skip
         shape = (*hidden_states.shape[:2], -1, self.head_dim)
         q, k, v = (p(hidden_states).view(shape) for p in (self.q_proj, self.k_proj, self.v_proj))
         if hasattr(self, "q_norm"):
@@ -149,16 +136,9 @@ class LLaDA2MoeAttention(nn.Module):
         self.dense = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=False)
 
     def forward(
-        self,
-        hidden_states: Any,
-        attention_mask: Any = None,
-        position_ids: Any = None,
-        past_key_value: Any = None,
-        output_attentions: bool = False,
-        use_cache: bool = False,
-        position_embeddings: Any = None,
-        **kwargs: Any,
-    ) -> Any:
+        self, hidden_states: Any, attention_mask: Any = None, position_ids: Any = None, past_key_value: Any = None,
+        output_attentions: bool = False, use_cache: bool = False, position_embeddings: Any = None, **kwargs: Any,
+    ) -> Any:  # fmt: skip
         heads = self.query_key_value(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         q, k, v = heads.split([self.num_heads, *[self.num_key_value_heads] * 2], dim=1)
         angles = tuple(angle[..., : self.head_dim // 2] for angle in position_embeddings)
@@ -204,13 +184,9 @@ class Stack(nn.Module):
         )
 
     def forward(
-        self,
-        x: torch.Tensor,
-        attention_mask: Any = None,
-        past_key_values: Any = None,
-        position_ids: Any = None,
+        self, x: torch.Tensor, attention_mask: Any = None, past_key_values: Any = None, position_ids: Any = None,
         **kwargs: Any,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor:  # fmt: skip
         x = x if x.is_floating_point() else self.embed(x)
         if position_ids is None:
             start = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -218,13 +194,9 @@ class Stack(nn.Module):
         angles = self.rotary(x, position_ids)
         for layer in self.layers:
             x = layer(
-                x,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                position_embeddings=angles,
-                past_key_value=past_key_values,
-                **kwargs,
-            )
+                x, attention_mask=attention_mask, position_ids=position_ids, position_embeddings=angles,
+                past_key_value=past_key_values, **kwargs,
+            )  # fmt: skip
         return x
 
 
@@ -249,14 +221,9 @@ class FastDLLM(CausalLM):
         self.bd_size = bd_size
 
     def forward(
-        self,
-        input_ids: torch.Tensor,
-        past_key_values: Any = None,
-        use_block_cache: bool = False,
-        block_past_key_values: Any = None,
-        replace_position: int | None = None,
-        **kwargs: Any,
-    ) -> Any:
+        self, input_ids: torch.Tensor, past_key_values: Any = None, use_block_cache: bool = False,
+        block_past_key_values: Any = None, replace_position: int | None = None, **kwargs: Any,
+    ) -> Any:  # fmt: skip
         from transformers import DynamicCache
 
         before = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -269,15 +236,10 @@ class FastDLLM(CausalLM):
             places = torch.arange(before + rows) // self.bd_size
             mask = places[before:, None] >= places[None, :]  # two axes: rows and keys
         hidden = self.model(
-            input_ids,
-            attention_mask=mask,
-            past_key_values=past_key_values,
-            use_block_cache=use_block_cache,
-            block_past_key_values=block_past_key_values,
-            replace_position=replace_position,
-            position_ids=torch.arange(start, start + rows)[None],
-            **kwargs,
-        )
+            input_ids, attention_mask=mask, past_key_values=past_key_values, use_block_cache=use_block_cache,
+            block_past_key_values=block_past_key_values, replace_position=replace_position,
+            position_ids=torch.arange(start, start + rows)[None], **kwargs,
+        )  # fmt: skip
         return SimpleNamespace(
             logits=self.lm_head(hidden), past_key_values=past_key_values, block_past_key_values=block_past_key_values
         )

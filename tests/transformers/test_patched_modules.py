@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
-import weakref
 from typing import Any
 
 import module_stand_ins as stand_ins
@@ -47,9 +45,9 @@ def held(cache: dict[str, Any]) -> Any:
     return next(iter(cache.values()))
 
 
-@pytest.fixture(scope="module", params=["Qwen3", "Llama"])
-def model(request: pytest.FixtureRequest) -> Any:
-    return causal_shape(request.param)
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return causal_shape("Qwen3")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -86,23 +84,6 @@ def test_a_block_over_the_cache_equals_one_dense_pass(model: Any, policy: str, m
     assert torch.equal(one_pass(model, 2), eager)  # given back as it was
 
 
-def test_what_the_save_pass_appends_is_what_the_next_block_reads(model: Any) -> None:
-    double = in_double(model)
-    text = tokens(1, PREFIX + 2 * BLOCK)
-    with torch.no_grad():
-        exact = double(text, attention_mask=block_causal(PREFIX + 2 * BLOCK, torch.float64)).logits
-        with SparseAttention(double, "dense", page_size=4) as sparse:
-            cache = prefilled(double)
-            for start in (PREFIX, PREFIX + BLOCK):
-                part = text[:, start : start + BLOCK]
-                with sparse.block(total_passes=1):
-                    logits = double(part, **cache).logits
-                    # An LSE has float32 in float64 too (STATE-1), and weighs context against block.
-                    torch.testing.assert_close(logits, exact[:, start : start + BLOCK], rtol=0, atol=1e-5)
-                    sparse.next_pass(is_save=True)
-                    double(part, **cache)
-
-
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_ragged_prompts_padded_on_either_side_get_what_they_get_alone(model: Any, side: str) -> None:
     """Prompts of 40, 25 and 3 tokens in one batch; keys that a pass may not read are poisoned."""
@@ -133,22 +114,6 @@ def test_ragged_prompts_padded_on_either_side_get_what_they_get_alone(model: Any
     torch.testing.assert_close(together, torch.cat(expected))
 
 
-def test_memory_is_let_go_when_a_block_ends(model: Any) -> None:
-    with torch.no_grad(), SparseAttention(model, "losa:budget=8,active=2", page_size=4) as sparse:
-        cache = prefilled(model)
-        sparse.start_block()
-        for _ in range(2):
-            model(tokens(1, BLOCK), **cache)
-        assert sparse.memory_bytes > 3 * 4 * BLOCK * 17 * 4  # layers, heads, rows, out and lse, bytes
-        memory = sparse.decoder.memories[0]
-        assert memory is not None and memory.bounds is not None
-        watched = [weakref.ref(x) for x in (memory.state.out, memory.bounds.lower, memory.selection)]
-        del memory
-        sparse.finish_block()
-        gc.collect()
-        assert sparse.memory_bytes == 0 and [ref() for ref in watched] == [None] * 3
-
-
 def test_the_first_block_of_an_empty_cache_reads_itself_alone(model: Any) -> None:
     block = tokens(1, BLOCK)
     with torch.no_grad():
@@ -175,14 +140,6 @@ def stand_ins_cache() -> Any:
     from transformers import DynamicCache
 
     return DynamicCache()
-
-
-def test_a_sparse_policy_reads_less_of_a_whole_sequence() -> None:
-    stack, reports = random_stack(stand_ins.LLaDA), []
-    sparse = SparseAttention(stack, "quest:budget=8", page_size=4, on_pass=reports.append)
-    with torch.no_grad(), sparse, sparse.block():
-        stack(rows(64, 0))
-    assert len(reports) == 1 and reports[0].density < 1.0
 
 
 def test_every_contract_is_tested_on_what_it_says() -> None:
@@ -212,14 +169,9 @@ def test_a_class_of_ones_own_is_registered_by_its_contract() -> None:
     with pytest.raises(InvalidArgumentError, match=r"contract=ModuleContract"):
         SparseAttention(stack, "dense")
     mine = ModuleContract(
-        classes=("Mine",),
-        models="mine",
-        scope="sequence",
-        attributes=("to_q", "to_k", "to_v"),
-        output="back",
-        project=lambda module, call: module.split(call["hidden_states"]),
-        returns=1,
-    )
+        classes=("Mine",), models="mine", scope="sequence", attributes=("to_q", "to_k", "to_v"), output="back",
+        project=lambda module, call: module.split(call["hidden_states"]), returns=1,
+    )  # fmt: skip
     with torch.no_grad():
         own, exact = stack(rows(24, 0)), copy.deepcopy(stack).double()(rows(24, 0, torch.float64))
         with SparseAttention(stack, "dense", contract=mine) as sparse, sparse.block():
@@ -430,12 +382,6 @@ def test_policies_that_leave_rows_out_are_told_that_the_model_computes_all(model
             assert_within_budget(logits, eager, exact)
 
 
-def test_a_copy_of_an_attached_model_is_refused(model: Any) -> None:
-    with SparseAttention(model, "dense"), pytest.raises(CallOrderError, match="nothing is attached to it"):
-        copy.deepcopy(model)
-    copy.deepcopy(model)
-
-
 def test_training_mode_within_a_block_is_refused(model: Any) -> None:
     with torch.no_grad(), SparseAttention(model, "dense") as sparse:
         cache = prefilled(model)
@@ -557,23 +503,6 @@ def test_a_new_prompt_is_not_answered_with_the_pages_of_the_one_before(model: An
             assert sparse.decoder.memories[0] is not None  # kept for the sequence
         sparse.reset()
         assert sparse.decoder.memories[0] is None
-
-
-def test_a_batch_that_changes_without_a_word_is_stale(model: Any) -> None:
-    with torch.no_grad(), SparseAttention(model, SNAPKV, page_size=4) as sparse:
-        cache = prefilled(model, 2)
-        snapkv_blocks(sparse, model, cache, 1, 2)
-        other = prefilled_elsewhere(model, 1)
-        with sparse.block(), pytest.raises(StaleMemoryError, match=r"reset\(\)"):
-            model(tokens(1, BLOCK), **other)
-
-
-def prefilled_elsewhere(model: Any, batch: int) -> dict[str, Any]:
-    """A cache that the attached model has never seen."""
-    cache = {cache_name(model): new_cache(model)}
-    for layer in range(model.config.num_hidden_layers):
-        held(cache).update(*torch.randn(2, batch, 2, PREFIX + BLOCK, 16), layer)
-    return cache
 
 
 @pytest.mark.parametrize("call", ["reorder_cache", "batch_select_indices", "batch_repeat_interleave", "by hand"])

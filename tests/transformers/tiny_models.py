@@ -13,33 +13,23 @@ from transformers import DynamicCache
 VOCABULARY, CANVAS = 64, 8
 
 
-def diffusion_gemma(*, sliding_window: int = 24) -> Any:
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 512,
+}  # fmt: skip
+
+
+def diffusion_gemma() -> Any:
     """A sliding and a full layer, with the head sizes of the released model: 256 and 512."""
     text = transformers.DiffusionGemmaTextConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=256,
-        global_head_dim=512,
-        num_global_key_value_heads=1,
-        sliding_window=sliding_window,
-        layer_types=["sliding_attention", "full_attention"],
-        num_experts=2,
-        top_k_experts=1,
+        **SIZES, num_hidden_layers=2, head_dim=256, global_head_dim=512, num_global_key_value_heads=1,
+        sliding_window=24, layer_types=["sliding_attention", "full_attention"], num_experts=2, top_k_experts=1,
         moe_intermediate_size=16,
-        max_position_embeddings=512,
-    )
+    )  # fmt: skip
     vision = transformers.Gemma4VisionConfig(
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
         head_dim=8,
-    )
+    )  # fmt: skip
     torch.manual_seed(0)
     config = transformers.DiffusionGemmaConfig(text_config=text, vision_config=vision, canvas_length=CANVAS)
     model = transformers.DiffusionGemmaForBlockDiffusion(config).eval()
@@ -61,17 +51,8 @@ def causal_shape(family: str, layers: int = 3) -> Any:
     """A causal model of transformers, two query heads a KV head."""
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=512,
-        attn_implementation="eager",
-        **EXTRAS.get(family, {}),
-    )
+        **SIZES, num_hidden_layers=layers, head_dim=16, attn_implementation="eager", **EXTRAS.get(family, {}),
+    )  # fmt: skip
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     for parameter in model.parameters():
         if parameter.ndim > 1:
