@@ -24,8 +24,19 @@ from sparse_dlm_attn.files import check_target, write_atomically
 from sparse_dlm_attn.values import check_int
 
 __all__ = [
-    "Entry", "Kind", "Machine", "Settings", "cache_file", "chosen", "epoch", "forced", "load", "make_room", "store",
-    "use_tuned", "watched",
+    "Entry",
+    "Kind",
+    "Machine",
+    "Settings",
+    "cache_file",
+    "chosen",
+    "epoch",
+    "forced",
+    "load",
+    "make_room",
+    "store",
+    "use_tuned",
+    "watched",
 ]
 
 FORMAT = 1
@@ -62,8 +73,13 @@ class Settings:
     least_m: int = 16
 
     def __post_init__(self) -> None:
-        ranges = {"block_n": (16, 256), "warps": (1, 16), "stages": (1, 8), "programs": (1, 65536),
-                  "least_m": (16, 128)}
+        ranges = {
+            "block_n": (16, 256),
+            "warps": (1, 16),
+            "stages": (1, 8),
+            "programs": (1, 65536),
+            "least_m": (16, 128),
+        }
         for name, (least, most) in ranges.items():
             value = check_int(name, getattr(self, name))
             if not least <= value <= most:
@@ -172,8 +188,11 @@ class Entry:
     def of(cls, record: dict[str, Any]) -> Entry:
         """Return what `as_dict` made a record of."""
         return cls(
-            Machine(**record["machine"]), Kind(**record["kind"]), Settings(**record["settings"]),
-            float(record["default_us"]), float(record["tuned_us"]),
+            Machine(**record["machine"]),
+            Kind(**record["kind"]),
+            Settings(**record["settings"]),
+            float(record["default_us"]),
+            float(record["tuned_us"]),
         )
 
 
@@ -275,8 +294,8 @@ def use_tuned(device: Any = None) -> tuple[Entry, ...]:
         others = {entry.machine for entry in entries}
         known = "; ".join(f"{one.gpu} with Triton {one.triton}" for one in others) or "nothing"
         raise UnavailableError(
-            WHAT, [f"{path} holds none for {machine.gpu} with Triton {machine.triton} and these kernels, but "
-                   f"{known}"],
+            WHAT,
+            [f"{path} holds none for {machine.gpu} with Triton {machine.triton} and these kernels, but {known}"],
             "Run: sparse-dlm-attn tune (its options name your shape), or leave tuned out.",
         )
     _tuned[machine] = found

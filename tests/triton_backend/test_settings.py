@@ -48,10 +48,10 @@ def entry(kind: Kind = KIND, machine: Machine = HERE, **values: int) -> Entry:
     return Entry(machine, kind, Settings(**values), 30.0, 20.0)
 
 
-@pytest.mark.parametrize("values", [
-    {"block_n": 48}, {"block_n": 8}, {"warps": 3}, {"warps": 32}, {"stages": 0}, {"programs": 0},
-    {"least_m": 256},
-])
+@pytest.mark.parametrize(
+    "values",
+    [{"block_n": 48}, {"block_n": 8}, {"warps": 3}, {"warps": 32}, {"stages": 0}, {"programs": 0}, {"least_m": 256}],
+)
 def test_values_that_no_kernel_takes_are_refused(values: dict[str, int]) -> None:
     with pytest.raises(InvalidArgumentError) as caught:
         Settings(**values)
@@ -82,9 +82,7 @@ def test_a_file_of_something_else_is_said_and_kept(file: Path, text: str | bytes
     assert file.read_bytes() == data
 
 
-def test_the_file_lies_in_the_users_cache_unless_it_is_named(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_file_lies_in_the_users_cache_unless_it_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("SDA_TRITON_SETTINGS", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert settings.cache_file() == tmp_path / "sparse_dlm_attn" / "triton.json"
@@ -107,8 +105,9 @@ def test_a_launch_gets_its_default_unless_tuned_settings_were_asked_for(file: Pa
 
 
 def test_the_nearest_batch_and_context_are_taken_and_nothing_else(file: Path) -> None:
-    settings.store(file, [entry(stages=1), entry(replace(KIND, context=4096), stages=2),
-                          entry(replace(KIND, heads=64), stages=4)])
+    settings.store(
+        file, [entry(stages=1), entry(replace(KIND, context=4096), stages=2), entry(replace(KIND, heads=64), stages=4)]
+    )
     settings.use_tuned()
     for heads, context, stages in ((8, 32768, 1), (8, 8192, 2), (48, 65536, 4), (1, 1, 2)):
         asked = replace(KIND, heads=heads, context=context)
@@ -119,9 +118,9 @@ def test_the_nearest_batch_and_context_are_taken_and_nothing_else(file: Path) ->
     assert "sparse-dlm-attn tune --dtype bfloat16 --head-dim 64" in str(caught.value)
 
 
-@pytest.mark.parametrize("machine", [
-    None, replace(HERE, gpu="another"), replace(HERE, triton="3.5.0"), replace(HERE, kernels="old"),
-])
+@pytest.mark.parametrize(
+    "machine", [None, replace(HERE, gpu="another"), replace(HERE, triton="3.5.0"), replace(HERE, kernels="old")]
+)
 def test_what_was_tuned_elsewhere_is_not_used(file: Path, machine: Machine | None) -> None:
     if machine is not None:
         settings.store(file, [entry(machine=machine)])
