@@ -57,6 +57,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 OTHERS = ("int8", "int32", "int64", "bool", "float64")
 MOST = 256
 """Largest head size and page size, in channels and tokens."""
+Tensor = torch.Tensor
 
 
 class TritonBackend(Backend):
@@ -91,7 +92,7 @@ class TritonBackend(Backend):
         if not isinstance(tuned, bool | None):
             raise InvalidTypeError("tuned", "must be a bool or None", repr(tuned))
         self.ragged = ragged
-        self._device = _check_device("cpu" if INTERPRETED else "cuda") if device is None else (_check_device(device))
+        self._device = _check_device(("cpu" if INTERPRETED else "cuda") if device is None else device)
         self.device = str(self._device)
         self.tuned = os.environ.get("SDA_TRITON_TUNED") == "1" if tuned is None else tuned
         if self.tuned:
@@ -122,7 +123,7 @@ class TritonBackend(Backend):
             notes=notes + ".",
         )
 
-    def asarray(self, values: Any, *, dtype: str | None = None) -> torch.Tensor:
+    def asarray(self, values: Any, *, dtype: str | None = None) -> Tensor:
         """Convert host values to tensors (a copy, so that the caller's array stays untouched)."""
         if dtype is not None and str(dtype) not in (*DTYPES, *OTHERS):
             raise InvalidTypeError(
@@ -131,7 +132,7 @@ class TritonBackend(Backend):
         try:
             dtype = dtype or dtype_of_host(values)
             kind = getattr(torch, dtype) if dtype is not None else None
-            if isinstance(values, torch.Tensor):
+            if isinstance(values, Tensor):
                 return values.detach().to(device=self._device, dtype=kind, copy=True)
             return torch.tensor(values, dtype=kind, device=self._device)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -146,89 +147,51 @@ class TritonBackend(Backend):
         self._check("context", context.k_pages)
         return PageBounds(*ops.page_bounds(context.k_pages, context.page_table, context.page_lengths))
 
-    def page_scores(self, q: torch.Tensor, bounds: PageBounds, *, active: torch.Tensor | None = None) -> torch.Tensor:
+    def page_scores(self, q: Tensor, bounds: PageBounds, *, active: Tensor | None = None) -> Tensor:
         check_page_scores(q, bounds, active)
         self._check("q", q)
-        scores: torch.Tensor = ops.page_scores(q, bounds.lower, bounds.upper)
+        scores: Tensor = ops.page_scores(q, bounds.lower, bounds.upper)
         return scores
 
     def pooled_scores(
-        self,
-        q: torch.Tensor,
-        context: Context,
-        *,
-        span: int,
-        scale: float | None = None,
-        lse: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        self, q: Tensor, context: Context, *, span: int, scale: float | None = None, lse: Tensor | None = None
+    ) -> Tensor:
         check_pooled_scores(q, context, span, scale, lse)
         self._check("q", q)
-        scores: torch.Tensor = ops.pooled_scores(
-            q,
-            context.k_pages,
-            context.page_table,
-            context.page_lengths,
-            min(span, max(q.shape[2], 1)),
-            softmax_scale(q.shape[3], scale),
-            lse,
-        )
+        keys, span = (context.k_pages, context.page_table, context.page_lengths), min(span, max(q.shape[2], 1))
+        scores: Tensor = ops.pooled_scores(q, *keys, span, softmax_scale(q.shape[3], scale), lse)
         return scores
 
-    def top_pages(self, scores: torch.Tensor, count: int | torch.Tensor, *, eligible: torch.Tensor) -> torch.Tensor:
+    def top_pages(self, scores: Tensor, count: int | Tensor, *, eligible: Tensor) -> Tensor:
         check_top_pages(scores, count, eligible)
         self._check("scores", scores, floats=False)
         exact = scores.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.int8, torch.int16)
         if not exact or scores.shape[-1] > MOST_RANKED:
-            ranked: torch.Tensor = super().top_pages(scores, count, eligible=eligible)
+            ranked: Tensor = super().top_pages(scores, count, eligible=eligible)
             return ranked
-        if not isinstance(count, torch.Tensor):  # any int is legal, but not in every integer dtype
+        if not isinstance(count, Tensor):  # any int is legal, but not in every integer dtype
             most = min(max(int(count), 0), scores.shape[-1])
             count = torch.full((), most, dtype=torch.int32, device=scores.device)
-        mask: torch.Tensor = ops.top_pages(scores, count.to(scores.device), eligible)
+        mask: Tensor = ops.top_pages(scores, count.to(scores.device), eligible)
         return mask
 
     def attend_pages(
-        self,
-        q: torch.Tensor,
-        context: Context,
-        selection: Selection,
-        active: torch.Tensor,
-        *,
-        scale: float | None = None,
+        self, q: Tensor, context: Context, selection: Selection, active: Tensor, *, scale: float | None = None
     ) -> AttentionState:
         check_attend_pages(q, context, selection, active, scale)
         self._check("q", q)
-        return AttentionState(
-            *ops.attend_pages(
-                q,
-                *_pages(context),
-                selection.mask,
-                min(selection.span, max(q.shape[2], 1)),
-                active,
-                softmax_scale(q.shape[3], scale),
-                self.ragged,
-            )
-        )
+        chosen, scale = _chosen(q, selection, active), softmax_scale(q.shape[3], scale)
+        return AttentionState(*ops.attend_pages(q, *_pages(context), *chosen, scale, self.ragged))
 
-    def attend_block(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None = None
-    ) -> AttentionState:
+    def attend_block(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> AttentionState:
         check_attend_block(q, k, v, scale)
         self._check("q", q)
         return AttentionState(*ops.attend_block(q, k, v, softmax_scale(q.shape[3], scale)))
 
     def attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        context: Context,
-        selection: Selection,
-        active: torch.Tensor,
-        cached: AttentionState | None,
-        *,
-        scale: float | None = None,
-    ) -> tuple[torch.Tensor, AttentionState]:
+        self, q: Tensor, k: Tensor, v: Tensor, context: Context, selection: Selection, active: Tensor,
+        cached: AttentionState | None, *, scale: float | None = None,
+    ) -> tuple[Tensor, AttentionState]:  # fmt: skip
         check_attend_pages(q, context, selection, active, scale)
         check_attend_block(q, k, v, scale)
         if cached is not None:
@@ -236,32 +199,14 @@ class TritonBackend(Backend):
         self._check("q", q)
         if q.shape[2] > MOST_ROWS:
             return super().attend(q, k, v, context, selection, active, cached, scale=scale)
-        out, *state = ops.attend(
-            q,
-            k,
-            v,
-            *_pages(context),
-            selection.mask,
-            min(selection.span, max(q.shape[2], 1)),
-            active,
-            softmax_scale(q.shape[3], scale),
-            *_parts(cached),
-            self.ragged,
-        )
+        chosen, scale = _chosen(q, selection, active), softmax_scale(q.shape[3], scale)
+        out, *state = ops.attend(q, k, v, *_pages(context), *chosen, scale, *_parts(cached), self.ragged)
         return out, AttentionState(*state)
 
     def attend_ranked(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        context: Context,
-        bounds: PageBounds,
-        ranked_pass: RankedPass,
-        cached: AttentionState | None,
-        *,
-        scale: float | None = None,
-    ) -> RankedResult:
+        self, q: Tensor, k: Tensor, v: Tensor, context: Context, bounds: PageBounds, ranked_pass: RankedPass,
+        cached: AttentionState | None, *, scale: float | None = None,
+    ) -> RankedResult:  # fmt: skip
         check_ranked_pass(q, k, v, context, bounds, ranked_pass, cached, scale)
         self._check("q", q)
         rule = ranked_pass
@@ -270,37 +215,18 @@ class TritonBackend(Backend):
             return super().attend_ranked(q, k, v, context, bounds, rule, cached, scale=scale)
         # Any int is legal, but a kernel takes small ones.
         count = None if rule.count is None else min(rule.count, q.shape[2])
-        budget = min(rule.budget, context.pages * context.page_size)
+        budget, pages = min(rule.budget, context.pages * context.page_size), min(rule.pages, context.pages)
         out, state_out, state_lse, active, mask, kept = ops.attend_ranked(
-            q,
-            k,
-            v,
-            *_pages(context),
-            bounds.lower,
-            bounds.upper,
-            rule.reference,
-            count,
-            rule.mass,
-            budget,
-            min(rule.pages, context.pages),
-            rule.union,
-            rule.keep,
-            softmax_scale(q.shape[3], scale),
-            *_parts(cached),
-            self.ragged,
-        )
-        span = 1 if rule.union == "row" else q.shape[2]
-        return RankedResult(
-            out,
-            AttentionState(state_out, state_lse),
-            active,
-            Selection(mask, span),
-            None if rule.keep == "nothing" else kept,
-        )
+            q, k, v, *_pages(context), bounds.lower, bounds.upper, rule.reference, count, rule.mass, budget, pages,
+            rule.union, rule.keep, softmax_scale(q.shape[3], scale), *_parts(cached), self.ragged,
+        )  # fmt: skip
+        selection = Selection(mask, 1 if rule.union == "row" else q.shape[2])
+        kept = None if rule.keep == "nothing" else kept
+        return RankedResult(out, AttentionState(state_out, state_lse), active, selection, kept)
 
-    def _check(self, name: str, tensor: torch.Tensor, *, floats: bool = True) -> None:
+    def _check(self, name: str, tensor: Tensor, *, floats: bool = True) -> None:
         """Raise unless a tensor is PyTorch's, lies on this backend's device and has a dtype it computes."""
-        check_library(name, tensor, torch.Tensor, "triton")
+        check_library(name, tensor, Tensor, "triton")
         place = tensor.device
         if place.type != self._device.type or self._device.index not in (None, place.index):
             raise InvalidArgumentError(
@@ -315,11 +241,15 @@ class TritonBackend(Backend):
             raise UnsupportedError("triton", [f"head_dim {tensor.shape[-1]} exceeds {MOST}"])
 
 
-def _pages(context: Context) -> tuple[torch.Tensor, ...]:
+def _pages(context: Context) -> tuple[Tensor, ...]:
     return context.k_pages, context.v_pages, context.page_table, context.page_lengths
 
 
-def _parts(state: AttentionState | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def _chosen(q: Tensor, selection: Selection, active: Tensor) -> tuple[Tensor, int, Tensor]:
+    return selection.mask, min(selection.span, max(q.shape[2], 1)), active
+
+
+def _parts(state: AttentionState | None) -> tuple[Tensor | None, Tensor | None]:
     return (None, None) if state is None else (state.out, state.lse)
 
 

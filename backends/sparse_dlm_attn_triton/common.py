@@ -78,23 +78,10 @@ class Launch:
     """A kernel with its grid, numbers and constants: everything but the tensors of a launch.
 
     The first launch goes through Triton's binder, which specialises and compiles; later ones call the compiled
-    kernel directly, which saves most of the host's time. That needs tensors on 16-byte boundaries, as the kernel
-    was compiled for them; other launches go through the binder each time.
+    kernel directly, which saves most of the host's time. That needs tensors on 16-byte boundaries (``aligned``),
+    as the kernel was compiled for them; other launches go through the binder each time.
 
-    Parameters
-    ----------
-    kernel : triton.runtime.JITFunction
-        Its parameters are tensors, then numbers and tuples of strides, then compile-time constants.
-    grid : tuple of int
-        Programs along each axis.
-    *numbers
-        Numbers and tuples of strides.
-    device : torch.device
-        Where it runs.
-    aligned : bool
-        Whether all tensors begin at multiples of 16 bytes.
-    **constants
-        Compile-time constants but PDL, and options of the launch.
+    A kernel's parameters are tensors, then ``numbers`` and tuples of strides, then compile-time constants.
     """
 
     def __init__(

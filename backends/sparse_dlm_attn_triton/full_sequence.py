@@ -163,18 +163,8 @@ def lists_for(
 ) -> SpanLists:  # fmt: skip
     """Make the page lists that `attend_spans` takes, once for many passes with one selection.
 
-    Parameters
-    ----------
-    q, v_pages, page_table, page_lengths, mask, span, active
-        As for `attend_spans`. Lists stay right for other queries and keys of the same shapes; where
-        spans share a tile, they stay right while the same values are finite.
-    tile : Tile, optional
-        As for `attend_spans`.
-
-    Returns
-    -------
-    SpanLists
-        For a tile of as many rows.
+    Lists stay right for other queries and keys of the same shapes; where spans share a tile, they stay right while
+    the same values are finite. Arguments are those of `attend_spans`.
     """
     tokens, span = q.shape[2], min(span, max(q.shape[2], 1))
     tile = tile or attend_tile(q.dtype, q.shape[3], tokens, span, shared_memory(q.device))

@@ -65,35 +65,14 @@ def attend(
     q: Tensor, block: tuple[Tensor, Tensor] | None, part: Part | None, cached: tuple[Tensor, Tensor] | None,
     scale: float, keep: int = 0, reference: Tensor | None = None, *, later: bool = False, ragged: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Launch a pass, or the half of it that is asked for.
+    """Launch a pass, or the half of it that is asked for: ``block`` is its k and v, ``part`` the context part.
 
-    Parameters
-    ----------
-    q : torch.Tensor
-        ``(batch, q_heads, tokens, head_dim)``.
-    block : tuple of torch.Tensor or None
-        ``k`` and ``v`` of the block, ``(batch, kv_heads, keys, head_dim)``.
-    part : Part or None
-        The context part.
-    cached : tuple of torch.Tensor or None
-        ``out`` and ``lse`` of inactive rows; None counts as the empty set.
-    scale : float
-        Factor on q.k.
-    keep : int
-        What to store for the next pass to measure change against: nothing (0), all queries (1), those of
-        active rows and ``reference`` elsewhere (2).
-    reference : torch.Tensor or None
-        Like ``q``.
-    later : bool
-        Whether kernels of the same pass were launched before.
-    ragged : bool
-        Whether programs take equal shares of all page lists together, for one more launch.
+    ``cached`` is the state of inactive rows; None counts as the empty set. ``keep`` says what to store for the next
+    pass to measure change against: nothing (0), all queries (1), those of active rows and ``reference`` elsewhere
+    (2). ``later`` says that kernels of the same pass were launched before.
 
-    Returns
-    -------
-    tuple of torch.Tensor
-        Output of the pass, ``out`` and ``lse`` of the context part (of the block if there is no context
-        part), and the kept queries. Empty tensors stand for what was not asked for.
+    Returns the output of the pass, ``out`` and ``lse`` of the context part (of the block if there is no context
+    part), and the kept queries. Empty tensors stand for what was not asked for.
     """
     # Copies, if there have to be any, come before the first launch: later kernels read the inputs of a pass
     # before they wait for the kernel in front of them.

@@ -232,17 +232,9 @@ def _sweep(
 def context_lse(
     q: Tensor, k_pages: Tensor, page_table: Tensor, page_lengths: Tensor, scale: float, *, tile: Tile | None = None
 ) -> Tensor:
-    """Return the LSE of every row over all valid keys, without values.
+    """Return the LSE of every row over all valid keys, without values; -inf for an empty context.
 
-    Parameters
-    ----------
-    q, k_pages, page_table, page_lengths, scale, tile
-        As for `pooled_scores`.
-
-    Returns
-    -------
-    torch.Tensor
-        float32 ``(batch, q_heads, tokens)``, natural log; -inf for an empty context.
+    Arguments as for `pooled_scores`; float32 ``(batch, q_heads, tokens)``, a natural logarithm.
     """
     (batch, q_heads, tokens, head_dim), kv_heads, pages = q.shape, k_pages.shape[1], page_table.shape[1]
     if 0 in (*q.shape, pages, *k_pages.shape):

@@ -36,22 +36,10 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """The context part of a pass: which pages, for which rows.
+    """The context part of a pass: which pages, for which rows; shapes as in `ops`.
 
-    Parameters
-    ----------
-    k_pages, v_pages : torch.Tensor
-        ``(num_pages, kv_heads, page_size, head_dim)``.
-    page_table, page_lengths : torch.Tensor
-        int32 ``(batch, pages)``.
-    mask : torch.Tensor
-        bool ``(batch, 1 or kv_heads or q_heads, spans, pages)``.
-    span : int
-        Rows that share a selection.
-    active : torch.Tensor
-        bool ``(batch, tokens)``.
-    most_active : int
-        Upper bound of the active rows of a sequence that the host knows; ``tokens`` if it knows none.
+    ``span`` rows share a selection. ``most_active`` is an upper bound of the active rows of a sequence that the host
+    knows; ``tokens`` if it knows none.
     """
 
     k_pages: Tensor

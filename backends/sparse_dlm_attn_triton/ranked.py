@@ -59,23 +59,10 @@ def ranking_of(
     device: torch.device, dtype: torch.dtype, q: Any, bounds: tuple[Any, Any], reference: Any, count: int | None,
     mass: float | None, budget: int, top_k: int, union: str, aligned_all: bool,
 ) -> Ranking:  # fmt: skip
-    """Settle the launches of a ranked pass's decisions.
+    """Settle the launches of a ranked pass's decisions, from the layouts of queries, bounds and reference.
 
-    Parameters
-    ----------
-    device, dtype
-        Of the queries.
-    q, bounds, reference : layout
-        Of the queries ``(batch, q_heads, tokens, head_dim)``, of lower and upper bounds ``(batch, kv_heads, pages,
-        head_dim)``, and of the queries to measure change against; without those every row is active.
-    count, mass : int or float or None
-        Which rows are active: exactly one of them where there is a reference.
-    budget, top_k : int
-        Tokens that make a context small enough to be read whole, and pages of a row and head otherwise.
-    union : {"kv_head", "query_head", "row"}
-        Over what pages are united.
-    aligned_all : bool
-        Whether all tensors are `aligned`.
+    Without a reference every row is active; with one, ``count`` rows or a share ``mass`` of all change. A context of
+    at most ``budget`` tokens is read whole, else ``top_k`` pages of each row and head, united over ``union``.
     """
     (batch, q_heads, tokens, _), (_, kv_heads, pages, _) = q[0], bounds[0][0]
     spans, heads = tokens if union == "row" else 1, kv_heads if union == "kv_head" else q_heads
@@ -125,16 +112,7 @@ def ranked_plan(
 ) -> RankedPlan:  # fmt: skip
     """Return the plan for tensors whose last axes are contiguous, as kernels read them.
 
-    Parameters
-    ----------
-    q, k, v, pages, bounds, reference, cached
-        As for `RankedPlan.run`.
-    rule : tuple
-        ``count, mass, budget, pages, union, keep`` of a `sparse_dlm_attn.RankedPass`.
-    scale : float
-        Factor on q.k.
-    ragged : bool
-        Whether programs take equal shares of all page lists together.
+    ``rule`` is ``count, mass, budget, pages, union, keep`` of a `sparse_dlm_attn.RankedPass`.
     """
     count, _, _, _, union, keep = rule
     tokens = q.shape[2]

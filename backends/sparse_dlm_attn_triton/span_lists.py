@@ -116,27 +116,9 @@ def span_lists(
     v_pages: Tensor, page_table: Tensor, page_lengths: Tensor, mask: Tensor, span: int, active: Tensor,
     spans_together: int = 1,
 ) -> SpanLists:  # fmt: skip
-    """List the pages that groups of spans read.
+    """List the pages that groups of ``spans_together`` neighbouring spans, at most 32, read.
 
-    Parameters
-    ----------
-    v_pages : torch.Tensor
-        ``(num_pages, kv_heads, page_size, head_dim)``; read only where spans share a program.
-    page_table, page_lengths : torch.Tensor
-        int32 ``(batch, pages)``.
-    mask : torch.Tensor
-        bool ``(batch, 1 or kv_heads or q_heads, spans, pages)``.
-    span : int
-        Rows that share a selection, at most the rows that there are.
-    active : torch.Tensor
-        bool ``(batch, tokens)``; a span without an active row reads nothing.
-    spans_together : int
-        Neighbouring spans of a group, at most 32.
-
-    Returns
-    -------
-    SpanLists
-        On the device of the mask.
+    A span without an active row reads nothing. Values are looked at only where spans share a program.
     """
     batch, heads, spans, pages = mask.shape
     kv_heads, page_size, head_dim = v_pages.shape[1:]

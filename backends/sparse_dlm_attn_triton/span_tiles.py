@@ -59,19 +59,7 @@ def _fit(tile: Tile, tokens: int, span: int) -> Tile:
 
 
 def attend_tile(dtype: torch.dtype, head_dim: int, tokens: int, span: int, shared_bytes: int) -> Tile:
-    """Choose the tile of block-sparse attention.
-
-    Parameters
-    ----------
-    dtype : torch.dtype
-        Of q, K and V.
-    head_dim : int
-        Channels a head.
-    tokens, span : int
-        Query rows of the block, and those that share a page list.
-    shared_bytes : int
-        Bytes of shared memory that a program may use.
-    """
+    """Choose the tile of block-sparse attention, for a program that may use so many bytes of shared memory."""
     wide = head_dim > 128
     if dtype == torch.float32:  # tensor cores would round the inputs to tf32: products are plain sums
         return _fit(Tile(16 if wide else 32, 16, 4, 2), tokens, span)
