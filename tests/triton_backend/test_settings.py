@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from sparse_dlm_attn_bench import tuning  # noqa: E402
 from sparse_dlm_attn_bench.gate import WrongResultError  # noqa: E402
 from sparse_dlm_attn_bench.layer import layers  # noqa: E402
 from sparse_dlm_attn_bench.shape import Shape  # noqa: E402
-from sparse_dlm_attn_triton import TritonBackend, launch, settings  # noqa: E402
+from sparse_dlm_attn_triton import TritonBackend, common, settings  # noqa: E402
 from sparse_dlm_attn_triton.settings import Entry, Kind, Machine, Settings  # noqa: E402
 
 HERE = Machine("a GPU", "3.6.0", "abc")
@@ -131,12 +130,12 @@ def test_what_was_tuned_elsewhere_is_not_used(file: Path, machine: Machine | Non
 def test_tuned_is_an_option_of_the_backend() -> None:
     with pytest.raises(InvalidTypeError, match="tuned must be a bool or None"):
         TritonBackend(tuned=1)  # type: ignore[arg-type]
-    if launch.INTERPRETED:
+    if common.INTERPRETED:
         with pytest.raises(InvalidArgumentError, match="tuned must be False under TRITON_INTERPRET"):
             get_backend("triton:tuned=true")
 
 
-@pytest.mark.skipif(not launch.INTERPRETED, reason="tests/gpu has this one for GPUs")
+@pytest.mark.skipif(not common.INTERPRETED, reason="tests/gpu has this one for GPUs")
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_settings_reach_the_kernel_and_change_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = Shape(context=64, tokens=3, q_heads=4, kv_heads=2, head_dim=16, page_size=16, dtype="float32")
@@ -193,9 +192,3 @@ def test_the_search_keeps_to_its_limit_and_to_the_default_where_nothing_is_gaine
 def test_defaults_that_do_not_run_are_an_error() -> None:
     with pytest.raises(WrongResultError):
         tuning.search(Settings(warps=8), 100, 40, clock)
-
-
-def test_records_say_everything() -> None:
-    record = json.loads(json.dumps(entry().as_dict()))
-    assert Entry.of(record) == entry()
-    assert set(tuning.CANDIDATES) == set(Settings().as_dict())
