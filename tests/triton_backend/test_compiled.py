@@ -19,15 +19,8 @@ pytestmark = [pytest.mark.timeout(3600), pytest.mark.slow]
 SCRIPT = Path(__file__).parent / "compiling.py"
 ROOM = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 """Bytes of shared memory for a program: A100, H100 and H200, B200, and the GeForce cards since 8.6."""
-LARGEST = [
-    "metadata",
-    "head size 256, 32 rows",
-    "float32, own pages",
-    "float32, head size 256, own pages, ragged",
-    "sequence, head size 256",
-    "sequence, span 32",
-]
-"""Problems whose kernels have the largest tiles, and between them all kernels."""
+EVERYWHERE = ["metadata", "float32, head size 256, own pages, ragged", "sequence, head size 256", "spans together"]
+"""Problems whose kernels have the largest tiles, and between them all kernels but `splits_kernel`."""
 AHEAD = {
     "page 64: splits_kernel": 4,
     "page 64, 64 lists: splits_kernel": 2,
@@ -37,6 +30,12 @@ AHEAD = {
     "sequence, span 128: spans_kernel": 2,
 }
 """How many copies may be on their way on Hopper while a tile is multiplied: K and V of the next one, or two."""
+PROBLEMS = {
+    80: [*EVERYWHERE, "head size 256, 32 rows", "float32, own pages"],
+    90: [*EVERYWHERE, *(name.split(": ")[0] for name in AHEAD)],
+    100: [*EVERYWHERE, "page 64, 64 lists"],
+    120: [*EVERYWHERE, "head size 256, 32 rows"],
+}
 KERNELS = {
     "bounds_kernel", "changes_kernel", "scores_kernel", "select_kernel", "top_kernel", "splits_kernel",
     "stream_k_kernel", "lists_kernel", "finish_kernel", "spans_kernel", "pooled_kernel", "lse_kernel",
@@ -47,10 +46,8 @@ KERNELS = {
 @pytest.fixture(scope="module")
 def compiled() -> dict[int, dict[str, dict[str, Any]]]:
     """Return what `compiling.py` tells of every kernel, by capability."""
-    requests = dict.fromkeys(ROOM, LARGEST)
-    requests[90] = LARGEST + [name.split(": ")[0] for name in AHEAD]
     run = subprocess.run(
-        [sys.executable, str(SCRIPT), json.dumps(requests)],
+        [sys.executable, str(SCRIPT), json.dumps(PROBLEMS)],
         env={**os.environ, "TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,
