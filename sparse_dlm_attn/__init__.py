@@ -5,18 +5,13 @@
 5
 """
 
-from typing import TYPE_CHECKING
-
+from sparse_dlm_attn.array_backend import ArrayBackend as ArrayBackend
 from sparse_dlm_attn.arrays import Array as Array
 from sparse_dlm_attn.backend import Backend as Backend
-from sparse_dlm_attn.capabilities import Capabilities as Capabilities
-from sparse_dlm_attn.capabilities import Problem as Problem
 from sparse_dlm_attn.context import Context as Context
 from sparse_dlm_attn.decoder import Decoder as Decoder
-from sparse_dlm_attn.decoder import DecoderPass as DecoderPass
 from sparse_dlm_attn.driver import PrefixAttention as PrefixAttention
 from sparse_dlm_attn.errors import CallOrderError as CallOrderError
-from sparse_dlm_attn.errors import DataFileError as DataFileError
 from sparse_dlm_attn.errors import InvalidArgumentError as InvalidArgumentError
 from sparse_dlm_attn.errors import InvalidTypeError as InvalidTypeError
 from sparse_dlm_attn.errors import SparseAttentionError as SparseAttentionError
@@ -24,27 +19,18 @@ from sparse_dlm_attn.errors import StaleMemoryError as StaleMemoryError
 from sparse_dlm_attn.errors import UnavailableError as UnavailableError
 from sparse_dlm_attn.errors import UnknownNameError as UnknownNameError
 from sparse_dlm_attn.errors import UnsupportedError as UnsupportedError
-from sparse_dlm_attn.memory import LayerMemory as LayerMemory
+from sparse_dlm_attn.pass_info import PassInfo as PassInfo
 from sparse_dlm_attn.policy import PassInputs as PassInputs
 from sparse_dlm_attn.policy import PrefixAttentionPolicy as PrefixAttentionPolicy
-from sparse_dlm_attn.ranked import RankedPass as RankedPass
-from sparse_dlm_attn.ranked import RankedResult as RankedResult
-from sparse_dlm_attn.registry import Plugin as Plugin
-from sparse_dlm_attn.registry import backends as backends
 from sparse_dlm_attn.registry import get_backend as get_backend
 from sparse_dlm_attn.registry import get_policy as get_policy
+from sparse_dlm_attn.registry import list_backends as list_backends
+from sparse_dlm_attn.registry import list_policies as list_policies
 from sparse_dlm_attn.rules import Rule as Rule
 from sparse_dlm_attn.rules import RulePolicy as RulePolicy
 from sparse_dlm_attn.selection import Selection as Selection
-from sparse_dlm_attn.traffic import Traffic as Traffic
 from sparse_dlm_attn.values import AttentionState as AttentionState
 from sparse_dlm_attn.values import PageBounds as PageBounds
-from sparse_dlm_attn.values import PassInfo as PassInfo
-
-if TYPE_CHECKING:
-    from sparse_dlm_attn.registry import policies as policies
-else:  # the package of that name, which can be called
-    from sparse_dlm_attn import policies as policies
 
 __version__ = "0.1.0"
 SPEC_VERSION = "2026.11"
@@ -53,38 +39,30 @@ SPEC_VERSION = "2026.11"
 __all__ = [
     "SPEC_VERSION",
     "Array",
+    "ArrayBackend",
     "AttentionState",
     "Backend",
     "CallOrderError",
-    "Capabilities",
     "Context",
-    "DataFileError",
     "Decoder",
-    "DecoderPass",
     "InvalidArgumentError",
     "InvalidTypeError",
-    "LayerMemory",
     "PageBounds",
     "PassInfo",
     "PassInputs",
-    "Plugin",
     "PrefixAttention",
     "PrefixAttentionPolicy",
-    "Problem",
-    "RankedPass",
-    "RankedResult",
     "Rule",
     "RulePolicy",
     "Selection",
     "SparseAttentionError",
     "StaleMemoryError",
-    "Traffic",
     "UnavailableError",
     "UnknownNameError",
     "UnsupportedError",
     "__version__",
-    "backends",
     "get_backend",
     "get_policy",
-    "policies",
+    "list_backends",
+    "list_policies",
 ]

@@ -21,12 +21,13 @@ from sparse_dlm_attn.context import Context
 from sparse_dlm_attn.errors import InvalidArgumentError, InvalidTypeError, UnsupportedError
 from sparse_dlm_attn.forms import Forms
 from sparse_dlm_attn.memory import LayerMemory, check_memory
+from sparse_dlm_attn.pass_info import PassInfo
 from sparse_dlm_attn.policy import PassInputs, PrefixAttentionPolicy, certain
 from sparse_dlm_attn.registry import get_backend, get_policy
 from sparse_dlm_attn.rules import RulePolicy
 from sparse_dlm_attn.selection import Selection
 from sparse_dlm_attn.traffic import RecordingOperators, Traffic
-from sparse_dlm_attn.values import AttentionState, PassInfo, changed, softmax_scale
+from sparse_dlm_attn.values import AttentionState, changed, softmax_scale
 
 __all__ = ["PrefixAttention"]
 

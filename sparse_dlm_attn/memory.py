@@ -10,13 +10,13 @@ import numpy as np
 from sparse_dlm_attn.arrays import Array, device_of, dtype_name, namespace, shape_of, to_numpy
 from sparse_dlm_attn.context import SUFFIX, Context
 from sparse_dlm_attn.errors import InvalidTypeError, StaleMemoryError
+from sparse_dlm_attn.pass_info import PassInfo
 from sparse_dlm_attn.policy import PrefixAttentionPolicy, certain
 from sparse_dlm_attn.selection import Selection
 from sparse_dlm_attn.traffic import Traffic
 from sparse_dlm_attn.values import (
     AttentionState,
     PageBounds,
-    PassInfo,
     check_sequences,
     short_repr,
     take_sequences,

@@ -16,8 +16,9 @@ from sparse_dlm_attn.arrays import Array, namespace
 from sparse_dlm_attn.backend import Backend
 from sparse_dlm_attn.context import Context
 from sparse_dlm_attn.errors import InvalidArgumentError, InvalidTypeError
+from sparse_dlm_attn.pass_info import PassInfo
 from sparse_dlm_attn.selection import Selection
-from sparse_dlm_attn.values import AttentionState, PassInfo, short_repr, take_sequences
+from sparse_dlm_attn.values import AttentionState, short_repr, take_sequences
 
 __all__ = [
     "PassInputs",

@@ -36,12 +36,12 @@ __all__ = [
     "COMMAND_GROUP",
     "POLICY_GROUP",
     "Plugin",
-    "backends",
     "checks",
     "commands",
     "get_backend",
     "get_policy",
-    "policies",
+    "list_backends",
+    "list_policies",
     "split_parameters",
 ]
 
@@ -91,12 +91,12 @@ class Plugin:
         return ""
 
 
-def backends() -> dict[str, Plugin]:
+def list_backends() -> dict[str, Plugin]:
     """Return the registered backends by name, read from metadata; imports none of them."""
     return _plugins("backend", BACKEND_GROUP)
 
 
-def policies() -> dict[str, Plugin]:
+def list_policies() -> dict[str, Plugin]:
     """Return the registered policies by name, read from metadata; imports none of them."""
     return _plugins("policy", POLICY_GROUP)
 

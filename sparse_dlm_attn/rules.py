@@ -25,8 +25,8 @@ def newest_page(context: Context) -> Array:
     """Return the last page before the block that holds a token, bool ``(batch, pages)``."""
     xp = namespace(context.page_lengths)
     before = context.exists & ~context.in_segment(SUFFIX)
-    counted = xp.cumulative_sum(xp.astype(before, xp.int32), axis=-1)
-    return before & (counted == counted[:, -1:])
+    ones = xp.astype(before, xp.int32)
+    return before & (xp.cumulative_sum(ones, axis=-1) == xp.sum(ones, axis=-1, keepdims=True, dtype=xp.int32))
 
 
 @dataclass(frozen=True, eq=False)

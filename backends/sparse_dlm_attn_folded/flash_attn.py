@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 
-from sparse_dlm_attn import AttentionState, Capabilities, InvalidArgumentError, Problem, UnavailableError
+from sparse_dlm_attn import AttentionState, InvalidArgumentError, UnavailableError
+from sparse_dlm_attn.capabilities import Capabilities, Problem
 from sparse_dlm_attn.values import check_int
 from sparse_dlm_attn_folded.backend import FoldedBackend, check_gpu
 from sparse_dlm_attn_folded.folding import Pool, Requests

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from sparse_dlm_attn import Capabilities, InvalidArgumentError, UnavailableError
+from sparse_dlm_attn import InvalidArgumentError, UnavailableError
+from sparse_dlm_attn.capabilities import Capabilities
 from sparse_dlm_attn.values import check_int
 from sparse_dlm_attn_folded.backend import FoldedBackend, check_gpu
 from sparse_dlm_attn_folded.folding import Pool, Requests

@@ -12,19 +12,16 @@ from typing import Any, ClassVar
 from sparse_dlm_attn import (
     AttentionState,
     Backend,
-    Capabilities,
     Context,
     InvalidArgumentError,
     InvalidTypeError,
     PageBounds,
-    Problem,
-    RankedPass,
-    RankedResult,
     Selection,
     UnavailableError,
     UnsupportedError,
 )
 from sparse_dlm_attn.arrays import compute_dtype, dtype_name, dtype_of_host, namespace
+from sparse_dlm_attn.capabilities import Capabilities, Problem
 from sparse_dlm_attn.checks import (
     check_attend_block,
     check_attend_pages,
@@ -36,7 +33,7 @@ from sparse_dlm_attn.checks import (
     check_states,
     check_top_pages,
 )
-from sparse_dlm_attn.ranked import affordable_pages, check_ranked_pass, kept_queries
+from sparse_dlm_attn.ranked import RankedPass, RankedResult, affordable_pages, check_ranked_pass, kept_queries
 from sparse_dlm_attn.values import softmax_scale
 
 try:

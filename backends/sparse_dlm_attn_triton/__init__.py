@@ -12,18 +12,16 @@ from typing import Any, ClassVar, cast
 from sparse_dlm_attn import (
     AttentionState,
     Backend,
-    Capabilities,
     Context,
     InvalidArgumentError,
     InvalidTypeError,
     PageBounds,
-    RankedPass,
-    RankedResult,
     Selection,
     UnavailableError,
     UnsupportedError,
 )
 from sparse_dlm_attn.arrays import dtype_of_host
+from sparse_dlm_attn.capabilities import Capabilities
 from sparse_dlm_attn.checks import (
     check_attend_block,
     check_attend_pages,
@@ -34,7 +32,7 @@ from sparse_dlm_attn.checks import (
     check_pooled_scores,
     check_top_pages,
 )
-from sparse_dlm_attn.ranked import check_ranked_pass
+from sparse_dlm_attn.ranked import RankedPass, RankedResult, check_ranked_pass
 from sparse_dlm_attn.values import softmax_scale
 
 try:

@@ -131,7 +131,7 @@ def attend_ranked(
     pages: int, union: str, keep: str, scale: float, cached_out: Tensor | None, cached_lse: Tensor | None,
     ragged: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Decide and run a whole pass by a rule, that of a `sparse_dlm_attn.RankedPass` (clause RANKED-1).
+    """Decide and run a whole pass by a rule, that of a `sparse_dlm_attn.ranked.RankedPass` (clause RANKED-1).
 
     Returns the output, the state of the context part, active rows, the mask of pages ``(batch, kv_heads or
     q_heads, 1 or tokens, pages)``, and kept queries (empty if nothing is kept).

@@ -112,7 +112,7 @@ def ranked_plan(
 ) -> RankedPlan:  # fmt: skip
     """Return the plan for tensors whose last axes are contiguous, as kernels read them.
 
-    ``rule`` is ``count, mass, budget, pages, union, keep`` of a `sparse_dlm_attn.RankedPass`.
+    ``rule`` is ``count, mass, budget, pages, union, keep`` of a `sparse_dlm_attn.ranked.RankedPass`.
     """
     count, _, _, _, union, keep = rule
     tokens = q.shape[2]

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sparse_dlm_attn import Backend, InvalidArgumentError, Problem, UnavailableError, UnsupportedError
+from sparse_dlm_attn import Backend, InvalidArgumentError, UnavailableError, UnsupportedError
 from sparse_dlm_attn import get_backend as find_backend
+from sparse_dlm_attn.capabilities import Problem
 from sparse_dlm_attn.cli.console import note, print_json, progress, result_console, table
 from sparse_dlm_attn.cli.options import named_as_options
 from sparse_dlm_attn.files import check_target, write_atomically

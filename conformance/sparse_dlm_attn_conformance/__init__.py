@@ -10,39 +10,24 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__all__ = [
-    "Case",
-    "ChangeTable",
-    "ConformanceFailure",
-    "Episode",
-    "MergeTable",
-    "RankedRule",
-    "ScoreTable",
-    "Subject",
-    "cases",
-    "check_backend",
-    "reproduce",
-    "reproduce_denoising",
-]
-
 _HOMES = {
-    "Case": "cases",
-    "ChangeTable": "tables",
-    "ConformanceFailure": "checks",
-    "Episode": "episodes",
-    "MergeTable": "tables",
-    "RankedRule": "tables",
-    "ScoreTable": "tables",
-    "Subject": "subjects",
-    "cases": "strategies",
-    "check_backend": "programmatic",
-    "reproduce": "programmatic",
-    "reproduce_denoising": "programmatic",
+    "cases": ("Case",),
+    "checks": ("ConformanceFailure",),
+    "episodes": ("Episode",),
+    "run": ("check_backend", "reproduce", "reproduce_denoising"),
+    "strategies": ("cases",),
+    "subjects": ("Subject",),
+    "tables": ("ChangeTable", "MergeTable", "RankedRule", "ScoreTable"),
 }
+__all__ = sorted(name for names in _HOMES.values() for name in names)
+
+PROFILES = {"quick": 10, "ci": 40, "nightly": 2000}
+"""Problems that a law gets, by profile."""
 
 
 def __getattr__(name: str) -> Any:
     # pytest imports this package in every run that has the plug-in: load Hypothesis only when used.
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{home}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

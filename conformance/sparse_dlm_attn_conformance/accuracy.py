@@ -37,20 +37,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from sparse_dlm_attn_conformance.cases import Arrays, Host
-from sparse_dlm_attn_conformance.oracle import KeySet, scale_of, simulate, softmax
+from sparse_dlm_attn_conformance.oracle import KeySet, context_keys, scale_of, simulate, softmax
 from sparse_dlm_attn_conformance.tables import HostState
-
-__all__ = [
-    "CEILING",
-    "EPS",
-    "Expected",
-    "attention",
-    "change_budget",
-    "merge_budget",
-    "pooled_budget",
-    "scores_budget",
-    "state_budget",
-]
 
 EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 """Spacing of 1 in each dtype."""
@@ -69,6 +57,11 @@ class Expected:
     out_budget: Host
     lse_budget: Host
 
+    def of(self, rows: Host) -> Expected:
+        """Return the part about some rows."""
+        state = HostState(self.state.out[rows], self.state.lse[rows])
+        return Expected(state, self.out_budget[rows], self.lse_budget[rows])
+
 
 def computing(dtype: str) -> float:
     """Return the spacing of 1 in the precision in which ``dtype`` computes (clause ACCURACY-1)."""
@@ -78,15 +71,8 @@ def computing(dtype: str) -> float:
 def attention(arrays: Arrays, keys: KeySet, *, rounded_parts: int = 0) -> Expected:
     """Return oracle and budget of attention over ``keys``.
 
-    Parameters
-    ----------
-    arrays : Arrays
-        Gives queries, scale and dtype.
-    keys : KeySet
-        What each row reads.
-    rounded_parts : int
-        How many partial states were merged into the result; each adds the rounding of its ``out``
-        to the dtype and of its ``lse`` to float32.
+    Each of the partial states that were merged into the result (``rounded_parts``) adds the rounding of its ``out``
+    to the dtype and of its ``lse`` to float32.
     """
     scale, dtype = scale_of(arrays), arrays.dtype
     oracle = softmax(arrays.q, keys, scale)
@@ -159,8 +145,9 @@ def scores_budget(dtype: str, q: Host, lower: Host, upper: Host) -> Host:
     return np.asarray(FACTOR * (np.sqrt(q.shape[3]) * computing(dtype) + EPS["float32"]) * magnitude)
 
 
-def pooled_budget(arrays: Arrays, keys: KeySet) -> float:
+def pooled_budget(arrays: Arrays) -> float:
     """Return the budget of pooled scores: one number, since a mean mixes all rows of a span."""
+    keys = context_keys(arrays, arrays.everyone())
     condition = np.sqrt(arrays.q.shape[3]) * _condition(arrays.q, keys, scale_of(arrays)).max(initial=0.0)
     count = keys.allowed.shape[3]
     return float(FACTOR * (EPS["float32"] + computing(arrays.dtype) * (condition + np.sqrt(count))))

@@ -12,15 +12,17 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from sparse_dlm_attn import Context, PageBounds, Problem, Selection
-
-__all__ = ["REGIMES", "Arrays", "Case", "Host", "fill", "round_to", "transport"]
+from sparse_dlm_attn import Context, PageBounds, Selection
+from sparse_dlm_attn.capabilities import Problem
 
 HostArray: TypeAlias = "np.ndarray[Any, Any]"
 Host = HostArray
 
 REGIMES = ("dyadic", "generic", "ties", "zeros", "one_hot", "large", "mixed_scale")
 """Value regimes, the simplest first, because shrinking moves towards the first."""
+
+EXACT = ("dyadic", "ties", "zeros", "one_hot")
+"""Regimes in which every sum is exact, so that decisions are."""
 
 POISON = {"zero": 0.0, "nan": np.nan, "inf": np.inf, "huge": 3e4}
 TRANSPORT = {"float16": np.float16, "bfloat16": np.float32, "float32": np.float32, "float64": np.float64}
@@ -32,9 +34,7 @@ def round_to(values: HostArray, dtype: str) -> HostArray:
         if dtype != "bfloat16":
             return values.astype(TRANSPORT[dtype]).astype(np.float64)
         bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-        rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(
-            0xFFFF0000
-        )
+        rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
         result = np.where(np.isfinite(values), rounded.view(np.float32), values.astype(np.float32))
         return result.astype(np.float64).reshape(values.shape)
 
@@ -306,17 +306,9 @@ class Arrays:
         return PageBounds(lower.swapaxes(1, 2), upper.swapaxes(1, 2))
 
     def stored(self, pages: HostArray | None = None) -> HostArray:
-        """Return which physical token slots hold a token of the given logical pages.
+        """Return which physical token slots, bool ``(num_pages, kv_heads, page_size)``, hold a token.
 
-        Parameters
-        ----------
-        pages : numpy.ndarray, optional
-            bool ``(batch, kv_heads, pages)``; default: all pages.
-
-        Returns
-        -------
-        numpy.ndarray
-            bool ``(num_pages, kv_heads, page_size)``.
+        With ``pages``, bool ``(batch, kv_heads, pages)``, those of these logical pages alone.
         """
         stored = np.zeros(self.k_pages.shape[:3], dtype=bool)
         for b, page in np.argwhere(self.page_lengths > 0):
@@ -338,8 +330,16 @@ class Arrays:
         heads = np.arange(self.q.shape[1]) // (self.q.shape[1] // self.mask.shape[1])
         spans = np.arange(self.q.shape[2]) // self.span
         chosen = self.mask[:, heads][:, :, spans]
-        exists = (self.page_lengths > 0)[:, None, None, :]
-        return np.asarray(chosen & self.active[:, None, :, None] & exists, dtype=bool)
+        return np.asarray(chosen & self.active[:, None, :, None] & self.exists, dtype=bool)
+
+    @property
+    def exists(self) -> HostArray:
+        """The pages that hold a token, bool ``(batch, 1, 1, pages)``."""
+        return (self.page_lengths > 0)[:, None, None, :]
+
+    def everyone(self) -> HostArray:
+        """Return the pages of rows that read all there are, bool ``(batch, q_heads, tokens, pages)``."""
+        return np.broadcast_to(self.exists, (*self.q.shape[:3], self.exists.shape[3]))
 
     def loaded(self) -> HostArray:
         """Return the pages that some row of a KV head reads, bool ``(batch, kv_heads, pages)``."""

@@ -12,18 +12,6 @@ from sparse_dlm_attn_conformance.accuracy import Expected
 from sparse_dlm_attn_conformance.cases import Host
 from sparse_dlm_attn_conformance.subjects import Subject, host
 
-__all__ = [
-    "ConformanceFailure",
-    "expect",
-    "expect_array",
-    "expect_bounds",
-    "expect_close",
-    "expect_same_bits",
-    "expect_same_state",
-    "expect_state",
-    "expect_state_close",
-]
-
 
 class ConformanceFailure(AssertionError):
     """A law of the specification does not hold.
@@ -47,9 +35,7 @@ def expect(condition: object, clause: str, text: str) -> None:
         raise ConformanceFailure(clause, text)
 
 
-def expect_array(
-    subject: Subject, value: Any, what: str, shape: tuple[int, ...], dtype: str, clause: str
-) -> Host:
+def expect_array(subject: Subject, value: Any, what: str, shape: tuple[int, ...], dtype: str, clause: str) -> Host:
     """Check library, device, shape and dtype of a result, and return it on the host."""
     expect(
         subject.owns(value),
@@ -67,11 +53,8 @@ def expect_state(
     subject: Subject, value: Any, what: str, shape: tuple[int, ...], clause: str = "STATE-4"
 ) -> tuple[Host, Host]:
     """Check that ``value`` is an `AttentionState` of the right types; return ``(out, lse)``."""
-    expect(
-        isinstance(value, AttentionState),
-        clause,
-        f"{what} must return an AttentionState; got {type(value).__qualname__}",
-    )
+    text = f"{what} must return an AttentionState; got {type(value).__qualname__}"
+    expect(isinstance(value, AttentionState), clause, text)
     out = expect_array(subject, value.out, f"{what}.out", shape, subject.dtype, clause)
     return out, expect_array(subject, value.lse, f"{what}.lse", shape[:3], "float32", clause)
 
@@ -80,22 +63,14 @@ def expect_bounds(
     subject: Subject, value: Any, what: str, shape: tuple[int, ...], clause: str = "BOUNDS-1"
 ) -> tuple[Host, Host]:
     """Check that ``value`` is a `PageBounds` of the right types; return ``(lower, upper)``."""
-    expect(
-        isinstance(value, PageBounds),
-        clause,
-        f"{what} must return PageBounds; got {type(value).__qualname__}",
-    )
+    expect(isinstance(value, PageBounds), clause, f"{what} must return PageBounds; got {type(value).__qualname__}")
     lower = expect_array(subject, value.lower, f"{what}.lower", shape, subject.dtype, clause)
     return lower, expect_array(subject, value.upper, f"{what}.upper", shape, subject.dtype, clause)
 
 
 def expect_same_bits(actual: Host, expected: Host, what: str, clause: str) -> None:
     """Check equality of every element; NaN equals NaN, and 0 equals -0."""
-    expect(
-        actual.shape == expected.shape,
-        clause,
-        f"{what} must have shape {expected.shape}; got {actual.shape}",
-    )
+    expect(actual.shape == expected.shape, clause, f"{what} must have shape {expected.shape}; got {actual.shape}")
     floating = np.issubdtype(actual.dtype, np.floating)
     different = (actual != expected) & ~(floating & (actual != actual) & (expected != expected))
     if different.any():
@@ -137,6 +112,21 @@ def expect_close(actual: Host, expected: Host, budget: Host | float, what: str, 
             f"{what} lies outside the error budget; worst at {where}: got {got[where]:.9g}, expected "
             f"{want[where]:.9g}, error {error[where]:.3g}, budget {allowed[where]:.3g}",
         )
+
+
+def expect_alike(
+    got: AttentionState,
+    want: AttentionState,
+    budget: Expected,
+    what: str,
+    clause: str,
+    mine: Any = slice(None),
+    theirs: Any = slice(None),
+) -> None:
+    """Check that two states, or heads of them, are both within one budget."""
+    for name in ("lse", "out"):
+        values = host(getattr(got, name))[:, mine], host(getattr(want, name))[:, theirs]
+        expect_close(*values, 2 * getattr(budget, f"{name}_budget")[:, mine], f"{name} {what}", clause)
 
 
 def expect_state_close(out: Host, lse: Host, expected: Expected, what: str, clause: str) -> None:

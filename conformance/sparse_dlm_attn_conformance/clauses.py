@@ -6,8 +6,6 @@ from collections.abc import Iterable
 
 from sparse_dlm_attn import UnknownNameError
 
-__all__ = ["CLAUSES", "check_clauses", "matches"]
-
 CLAUSES: dict[str, str] = {
     "STATE-1": "(out, lse) of a softmax over a key set: out normalised, lse natural log, scale included",
     "STATE-2": "empty key set: out = 0, lse = -inf, and no NaN",

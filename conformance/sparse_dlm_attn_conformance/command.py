@@ -18,13 +18,11 @@ import typer
 from sparse_dlm_attn import InvalidArgumentError, UnavailableError
 from sparse_dlm_attn.cli.console import discard_rest, note, show_error
 from sparse_dlm_attn.files import check_target, write_atomically
-
-__all__ = ["conformance"]
+from sparse_dlm_attn_conformance import PROFILES
 
 EXIT_CODES = {0: 0, 1: 1, 2: 130, 3: 2, 4: 2, 5: 1}
 """Exit codes of pytest as those of this program: 1 a law failed or nothing ran, 2 bad input."""
 
-PROFILES = ("quick", "ci", "nightly")
 MOST_WORKERS = 4
 """Processes unless asked for more: each loads the backend anew, and on a device takes memory of its own."""
 
@@ -33,9 +31,7 @@ def conformance(
     backend: Annotated[
         list[str],
         typer.Option(
-            "--backend",
-            help="Backend under test: a registered name or module:attr; repeatable.",
-            metavar="NAME",
+            "--backend", help="Backend under test: a registered name or module:attr; repeatable.", metavar="NAME"
         ),
     ],
     policy: Annotated[
@@ -68,9 +64,7 @@ def conformance(
     ] = None,
     report: Annotated[
         list[Path] | None,
-        typer.Option(
-            help="Write the report: JSON, or a Markdown matrix for .md; repeatable.", metavar="FILE"
-        ),
+        typer.Option(help="Write the report: JSON, or a Markdown matrix for .md; repeatable.", metavar="FILE"),
     ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Draw other problems.", show_default="the same problems every time")
@@ -84,8 +78,7 @@ def conformance(
     workers: Annotated[
         int | None,
         typer.Option(
-            help="Processes; more than 1 needs pytest-xdist.",
-            show_default=f"one a core, at most {MOST_WORKERS}",
+            help="Processes; more than 1 needs pytest-xdist.", show_default=f"one a core, at most {MOST_WORKERS}"
         ),
     ] = None,
 ) -> None:
@@ -99,11 +92,7 @@ def conformance(
         raise InvalidArgumentError("--seconds", "must be 0 (no limit) or more, and finite", seconds)
     for path in report or []:
         check_target(path, "--report")
-    options: list[tuple[str, object]] = [
-        ("--sda-profile", profile),
-        ("--sda-share", share),
-        ("--sda-seconds", seconds),
-    ]
+    options: list[tuple[str, object]] = [("--sda-profile", profile), ("--sda-share", share), ("--sda-seconds", seconds)]
     for name, values in (("backend", backend), ("policy", policy), ("dtype", dtype), ("clause", clause)):
         options += [(f"--sda-{name}", value) for value in values or []]
     if device is not None:
@@ -149,31 +138,12 @@ def run_pytest(options: list[str], workers: int, reports: Sequence[Path] = ()) -
         settings = Path(empty, "pytest.ini")
         settings.write_text("[pytest]\n", encoding="utf-8")
         over = Path(empty, "finished")
-        command = [
-            sys.executable,
-            "-X",
-            "faulthandler",
-            "-m",
-            "pytest",
-            "-c",
-            str(settings),
-            "--rootdir",
-            empty,
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "sparse_dlm_attn_conformance.plugin",
-            "-p",
-            "_hypothesis_pytestplugin",
-            "--import-mode=importlib",
-            "--tb=short",
-            "-q",
-            "--pyargs",
-            "sparse_dlm_attn_conformance",
-            f"--sda-finished={over}",
-            *options,
-            *(f"--sda-report={path}" for path in made),
-        ]
+        flags = (
+            "-X faulthandler -m pytest -p no:cacheprovider -p sparse_dlm_attn_conformance.plugin "
+            "-p _hypothesis_pytestplugin --import-mode=importlib --tb=short -q --pyargs sparse_dlm_attn_conformance"
+        )
+        command = [sys.executable, *flags.split(), "-c", str(settings), "--rootdir", empty, f"--sda-finished={over}"]
+        command += [*options, *(f"--sda-report={path}" for path in made)]
         if workers > 1:
             command += ["-p", "xdist", "-n", str(workers)]
         environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONDONTWRITEBYTECODE": "1"}

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from hypothesis import strategies as st
 
 from sparse_dlm_attn import PrefixAttentionPolicy, SparseAttentionError, get_policy
-from sparse_dlm_attn.registry import policies
-from sparse_dlm_attn_conformance.process import restored
+from sparse_dlm_attn.registry import list_policies
+from sparse_dlm_attn_conformance.guards import restored, time_limit
 from sparse_dlm_attn_conformance.strategies import choice
 from sparse_dlm_attn_conformance.subjects import names_nothing
-from sparse_dlm_attn_conformance.timing import time_limit
-
-__all__ = ["VARIANTS", "Contender", "contenders", "policy_texts"]
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "dense": ("dense",),
@@ -77,17 +74,9 @@ class Contender:
     spec: str
     instance: PrefixAttentionPolicy[Any] | None = None
     error: str = ""
-    name: str = field(default="")
 
     def __repr__(self) -> str:
         return self.spec
-
-    @property
-    def policy(self) -> PrefixAttentionPolicy[Any]:
-        """The policy; only for contenders that loaded."""
-        if self.instance is None:
-            raise RuntimeError(f"policy {self.spec!r} did not load: {self.error}")
-        return self.instance
 
 
 def contenders(wanted: list[str], seconds: float = 120.0) -> list[Contender]:
@@ -95,7 +84,7 @@ def contenders(wanted: list[str], seconds: float = 120.0) -> list[Contender]:
 
     A registered name stands for its small variants (`VARIANTS`); anything else is taken as it is.
     """
-    names = list(dict.fromkeys(wanted)) or list(policies())
+    names = list(dict.fromkeys(wanted)) or list(list_policies())
     return [load(spec, seconds) for name in names for spec in VARIANTS.get(name, (name,))]
 
 

@@ -7,32 +7,38 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from sparse_dlm_attn import (
-    AttentionState,
-    Backend,
-    Capabilities,
-    Context,
-    PageBounds,
-    PassInfo,
-    PassInputs,
-    PrefixAttentionPolicy,
-    Problem,
-    RankedPass,
-    RankedResult,
-    Selection,
-)
+from sparse_dlm_attn import AttentionState, Backend, Context, PassInfo, PassInputs, PrefixAttentionPolicy, Selection
 from sparse_dlm_attn.arrays import Array, to_numpy
+from sparse_dlm_attn.capabilities import Capabilities, Problem
 from sparse_dlm_attn_reference import ReferenceBackend
 
-__all__ = ["Changes", "Delegate", "Grid", "Probe", "Ranking", "Watched"]
-
 GRID = 1024.0
+
+
+def forwarded(operator: str) -> Any:
+    """Return a method that hands an operator on."""
+
+    def method(self: Delegate, *arguments: Any, **options: Any) -> Any:
+        return self.call(operator, *arguments, **options)
+
+    return method
 
 
 class Delegate(Backend):
     """A backend that hands every call on."""
 
     name: ClassVar[str] = "delegate"
+    page_bounds = forwarded("page_bounds")
+    page_scores = forwarded("page_scores")
+    pooled_scores = forwarded("pooled_scores")
+    top_pages = forwarded("top_pages")
+    query_change = forwarded("query_change")
+    largest_changes = forwarded("largest_changes")
+    attend_pages = forwarded("attend_pages")
+    attend_block = forwarded("attend_block")
+    merge = forwarded("merge")
+    reuse = forwarded("reuse")
+    attend = forwarded("attend")
 
     def __init__(self, inner: Backend) -> None:
         self.inner = inner
@@ -50,56 +56,6 @@ class Delegate(Backend):
     def call(self, operator: str, *arguments: Any, **options: Any) -> Any:
         """Run an operator of the inner backend."""
         return getattr(self.inner, operator)(*arguments, **options)
-
-    def page_bounds(self, context: Context) -> PageBounds:
-        return self.call("page_bounds", context)  # type: ignore[no-any-return]
-
-    def page_scores(self, q: Array, bounds: PageBounds, *, active: Array | None = None) -> Array:
-        return self.call("page_scores", q, bounds, active=active)
-
-    def pooled_scores(
-        self, q: Array, context: Context, *, span: int, scale: float | None = None, lse: Array | None = None
-    ) -> Array:
-        return self.call("pooled_scores", q, context, span=span, scale=scale, lse=lse)
-
-    def top_pages(self, scores: Array, count: int | Array, *, eligible: Array) -> Array:
-        return self.call("top_pages", scores, count, eligible=eligible)
-
-    def query_change(self, q: Array, q_reference: Array) -> Array:
-        return self.call("query_change", q, q_reference)
-
-    def largest_changes(self, change: Array, *, count: int | None = None, mass: float | None = None) -> Array:
-        return self.call("largest_changes", change, count=count, mass=mass)
-
-    def attend_pages(
-        self, q: Array, context: Context, selection: Selection, active: Array, *, scale: float | None = None
-    ) -> AttentionState:
-        return self.call("attend_pages", q, context, selection, active, scale=scale)  # type: ignore[no-any-return]
-
-    def attend_block(self, q: Array, k: Array, v: Array, *, scale: float | None = None) -> AttentionState:
-        return self.call("attend_block", q, k, v, scale=scale)  # type: ignore[no-any-return]
-
-    def merge(self, *states: AttentionState) -> AttentionState:
-        return self.call("merge", *states)  # type: ignore[no-any-return]
-
-    def reuse(self, active: Array, fresh: AttentionState, cached: AttentionState) -> AttentionState:
-        return self.call("reuse", active, fresh, cached)  # type: ignore[no-any-return]
-
-    def attend(
-        self,
-        q: Array,
-        k: Array,
-        v: Array,
-        context: Context,
-        selection: Selection,
-        active: Array,
-        cached: AttentionState | None,
-        *,
-        scale: float | None = None,
-    ) -> tuple[Array, AttentionState]:
-        return self.call(  # type: ignore[no-any-return]
-            "attend", q, k, v, context, selection, active, cached, scale=scale
-        )
 
 
 class Watched(Delegate):
@@ -125,22 +81,7 @@ class Ranking(Watched):
     """A watched backend that takes ranked passes as one operator, whether or not the inner one fuses them."""
 
     name: ClassVar[str] = "ranking"
-
-    def attend_ranked(
-        self,
-        q: Array,
-        k: Array,
-        v: Array,
-        context: Context,
-        bounds: PageBounds,
-        ranked_pass: RankedPass,
-        cached: AttentionState | None,
-        *,
-        scale: float | None = None,
-    ) -> RankedResult:
-        return self.call(  # type: ignore[no-any-return]
-            "attend_ranked", q, k, v, context, bounds, ranked_pass, cached, scale=scale
-        )
+    attend_ranked = forwarded("attend_ranked")
 
 
 class Grid(Delegate):
@@ -165,15 +106,7 @@ class Grid(Delegate):
 
 
 class Changes(Delegate):
-    """A backend that keeps every `query_change`, or gives those of an earlier run again.
-
-    Parameters
-    ----------
-    inner : Backend
-        Computes everything else.
-    given : list of array, optional
-        What to return, call after call; default: what ``inner`` computes, which is kept in `seen`.
-    """
+    """A backend that keeps every `query_change` in ``seen``, or gives those of an earlier run again."""
 
     name: ClassVar[str] = "changes"
 
@@ -191,15 +124,7 @@ class Changes(Delegate):
 
 
 class Probe(PrefixAttentionPolicy[Any]):
-    """A policy that hands every question on, and asks one of its own about each answer.
-
-    Parameters
-    ----------
-    inner : PrefixAttentionPolicy
-        The policy under test.
-    check : callable
-        ``check(inner, question, inputs, *answer)``, called after each answer.
-    """
+    """A policy that hands every question on, and calls ``check(inner, question, inputs, *answer)`` after it."""
 
     name: ClassVar[str] = "probe"
 
@@ -229,9 +154,7 @@ class Probe(PrefixAttentionPolicy[Any]):
         self.check(self.inner, "reuse", inputs, active, fresh, state)
         return state
 
-    def merge(
-        self, inputs: PassInputs[Any], context_state: AttentionState, block_state: AttentionState
-    ) -> Array:
+    def merge(self, inputs: PassInputs[Any], context_state: AttentionState, block_state: AttentionState) -> Array:
         return self.inner.merge(inputs, context_state, block_state)
 
     def remember(self, inputs: PassInputs[Any], active: Array, selection: Selection) -> Any:

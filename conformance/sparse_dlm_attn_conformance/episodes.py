@@ -9,15 +9,13 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from sparse_dlm_attn import LayerMemory, PassInfo, PrefixAttention, PrefixAttentionPolicy, Problem
-from sparse_dlm_attn_conformance.cases import Arrays, Case, Host
+from sparse_dlm_attn import PassInfo, PrefixAttention, PrefixAttentionPolicy
+from sparse_dlm_attn.capabilities import Problem
+from sparse_dlm_attn.memory import LayerMemory
+from sparse_dlm_attn_conformance.cases import EXACT, Arrays, Case, Host
 from sparse_dlm_attn_conformance.operations import leaves
 from sparse_dlm_attn_conformance.strategies import cases, choice, integers
 from sparse_dlm_attn_conformance.subjects import Subject, host
-
-__all__ = ["Episode", "Pass", "episodes", "play", "rows_of"]
-
-EXACT = ("dyadic", "ties", "zeros", "one_hot")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -96,9 +94,7 @@ class Episode:
             queries.append(current)
         return queries
 
-    def info(
-        self, subject: Subject, number: int, index: Any = None, rows: slice | Host = slice(None)
-    ) -> PassInfo:
+    def info(self, subject: Subject, number: int, index: Any = None, rows: slice | Host = slice(None)) -> PassInfo:
         """Return the place of pass ``number`` (with another index, or for some sequences only)."""
         known = np.zeros((self.case.batch, self.case.tokens), dtype=bool)
         for earlier in range(number + 1):
@@ -116,30 +112,14 @@ class Episode:
 
 @dataclass(frozen=True, eq=False)
 class Pass:
-    """What happened in one pass, on the host.
-
-    Parameters
-    ----------
-    out : numpy.ndarray
-        Output of the pass.
-    active : numpy.ndarray
-        bool ``(batch, tokens)``.
-    pages : numpy.ndarray
-        bool ``(batch, q_heads, tokens, pages)``: existing pages that active rows read.
-    memory : LayerMemory
-        What the driver returned.
-    kept : tuple of numpy.ndarray
-        A copy of ``memory.state`` (out, lse), taken before any later pass.
-    left : dict of numpy.ndarray
-        A copy of what the policy remembers, likewise.
-    """
+    """What happened in one pass, on the host."""
 
     out: Host
-    active: Host
-    pages: Host
+    active: Host  # bool (batch, tokens)
+    pages: Host  # bool (batch, q_heads, tokens, pages): existing pages that active rows read
     memory: LayerMemory
-    kept: tuple[Host, Host]
-    left: dict[str, Host]
+    kept: tuple[Host, Host]  # a copy of memory.state, taken before any later pass
+    left: dict[str, Host]  # a copy of what the policy remembers, likewise
 
     @classmethod
     def of(cls, arrays: Arrays, out: Any, memory: LayerMemory) -> Pass:
@@ -172,26 +152,9 @@ def play(
     heads: slice = slice(None),
     first: int = 0,
 ) -> list[Pass]:
-    """Run an episode through the driver.
+    """Run an episode through the driver: some sequences and query heads of it, on other values if given.
 
-    Parameters
-    ----------
-    subject, policy : Subject, PrefixAttentionPolicy
-        What computes and what decides.
-    episode : Episode
-        The passes.
-    arrays : Arrays, optional
-        Values to use instead of the case's own (of the chosen sequences).
-    rows : slice or numpy.ndarray
-        Sequences to run.
-    memory : LayerMemory, optional
-        Memory of an earlier block, handed in at pass 0.
-    version : int
-        Version of the context.
-    heads : slice
-        Query heads to run; ``arrays`` holds their KV heads alone.
-    first : int
-        Pass to begin with, without the memory of those before.
+    ``memory`` is that of an earlier block, handed in at the pass ``first``; ``version`` is the context's.
     """
     base = arrays if arrays is not None else episode.case.arrays(subject.dtype)
     attention = PrefixAttention(policy, subject.backend)

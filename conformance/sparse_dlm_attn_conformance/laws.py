@@ -7,11 +7,13 @@ a strategy for each drawn argument::
     @law(table=merge_tables())
     def test_the_empty_state_is_the_identity(subject, table): ...
 
-pytest hands in the subject; calling the law without pytest works as well (`check_backend` does).
+It may take ``arrays``, the values of the drawn ``case`` (or of the episode's), and ``on``, these as arrays of
+the backend. pytest hands in the subject; calling the law without pytest works as well (`check_backend` does).
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import time
 import traceback
@@ -28,13 +30,10 @@ from hypothesis import errors as hypothesis_errors
 from hypothesis.strategies import SearchStrategy
 
 from sparse_dlm_attn_conformance.checks import ConformanceFailure
+from sparse_dlm_attn_conformance.guards import TimeLimitExceeded, last_resort, restored, time_limit
 from sparse_dlm_attn_conformance.ledger import KnownFailure, Ledger
-from sparse_dlm_attn_conformance.process import restored
 from sparse_dlm_attn_conformance.strategies import within
 from sparse_dlm_attn_conformance.subjects import Subject
-from sparse_dlm_attn_conformance.timing import TimeLimitExceeded, last_resort, time_limit
-
-__all__ = ["OPTIONS", "RECORD", "LawOptions", "LawRun", "Record", "clauses_of", "law", "law_settings"]
 
 CALM = tuple(HealthCheck)
 """No health check: a backend may compile, refuse problems, or be slow; `Record` counts what ran."""
@@ -49,24 +48,12 @@ class NothingDeclared(BaseException):
 
 @dataclass(frozen=True)
 class LawOptions:
-    """What holds for every law of a run.
-
-    Parameters
-    ----------
-    ledger : Ledger
-        Known failures.
-    seconds : float
-        Time limit of one example.
-    profile : hypothesis.settings or None
-        Settings of a law, None for the Hypothesis profile that is loaded.
-    shrink : bool
-        Whether a failing problem is made smaller.
-    """
+    """What holds for every law of a run."""
 
     ledger: Ledger = field(default_factory=Ledger)
-    seconds: float = 120.0
-    profile: settings | None = None
-    shrink: bool = True
+    seconds: float = 120.0  # of one example
+    profile: settings | None = None  # None: the Hypothesis profile that is loaded
+    shrink: bool = True  # whether a failing problem is made smaller
 
 
 @dataclass
@@ -108,14 +95,26 @@ def law(
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         def run(subject: Subject, **fixed: Any) -> None:
             __tracebackhide__ = True
-            LawRun(run, function, subject, fixed, share, strategies).run()
+            LawRun(run, body, subject, fixed, share, strategies).run()
 
         signature = inspect.signature(function)
-        given_by_pytest = [p for name, p in signature.parameters.items() if name not in strategies]
+        drawn = {*strategies, "arrays", "on"}
+        given_by_pytest = [p for name, p in signature.parameters.items() if name not in drawn]
+
+        @functools.wraps(function)
+        def body(subject: Subject, **given: Any) -> None:
+            __tracebackhide__ = True
+            problem: Any = given.get("case", getattr(given.get("episode"), "case", None))
+            if "arrays" in signature.parameters or "on" in signature.parameters:
+                given["arrays"] = problem.arrays(subject.dtype)
+            if "on" in signature.parameters:
+                given["on"] = subject.load(given["arrays"])
+            function(subject, **{name: value for name, value in given.items() if name in signature.parameters})
+
         run.__name__, run.__qualname__ = function.__name__, function.__qualname__
         run.__doc__, run.__module__ = function.__doc__, function.__module__
         run.__signature__ = signature.replace(parameters=given_by_pytest)  # type: ignore[attr-defined]
-        run.body = function  # type: ignore[attr-defined]
+        run.body = body  # type: ignore[attr-defined]
         run.one_dtype = one_dtype  # type: ignore[attr-defined]
         return run
 
@@ -165,11 +164,7 @@ class LawRun:
                     self.hypothesis_test(entries)()
                 else:
                     self.example({}, entries)
-            except (
-                NothingDeclared,
-                hypothesis_errors.Unsatisfiable,
-                hypothesis_errors.UnsatisfiedAssumption,
-            ):
+            except (NothingDeclared, hypothesis_errors.Unsatisfiable, hypothesis_errors.UnsatisfiedAssumption):
                 pass  # nothing could be run: `conclude` says why
             except hypothesis_errors.Flaky as error:
                 raise self.flaky(error) from None
@@ -196,10 +191,14 @@ class LawRun:
             __tracebackhide__ = True
             self.example(drawn, entries)
 
-        # Hypothesis tells tests apart by source; this source is the same for every law.
-        identity = f"{self.body.__module__}.{self.body.__name__}-{self.subject}-{self.fixed}"
+        # Hypothesis tells tests apart by source; this source is the same for every law. Repeated draws depend on
+        # the law alone, so that one kernel under two names meets the same problems; what a run stores does not.
+        chosen = law_settings(self.share)
+        identity = f"{self.body.__module__}.{self.body.__name__}"
+        if not chosen.derandomize:
+            identity += f"-{self.subject}-{self.fixed}"
         body._hypothesis_internal_add_digest = identity.encode()  # type: ignore[attr-defined]
-        test = law_settings(self.share)(given(**self.strategies)(body))
+        test = chosen(given(**self.strategies)(body))
         return cast("Callable[[], None]", test)
 
     def example(self, drawn: dict[str, Any], entries: tuple[KnownFailure, ...]) -> None:
@@ -257,9 +256,7 @@ class LawRun:
             found[name] = value
             if hasattr(value, "problem"):
                 found.update(vars(value))
-                found.update(
-                    {n: getattr(value, n) for n in ("batch", "pages", "q_heads") if hasattr(value, n)}
-                )
+                found.update({n: getattr(value, n) for n in ("batch", "pages", "q_heads") if hasattr(value, n)})
         return found
 
     def explained(self, clause: str, text: str, drawn: dict[str, Any]) -> ConformanceFailure:

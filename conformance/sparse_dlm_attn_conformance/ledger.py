@@ -23,60 +23,19 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from sparse_dlm_attn import DataFileError, InvalidArgumentError
+from sparse_dlm_attn import InvalidArgumentError
+from sparse_dlm_attn.errors import DataFileError
 
-__all__ = ["KnownFailure", "Ledger"]
-
-ALLOWED_NODES = (
-    ast.Expression,
-    ast.BoolOp,
-    ast.And,
-    ast.Or,
-    ast.UnaryOp,
-    ast.Not,
-    ast.USub,
-    ast.Compare,
-    ast.Eq,
-    ast.NotEq,
-    ast.Lt,
-    ast.LtE,
-    ast.Gt,
-    ast.GtE,
-    ast.In,
-    ast.NotIn,
-    ast.Is,
-    ast.IsNot,
-    ast.BinOp,
-    ast.Add,
-    ast.Sub,
-    ast.Mult,
-    ast.Mod,
-    ast.FloorDiv,
-    ast.Name,
-    ast.Load,
-    ast.Constant,
-    ast.Tuple,
-    ast.List,
+ALLOWED = (
+    "Expression BoolOp And Or UnaryOp Not USub Compare Eq NotEq Lt LtE Gt GtE In NotIn Is IsNot BinOp Add Sub Mult Mod "
+    "FloorDiv Name Load Constant Tuple List"
 )
+ALLOWED_NODES = tuple(getattr(ast, name) for name in ALLOWED.split())
 
 
 @dataclass(frozen=True)
 class KnownFailure:
-    """One entry of a ledger.
-
-    Parameters
-    ----------
-    reason, link : str
-        Why it fails and where that is tracked; both must be given.
-    law, clause : str
-        Name of the law, or clause that it holds; at least one must be given.
-    backend, dtype, policy : str
-        Restrict the entry; "" is no restriction.
-    when : str
-        Expression over the facts of a problem; "" matches every problem.
-    crash : bool
-        Matching problems are not run at all.
-    """
+    """One entry of a ledger, as above; "" is no restriction."""
 
     reason: str
     link: str
@@ -91,9 +50,7 @@ class KnownFailure:
     def __post_init__(self) -> None:
         if not self.reason.strip() or not self.link.strip():
             raise InvalidArgumentError(
-                "known_failure",
-                "must have a reason and a link",
-                f"reason {self.reason!r}, link {self.link!r}",
+                "known_failure", "must have a reason and a link", f"reason {self.reason!r}, link {self.link!r}"
             )
         if not self.law and not self.clause:
             raise InvalidArgumentError("known_failure", "must name a law or a clause", "neither")
@@ -108,9 +65,7 @@ class KnownFailure:
         for node in ast.walk(tree):
             if not isinstance(node, ALLOWED_NODES):
                 raise InvalidArgumentError(
-                    "when",
-                    "may only compare and combine facts of a problem",
-                    f"{type(node).__name__} in {self.when!r}",
+                    "when", "may only compare and combine facts of a problem", f"{type(node).__name__} in {self.when!r}"
                 )
         return compile(tree, "<known_failure>", "eval")
 
@@ -170,9 +125,7 @@ class Ledger:
         for entry in entries:
             unknown = sorted(set(entry) - set(known))
             if unknown:
-                raise InvalidArgumentError(
-                    "known_failure", f"may have the keys {', '.join(known)}", ", ".join(unknown)
-                )
+                raise InvalidArgumentError("known_failure", f"may have the keys {', '.join(known)}", ", ".join(unknown))
             wrong = [key for key, value in entry.items() if type(value).__name__ != known[key]]
             if wrong or "reason" not in entry or "link" not in entry:
                 raise InvalidArgumentError(

@@ -8,29 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from sparse_dlm_attn import AttentionState, PageBounds, RankedPass, RankedResult
+from sparse_dlm_attn import AttentionState, PageBounds
 from sparse_dlm_attn.arrays import Array, is_array
+from sparse_dlm_attn.ranked import RankedPass, RankedResult
 from sparse_dlm_attn_conformance.cases import Arrays, Host
 from sparse_dlm_attn_conformance.subjects import Loaded, Subject, host
 from sparse_dlm_attn_conformance.tables import HostState
 
-__all__ = ["OPERATORS", "Call", "array_leaves", "arrays_in", "leaves", "prepare"]
-
-OPERATORS = (
-    "page_bounds",
-    "extend_bounds",
-    "page_scores",
-    "pooled_scores",
-    "top_pages",
-    "query_change",
-    "largest_changes",
-    "attend_pages",
-    "attend_block",
-    "merge",
-    "reuse",
-    "attend",
-    "attend_ranked",
+NAMES = (
+    "page_bounds extend_bounds page_scores pooled_scores top_pages query_change largest_changes attend_pages "
+    "attend_block merge reuse attend attend_ranked"
 )
+OPERATORS = tuple(NAMES.split())
 OVER_CONTEXT = ("page_bounds", "pooled_scores", "attend_pages", "attend", "attend_ranked", "extend_bounds")
 
 
@@ -87,10 +76,9 @@ def _extra(subject: Subject, arrays: Arrays, operator: str) -> dict[str, Any]:
         return {"bounds": subject.bounds(arrays.bounds())}
     if operator == "top_pages":
         rng = np.random.default_rng(arrays.mask.size)
-        shape = (*arrays.q.shape[:3], arrays.page_lengths.shape[1])
-        eligible = np.broadcast_to((arrays.page_lengths > 0)[:, None, None, :], shape)
+        eligible = arrays.everyone()
         return {
-            "scores": subject.floats(rng.integers(-3, 4, shape).astype(float), "float32"),
+            "scores": subject.floats(rng.integers(-3, 4, eligible.shape).astype(float), "float32"),
             "eligible": subject.ints(np.ascontiguousarray(eligible)),
         }
     if operator == "attend_ranked":
@@ -117,13 +105,9 @@ def arrays_in(value: Any) -> dict[str, Array]:
     if isinstance(value, RankedResult):
         parts = {"out": value.out, "state": value.state, "active": value.active,
                  "selection": value.selection.mask, "kept": value.kept}  # fmt: skip
-        return {
-            f".{part}{name}": array for part, held in parts.items() for name, array in arrays_in(held).items()
-        }
+        return {f".{part}{name}": array for part, held in parts.items() for name, array in arrays_in(held).items()}
     if isinstance(value, tuple):
-        return {
-            f"[{i}]{name}": array for i, part in enumerate(value) for name, array in arrays_in(part).items()
-        }
+        return {f"[{i}]{name}": array for i, part in enumerate(value) for name, array in arrays_in(part).items()}
     return {"": value} if is_array(value) else {}
 
 

@@ -15,24 +15,17 @@ import numpy as np
 from sparse_dlm_attn_conformance.cases import Arrays, Host, round_to
 from sparse_dlm_attn_conformance.tables import HostState
 
-__all__ = ["KeySet", "block_keys", "context_keys", "page_mass", "simulate", "softmax"]
+COUNTS = math.exp(-80)
+"""Least weight that no float32 computation takes for 0, in whatever order it adds up; NaN below may be dropped."""
 
 
 @dataclass(frozen=True, eq=False)
 class KeySet:
-    """The keys of every query head and which of them each row reads.
+    """The keys of every query head and which of them each row reads; keys and values are 0 where none does."""
 
-    Parameters
-    ----------
-    keys, values : numpy.ndarray
-        float64 ``(batch, q_heads, n, head_dim)``; 0 where no row reads.
-    allowed : numpy.ndarray
-        bool ``(batch, q_heads, rows, n)``.
-    """
-
-    keys: Host
+    keys: Host  # float64 (batch, q_heads, n, head_dim)
     values: Host
-    allowed: Host
+    allowed: Host  # bool (batch, q_heads, rows, n)
 
     def joined(self, other: KeySet) -> KeySet:
         """Return the union with a disjoint key set."""
@@ -105,24 +98,22 @@ def _softmax(q: Host, keys: KeySet, scale: float, compute: str, dtype: str) -> t
     return out.astype(np.float64), lse[..., 0].astype(np.float64)
 
 
+def weights(arrays: Arrays, keys: KeySet) -> Host:
+    """Return the softmax weight of every key in every row, float64 ``(batch, q_heads, tokens, n)``."""
+    logits = np.where(keys.allowed, scale_of(arrays) * np.einsum("bhtd,bhnd->bhtn", arrays.q, keys.keys), -np.inf)
+    peak = logits.max(axis=3, keepdims=True, initial=-np.inf)
+    parts = np.exp(logits - np.where(peak == -np.inf, 0.0, peak))
+    total = parts.sum(axis=3, keepdims=True)
+    return np.asarray(parts / np.where(total == 0, 1.0, total))
+
+
 def page_mass(arrays: Arrays, span: int) -> Host:
     """Return the mean softmax mass of each page over each span, ``(batch, q_heads, spans, pages)``."""
-    everyone = np.broadcast_to(
-        (arrays.page_lengths > 0)[:, None, None, :], (*arrays.q.shape[:3], arrays.page_lengths.shape[1])
-    )
-    keys = context_keys(arrays, everyone)
+    keys = context_keys(arrays, arrays.everyone())
     batch, q_heads, tokens, _ = arrays.q.shape
     spans = -(-tokens // span)
     if keys.keys.shape[2] == 0:
         return np.zeros((batch, q_heads, spans, arrays.page_lengths.shape[1]))
-    logits = np.where(
-        keys.allowed, scale_of(arrays) * np.einsum("bhtd,bhnd->bhtn", arrays.q, keys.keys), -np.inf
-    )
-    peak = logits.max(axis=3, keepdims=True)
-    weights = np.exp(logits - np.where(peak == -np.inf, 0.0, peak))
-    total = weights.sum(axis=3, keepdims=True)
-    mass = weights / np.where(total == 0, 1.0, total)
+    mass = weights(arrays, keys)
     paged = mass.reshape(batch, q_heads, tokens, -1, arrays.page_size).sum(axis=4)
-    return np.stack(
-        [paged[:, :, start : start + span].mean(axis=2) for start in range(0, tokens, span)], axis=2
-    )
+    return np.stack([paged[:, :, start : start + span].mean(axis=2) for start in range(0, tokens, span)], axis=2)

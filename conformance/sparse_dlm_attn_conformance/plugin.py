@@ -17,84 +17,45 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from sparse_dlm_attn_conformance import PROFILES
+
 if TYPE_CHECKING:
-    from sparse_dlm_attn_conformance.session import ConformanceSession
+    from sparse_dlm_attn_conformance.run import Session
 
 PACKAGE = Path(__file__).parent
-SESSION: pytest.StashKey[ConformanceSession] = pytest.StashKey()
+SESSION: pytest.StashKey[Session] = pytest.StashKey()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options of a conformance run."""
     group = parser.getgroup("sparse_dlm_attn conformance")
-    group.addoption(
-        "--sda-backend",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="backend under test: a registered name or module:attr; may be repeated",
+
+    def add(name: str, metavar: str, text: str, **options: Any) -> None:
+        group.addoption(f"--sda-{name}", metavar=metavar, help=text, **options)
+
+    many: dict[str, Any] = {"action": "append", "default": []}
+    add("backend", "NAME", "backend under test: a registered name or module:attr; may be repeated", **many)
+    text = "policy under test, e.g. losa or module:attr; may be repeated (default: all registered)"
+    add("policy", "POLICY", text, **many)
+    text = "test only this dtype; may be repeated (default: all that the backend declares)"
+    add("dtype", "DTYPE", text, **many)
+    add("device", "DEVICE", "passed to the backend as device=DEVICE")
+    add("clause", "ID", "run only laws of this clause (MERGE-1) or group (MERGE); may be repeated", **many)
+    add(
+        "profile",
+        "PROFILE",
+        f"how many problems each law gets: {', '.join(PROFILES)} (default: quick)",
+        choices=PROFILES,
     )
-    group.addoption(
-        "--sda-policy",
-        action="append",
-        default=[],
-        metavar="POLICY",
-        help="policy under test, e.g. losa or module:attr; may be repeated (default: all registered)",
-    )
-    group.addoption(
-        "--sda-dtype",
-        action="append",
-        default=[],
-        metavar="DTYPE",
-        help="test only this dtype; may be repeated (default: all that the backend declares)",
-    )
-    group.addoption(
-        "--sda-device", default=None, metavar="DEVICE", help="passed to the backend as device=DEVICE"
-    )
-    group.addoption(
-        "--sda-clause",
-        action="append",
-        default=[],
-        metavar="ID",
-        help="run only laws of this clause (MERGE-1) or group (MERGE); may be repeated",
-    )
-    group.addoption(
-        "--sda-profile",
-        choices=("quick", "ci", "nightly"),
-        default=None,
-        help="how many problems each law gets (default: quick)",
-    )
-    group.addoption(
-        "--sda-share",
-        type=float,
-        default=1.0,
-        metavar="X",
-        help="that part of the profile's problems, e.g. 0.2 for a backend that takes long (default: 1)",
-    )
-    group.addoption(
-        "--sda-known-failures", default=None, metavar="FILE", help="ledger of known failures (TOML)"
-    )
-    group.addoption(
-        "--sda-report",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="write the report: JSON, or a Markdown matrix if the name ends in .md",
-    )
-    group.addoption(
-        "--sda-seconds",
-        type=float,
-        default=120.0,
-        metavar="S",
-        help="time limit of one problem in seconds, compilation included; 0 for none (default: 120)",
-    )
-    group.addoption("--sda-finished", default=None, metavar="FILE", help="file to make when the run is over")
-    group.addoption(
-        "--sda-database",
-        default=".hypothesis/sda-nightly",
-        metavar="DIR",
-        help="where the nightly profile stores failing problems",
-    )
+    text = "that part of the profile's problems, e.g. 0.2 for a backend that takes long (default: 1)"
+    add("share", "X", text, type=float, default=1.0)
+    add("known-failures", "FILE", "ledger of known failures (TOML)")
+    add("report", "FILE", "write the report: JSON, or a Markdown matrix if the name ends in .md", **many)
+    text = "time limit of one problem in seconds, compilation included; 0 for none (default: 120)"
+    add("seconds", "S", text, type=float, default=120.0)
+    add("finished", "FILE", "file to make when the run is over")
+    text = "where the nightly profile stores failing problems"
+    add("database", "DIR", text, default=".hypothesis/sda-nightly")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -103,41 +64,42 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "conformance: a law of the conformance suite")
     if config.getoption("--sda-backend"):
         from sparse_dlm_attn import SparseAttentionError
-        from sparse_dlm_attn_conformance.session import ConformanceSession
+        from sparse_dlm_attn_conformance.run import Session
 
         try:
-            config.stash[SESSION] = ConformanceSession.of_config(config)
+            config.stash[SESSION] = Session.of_config(config)
         except SparseAttentionError as error:
             raise pytest.UsageError(str(error)) from None
 
 
-def session_of(config: pytest.Config) -> ConformanceSession | None:
+def session_of(config: pytest.Config) -> Session | None:
     """Return the conformance session of this run, if it is one."""
     return config.stash.get(SESSION, None)
 
 
 def is_law(item: Any) -> bool:
-    """Return whether a collected item or module comes from this package."""
+    """Return whether a collected item comes from this package."""
     return PACKAGE in Path(item.path).parents
+
+
+def clauses_of_item(item: pytest.Item) -> tuple[str, ...]:
+    """Return the clauses that an item is marked with."""
+    return tuple(str(clause) for mark in item.iter_markers("clause") for clause in mark.args)
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
     """Say what is under test."""
     session = session_of(config)
+    if session is None:
+        return []
     variables = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("SDA_")]
-    return (
-        []
-        if session is None
-        else [
-            *session.header(),
-            f"python {platform.python_version()}; SDA_* variables: {', '.join(variables) or 'none'}",
-        ]
-    )
+    ours = f"python {platform.python_version()}; SDA_* variables: {', '.join(variables) or 'none'}"
+    return [*session.header(), ours]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Hand each law every backend and dtype, and each policy law every policy."""
-    if PACKAGE not in Path(metafunc.definition.path).parents or "subject" not in metafunc.fixturenames:
+    if not is_law(metafunc.definition) or "subject" not in metafunc.fixturenames:
         return
     session = session_of(metafunc.config)
     if session is None:
@@ -158,15 +120,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     session = session_of(config)
     if session is None:
         return
-    from sparse_dlm_attn_conformance.report import GATES as gates
+    from sparse_dlm_attn_conformance.clauses import matches
+    from sparse_dlm_attn_conformance.report import GATES
 
     dropped = []
-    for item in items:
-        if not is_law(item):
-            continue
+    for item in filter(is_law, items):
         item.add_marker("conformance")
         item.add_marker(pytest.mark.filterwarnings("default"))
-        if not (session.wants(clauses_of_item(item)) or item.name.startswith(gates)):
+        wanted = any(matches(clause, session.clauses) for clause in clauses_of_item(item))
+        if session.clauses and not wanted and not item.name.startswith(GATES):
             dropped.append(item)
     if dropped:
         config.hook.pytest_deselected(items=dropped)
@@ -180,16 +142,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         gc.freeze()
 
 
-def clauses_of_item(item: pytest.Item) -> tuple[str, ...]:
-    """Return the clauses that an item is marked with."""
-    return tuple(str(clause) for mark in item.iter_markers("clause") for clause in mark.args)
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, Any, Any]:
     """Record what a law does while it runs."""
-    session = session_of(pyfuncitem.config)
-    if session is None or not is_law(pyfuncitem):
+    if session_of(pyfuncitem.config) is None or not is_law(pyfuncitem):
         return (yield)
     from sparse_dlm_attn_conformance.laws import RECORD, Record
 
@@ -216,11 +172,12 @@ def pytest_runtest_makereport(
     if session is None or not is_law(item) or (report.when != "call" and report.outcome == "passed"):
         return report
     from sparse_dlm_attn_conformance.checks import ConformanceFailure
+    from sparse_dlm_attn_conformance.laws import Record
 
     error = call.excinfo.value if call.excinfo is not None else None
     if isinstance(error, ConformanceFailure):
         report.longrepr = str(error)
-    record: Any = dict(item.user_properties).get("sda_record")
+    record: Any = dict(item.user_properties).get("sda_record") or Record()
     item.user_properties[:] = [entry for entry in item.user_properties if entry[0] != "sda_record"]
     result = session.result(item, clauses_of_item(item), report, record)
     report.user_properties = [*item.user_properties, ("sda", asdict(result))]
@@ -230,17 +187,15 @@ def pytest_runtest_makereport(
 class Collector:
     """Gathers results, also those that xdist's workers send."""
 
-    def __init__(self, session: ConformanceSession) -> None:
+    def __init__(self, session: Session) -> None:
         self.session = session
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Keep the result that travels with a report."""
-        for name, value in report.user_properties:
-            if name == "sda" and isinstance(value, dict):
-                self.session.collect(value)
+        self.session.report.add(dict(report.user_properties).get("sda"))
         when: str | None = report.when
         if when == "???":  # xdist's report of a law in which its worker died
-            self.session.collect(asdict(self.session.crash(report)))
+            self.session.report.results.append(self.session.crash(report))
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -267,8 +222,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Print the summary."""
     session = session_of(config)
-    if session is None or config.option.collectonly:
-        return
-    terminalreporter.section("conformance")
-    for line in session.summary():
-        terminalreporter.write_line(line)
+    if session is not None and not config.option.collectonly:
+        terminalreporter.section("conformance")
+        for line in [*session.report.lines(), *session.problems]:
+            terminalreporter.write_line(line)

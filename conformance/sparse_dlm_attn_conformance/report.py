@@ -17,8 +17,6 @@ import sparse_dlm_attn
 from sparse_dlm_attn.files import write_atomically
 from sparse_dlm_attn_conformance.clauses import CLAUSES
 
-__all__ = ["Report", "Result", "write_report"]
-
 GATES = ("test_the_backend_loads", "test_the_policy_loads")
 """Laws that run whatever was asked for, because they say why the others are skipped."""
 
@@ -44,31 +42,27 @@ class Result:
     features: dict[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of_dict(cls, data: dict[str, Any]) -> Result:
-        """Rebuild a result that travelled as plain data."""
-        return cls(**{**data, "clauses": tuple(data["clauses"])})
+    def of(
+        cls, law: str, clauses: tuple[str, ...], subject: Any, policy: Any, outcome: str, reason: str, **more: Any
+    ) -> Result:
+        """Describe a law on a subject, if any, and a policy, if any."""
+        backend, dtype = (subject.spec, subject.dtype) if subject else ("", "any")
+        return cls(law, clauses, backend, dtype, str(policy), outcome, reason, **more)
 
 
 @dataclass
 class Report:
-    """All results of a run.
-
-    Parameters
-    ----------
-    profile : str
-        Hypothesis profile.
-    backends : dict
-        What each backend declares, or why it did not load.
-    results : list of Result
-        One for each law, backend, dtype and policy.
-    processes : int
-        How many processes shared the laws.
-    """
+    """All results of a run: one for each law, backend, dtype and policy."""
 
     profile: str
-    backends: dict[str, dict[str, Any]]
+    backends: dict[str, dict[str, Any]]  # what each declares, or why it did not load
     results: list[Result] = field(default_factory=list)
     processes: int = 1
+
+    def add(self, result: Any) -> None:
+        """Add a result that travelled as plain data, if it is one."""
+        if isinstance(result, dict):
+            self.results.append(Result(**{**result, "clauses": tuple(result["clauses"])}))
 
     def matrix(self) -> dict[str, dict[str, str]]:
         """Return the worst outcome that says something, by clause and by ``"backend dtype"``."""
@@ -180,10 +174,7 @@ def _position(clause: str) -> int:
 
 def sum_counts(parts: Iterable[dict[str, int]]) -> Counter[str]:
     """Add up counts."""
-    total: Counter[str] = Counter()
-    for part in parts:
-        total.update(part)
-    return total
+    return sum(map(Counter, parts), Counter())
 
 
 def write_report(report: Report, path: str | Path) -> None:

@@ -21,8 +21,6 @@ from sparse_dlm_attn_conformance.doubles import GRID
 from sparse_dlm_attn_conformance.episodes import Episode
 from sparse_dlm_attn_reference import ReferenceBackend
 
-__all__ = ["Moment", "Rule", "Stated", "rule_of"]
-
 SUFFIX = 2
 
 
@@ -38,18 +36,10 @@ class Moment:
 
 @dataclass(frozen=True, eq=False)
 class Stated:
-    """What a policy's page promises for a pass.
+    """What a policy's page promises for a pass."""
 
-    Parameters
-    ----------
-    active : numpy.ndarray
-        bool ``(batch, tokens)``.
-    pages : numpy.ndarray
-        bool, broadcasts to ``(batch, q_heads, tokens, pages)``; only active rows count.
-    """
-
-    active: Host
-    pages: Host
+    active: Host  # bool (batch, tokens)
+    pages: Host  # bool, broadcasts to (batch, q_heads, tokens, pages); only active rows count
 
 
 class Rule(Protocol):
@@ -58,11 +48,6 @@ class Rule(Protocol):
     def step(self, now: Moment) -> Stated:
         """Return what the policy should do in this pass."""
         ...
-
-
-def exists(arrays: Arrays) -> Host:
-    """Return the pages that hold a token, bool ``(batch, 1, 1, pages)``."""
-    return np.asarray((arrays.page_lengths > 0)[:, None, None, :])
 
 
 def everyone(arrays: Arrays) -> Host:
@@ -91,7 +76,7 @@ class Everything:
     """`dense`: all rows, all pages."""
 
     def step(self, now: Moment) -> Stated:
-        return Stated(everyone(now.arrays), exists(now.arrays))
+        return Stated(everyone(now.arrays), now.arrays.exists)
 
 
 @dataclass
@@ -132,7 +117,7 @@ class Ranked:
         dense = self.dense_layer or (now.number == 0 and self.policy.first_pass == "dense")
         if now.is_save and getattr(self.policy, "save_pass", "") == "dense":
             dense = True
-        return Stated(active, exists(now.arrays) if dense else self.united(now.arrays, active))
+        return Stated(active, now.arrays.exists if dense else self.united(now.arrays, active))
 
     def active(self, now: Moment) -> Host:
         """Return the rows that moved most since the reference queries."""
@@ -166,9 +151,7 @@ class Ranked:
     def united(self, arrays: Arrays, active: Host) -> Host:
         """Return what each row reads: its own best pages, or their union over rows and heads."""
         policy, bounds = self.policy, arrays.bounds()
-        lower, upper = (
-            np.repeat(part, arrays.group, axis=1)[:, :, None] for part in (bounds.lower, bounds.upper)
-        )
+        lower, upper = (np.repeat(part, arrays.group, axis=1)[:, :, None] for part in (bounds.lower, bounds.upper))
         q = arrays.q[:, :, :, None, :]
         scores = np.maximum(q * lower, q * upper).sum(axis=4)
         if policy.group_scores != "query_head":
@@ -179,9 +162,9 @@ class Ranked:
         count = budget_pages(arrays, policy.budget, policy.page_count, policy.min_pages)
         if policy.newest:
             forced = self.newest(arrays)[:, None, None, :]
-            own = best(scores, count - forced.sum(axis=(1, 2, 3)), exists(arrays) & ~forced) | forced
+            own = best(scores, count - forced.sum(axis=(1, 2, 3)), arrays.exists & ~forced) | forced
         else:
-            own = best(scores, count, exists(arrays))
+            own = best(scores, count, arrays.exists)
         own &= active[:, None, :, None]
         if policy.pages == "own":
             return own
@@ -217,13 +200,13 @@ class Refreshed:
         rows = everyone(now.arrays)
         if now.number == 0 or self.dirty is None:
             self.dirty = ~rows
-            return Stated(rows, exists(now.arrays))
+            return Stated(rows, now.arrays.exists)
         dirty = self.dirty | now.newly
         refresh = dirty.sum(axis=1) >= self.policy.limit
         if now.is_save:
             refresh = refresh | True if self.policy.save_pass == "refresh" else refresh & False
         self.dirty = dirty & ~refresh[:, None]
-        return Stated(rows & refresh[:, None], exists(now.arrays))
+        return Stated(rows & refresh[:, None], now.arrays.exists)
 
 
 class Frozen:
@@ -244,7 +227,7 @@ class Frozen:
         due = now.number == max(self.warmup - 1, 0)
         if due or (now.number >= self.warmup and not getattr(self.policy, "frozen", True)):
             self.chosen = self.mage(now.arrays) if self.policy.name == "mage" else self.sparsed(now.arrays)
-        pages = exists(now.arrays) if dense or self.chosen is None else self.chosen
+        pages = now.arrays.exists if dense or self.chosen is None else self.chosen
         return Stated(everyone(now.arrays), pages)
 
     def mage(self, arrays: Arrays) -> Host:
@@ -252,7 +235,7 @@ class Frozen:
         mass = masses(arrays, arrays.q.shape[2])
         batch, heads, spans, pages = mass.shape
         grouped = mass.reshape(batch, heads // arrays.group, arrays.group, spans, pages).sum(axis=2)
-        chosen = best(grouped, budget_pages(arrays, self.policy.budget), exists(arrays))
+        chosen = best(grouped, budget_pages(arrays, self.policy.budget), arrays.exists)
         return np.repeat(chosen, arrays.group, axis=1)
 
     def sparsed(self, arrays: Arrays) -> Host:
@@ -262,16 +245,16 @@ class Frozen:
         if self.policy.score_scale == "heads":
             arrays = replace(arrays, scale=1 / np.sqrt(arrays.q.shape[1]))
         if self.policy.isolated and arrays.page_segments is not None:
-            prompt = (arrays.page_segments == 0)[:, None, None, :] & exists(arrays)
-            others = exists(arrays) & ~prompt
+            prompt = (arrays.page_segments == 0)[:, None, None, :] & arrays.exists
+            others = arrays.exists & ~prompt
             alone = replace(arrays, page_lengths=np.where(others[:, 0, 0], arrays.page_lengths, 0))
             if self.policy.variant == "code":
-                ours = self.share(masses(arrays, span), exists(arrays)) & prompt
+                ours = self.share(masses(arrays, span), arrays.exists) & prompt
             else:
                 ours = self.share(masses(arrays, span), prompt)
             chosen = ours | self.share(masses(alone, span), others)
         else:
-            chosen = self.share(masses(arrays, span), exists(arrays))
+            chosen = self.share(masses(arrays, span), arrays.exists)
         return np.repeat(chosen, span, axis=2)[:, :, :tokens]
 
     def share(self, mass: Host, eligible: Host) -> Host:
@@ -294,7 +277,7 @@ class Computed:
         period = self.policy.reload or (2 if greedy else 8)
         if not now.is_save and now.number % period and (greedy or now.number > 1):
             rows = ~self.decoded | now.newly
-        return Stated(rows, exists(now.arrays))
+        return Stated(rows, now.arrays.exists)
 
 
 class Kept:
@@ -307,7 +290,7 @@ class Kept:
         self.known: Host | None = None
 
     def step(self, now: Moment) -> Stated:
-        present = exists(now.arrays)
+        present = now.arrays.exists
         pages = present
         if self.chosen is not None and self.known is not None:
             pages = self.chosen | (present & ~self.known)  # what has joined the context since is read, too
@@ -327,9 +310,7 @@ class Kept:
     def sparse_dllm(self, arrays: Arrays) -> Host:
         """Choose a share of the pages for all heads, by the rows' and heads' summed bounds."""
         bounds = arrays.bounds()
-        lower, upper = (
-            np.repeat(part, arrays.group, axis=1)[:, :, None] for part in (bounds.lower, bounds.upper)
-        )
+        lower, upper = (np.repeat(part, arrays.group, axis=1)[:, :, None] for part in (bounds.lower, bounds.upper))
         q = arrays.q[:, :, :, None, :]
         scores = np.maximum(q * lower, q * upper).sum(axis=(1, 2, 4))
         mask = np.zeros(scores.shape, dtype=bool)
@@ -343,7 +324,7 @@ class Kept:
     def snapkv(self, arrays: Arrays) -> Host:
         """Choose for each query head among the pages before the last tokens."""
         mass = masses(arrays, arrays.q.shape[2])
-        mask = np.broadcast_to(exists(arrays), mass.shape).copy()
+        mask = np.broadcast_to(arrays.exists, mass.shape).copy()
         for b, h in np.ndindex(mass.shape[:2]):
             lengths = arrays.page_lengths[b]
             prompt = lengths > 0

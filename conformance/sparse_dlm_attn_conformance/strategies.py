@@ -16,12 +16,10 @@ from typing import Any, TypeVar
 import numpy as np
 from hypothesis import strategies as st
 
-from sparse_dlm_attn import Capabilities
+from sparse_dlm_attn.capabilities import Capabilities
 from sparse_dlm_attn.ranked import Keep
 from sparse_dlm_attn_conformance.cases import REGIMES, Case
 from sparse_dlm_attn_conformance.tables import ChangeTable, MergeTable, RankedRule, ScoreTable
-
-__all__ = ["cases", "change_tables", "merge_tables", "ranked_rules", "score_tables", "within"]
 
 MAX_ELEMENTS = int(os.environ.get("SDA_CONFORMANCE_MAX_ELEMENTS", "8192"))
 """Cap on the elements of one sequence in one array, so that a failing problem stays readable."""
@@ -56,9 +54,7 @@ def _allowed(defaults: tuple[int, ...], name: str, largest: int) -> tuple[int, .
     if declared is None:
         return defaults
     common = tuple(size for size in defaults if size in declared)
-    return (
-        common or tuple(sorted(size for size in declared if size <= largest)) or tuple(sorted(declared)[:1])
-    )
+    return common or tuple(sorted(size for size in declared if size <= largest)) or tuple(sorted(declared)[:1])
 
 
 @functools.lru_cache(maxsize=4096)
@@ -139,9 +135,7 @@ def cases(
         heads=_pick(draw, heads, "selection heads"),
         span=_pick(draw, all_spans, "span"),
         masks=tuple(draw(_masks(pages), label="masks")) if selects else ((1 << pages) - 1,),
-        active=tuple(
-            draw(_bits(tokens), label="active") if selects else (1 << tokens) - 1 for _ in range(batch)
-        ),
+        active=tuple(draw(_bits(tokens), label="active") if selects else (1 << tokens) - 1 for _ in range(batch)),
         scale=_pick(draw, scales, "scale"),
         regime=_pick(draw, regimes, "regime"),
         poison=_pick(draw, poisons, "poison"),

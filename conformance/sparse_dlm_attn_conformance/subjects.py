@@ -21,11 +21,8 @@ from sparse_dlm_attn import (
 )
 from sparse_dlm_attn.arrays import Array, device_of, is_array, namespace, to_numpy
 from sparse_dlm_attn_conformance.cases import Arrays, Host, transport
-from sparse_dlm_attn_conformance.process import restored
+from sparse_dlm_attn_conformance.guards import restored, time_limit
 from sparse_dlm_attn_conformance.tables import HostState
-from sparse_dlm_attn_conformance.timing import time_limit
-
-__all__ = ["DTYPES", "Loaded", "Subject", "load_backend", "names_nothing"]
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 
@@ -44,21 +41,10 @@ class Loaded:
 
     def arrays(self) -> dict[str, Array]:
         """Return every array by name."""
-        named = {
-            "q": self.q,
-            "q_other": self.q_other,
-            "k": self.k,
-            "v": self.v,
-            "active": self.active,
-            "k_pages": self.context.k_pages,
-            "v_pages": self.context.v_pages,
-            "page_table": self.context.page_table,
-            "page_lengths": self.context.page_lengths,
-            "selection.mask": self.selection.mask,
-        }
-        if self.context.page_segments is not None:
-            named["page_segments"] = self.context.page_segments
-        return named
+        named = {name: getattr(self, name) for name in ("q", "q_other", "k", "v", "active")}
+        tables = ("k_pages", "v_pages", "page_table", "page_lengths", "page_segments")
+        named |= {name: getattr(self.context, name) for name in tables} | {"selection.mask": self.selection.mask}
+        return {name: array for name, array in named.items() if array is not None}
 
 
 @dataclass(eq=False)
@@ -102,7 +88,7 @@ class Subject:
 
     @property
     def device_kind(self) -> str:
-        """Kind of the device ("cpu", "cuda"), as `sparse_dlm_attn.Problem` writes it."""
+        """Kind of the device ("cpu", "cuda"), as `sparse_dlm_attn.capabilities.Problem` writes it."""
         return str(self.device).split(":")[0].lower()
 
     def using(self, backend: Backend) -> Subject:
@@ -148,9 +134,7 @@ class Subject:
             self.ints(arrays.page_lengths, gapped=gapped),
             None if segments is None else self.ints(segments, gapped=gapped),
         )
-        rows = {
-            name: self.laid_out(getattr(arrays, name), arrays.layout) for name in ("q", "q_other", "k", "v")
-        }
+        rows = {name: self.laid_out(getattr(arrays, name), arrays.layout) for name in ("q", "q_other", "k", "v")}
         return Loaded(
             context=context,
             selection=Selection(self.ints(arrays.mask, gapped=gapped), arrays.span),
@@ -191,9 +175,7 @@ def host(array: Array) -> Host:
     return np.array(to_numpy(array))
 
 
-def load_backend(
-    spec: str | Backend, *, seconds: float = 120.0, **options: Any
-) -> tuple[Backend | None, str]:
+def load_backend(spec: str | Backend, *, seconds: float = 120.0, **options: Any) -> tuple[Backend | None, str]:
     """Return ``(backend, "")``, or ``(None, why)``, whatever foreign code does while it loads.
 
     A backend loads if it can be built and says what it supports, within ``seconds``. A request for what is

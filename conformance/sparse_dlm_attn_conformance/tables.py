@@ -7,12 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from sparse_dlm_attn import Problem
 from sparse_dlm_attn.arrays import Array
+from sparse_dlm_attn.capabilities import Problem
 from sparse_dlm_attn.ranked import Keep, RankedPass, Union
 from sparse_dlm_attn_conformance.cases import Arrays, Host, round_to
-
-__all__ = ["ChangeTable", "HostState", "MergeTable", "RankedRule", "ScoreTable"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +116,7 @@ class RankedRule:
     fits : {"nothing", "one less", "exactly", "everything"}
         Budget in tokens, measured by the context of the first sequence.
     pages, union, keep
-        As in `sparse_dlm_attn.RankedPass`.
+        As in `sparse_dlm_attn.ranked.RankedPass`.
     """
 
     rows: str = "all"

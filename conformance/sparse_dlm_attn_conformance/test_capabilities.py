@@ -8,23 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparse_dlm_attn import (
-    Backend,
-    Capabilities,
-    PrefixAttention,
-    Problem,
-    UnavailableError,
-    UnknownNameError,
-    UnsupportedError,
-    get_backend,
-)
+from sparse_dlm_attn import Backend, PrefixAttention, UnavailableError, UnknownNameError, UnsupportedError, get_backend
+from sparse_dlm_attn.capabilities import Capabilities, Problem
 from sparse_dlm_attn_conformance.cases import Case, round_to, transport
 from sparse_dlm_attn_conformance.checks import ConformanceFailure, expect, expect_array, expect_same_bits
 from sparse_dlm_attn_conformance.doubles import Watched
 from sparse_dlm_attn_conformance.laws import law
 from sparse_dlm_attn_conformance.operations import OPERATORS
 from sparse_dlm_attn_conformance.strategies import cases
-from sparse_dlm_attn_conformance.subjects import DTYPES, Subject
+from sparse_dlm_attn_conformance.subjects import DTYPES, Loaded, Subject
 
 
 @pytest.mark.clause("REGISTRY-1", "CAPS-1")
@@ -55,11 +47,8 @@ def test_capabilities_are_well_formed(subject: Subject) -> None:
         )
         expect(well, "CAPS-1", f"capabilities.{name} must be None or a tuple of sizes; got {sizes!r}")
     expect(bool(declared.devices), "CAPS-1", "capabilities.devices must name a device")
-    expect(
-        subject.device_kind in declared.devices,
-        "CAPS-1",
-        f"asarray() makes arrays on {subject.device_kind}, which capabilities.devices does not name",
-    )
+    text = f"asarray() makes arrays on {subject.device_kind}, which capabilities.devices does not name"
+    expect(subject.device_kind in declared.devices, "CAPS-1", text)
 
 
 @pytest.mark.clause("CAPS-1")
@@ -68,15 +57,10 @@ def test_why_not_gives_every_reason_without_running_a_kernel(subject: Subject, c
     watched = Watched(subject.backend)
     problem = case.problem(subject.dtype, subject.device_kind)
     expect(watched.why_not(problem) == [], "CAPS-1", "a declared problem must have no reason against it")
-    undeclared = Problem(
-        "int4", case.head_dim, case.page_size, case.q_heads, case.kv_heads, case.tokens, "abacus"
-    )
+    undeclared = Problem("int4", case.head_dim, case.page_size, case.q_heads, case.kv_heads, case.tokens, "abacus")
     reasons = watched.why_not(undeclared)
-    expect(
-        isinstance(reasons, list) and all(isinstance(reason, str) for reason in reasons),
-        "CAPS-1",
-        f"why_not must return a list of texts; got {reasons!r}",
-    )
+    text = f"why_not must return a list of texts; got {reasons!r}"
+    expect(isinstance(reasons, list) and all(isinstance(reason, str) for reason in reasons), "CAPS-1", text)
     expect(len(reasons) >= 2, "CAPS-1", f"why_not must give every reason (dtype and device); got {reasons!r}")
     expect(watched.calls == [], "CAPS-1", "why_not must run no kernel")
 
@@ -99,26 +83,20 @@ def test_what_is_not_declared_is_refused(subject: Subject, case: Case) -> None:
         others["max_block_length"] = replace(problem, block_length=declared.max_block_length + 1)
     for name, other in others.items():
         reasons = backend.why_not(other)
-        expect(
-            isinstance(reasons, list) and len(reasons) > 0,
-            "CAPS-1",
-            f"why_not must refuse what capabilities.{name} leave out; got {reasons!r} for {other}",
-        )
+        text = f"why_not must refuse what capabilities.{name} leave out; got {reasons!r} for {other}"
+        expect(isinstance(reasons, list) and len(reasons) > 0, "CAPS-1", text)
 
 
 @pytest.mark.clause("CAPS-1", "DRIVER-1")
 @law(case=cases(max_batch=1), share=0.3, one_dtype=True)
-def test_an_unsupported_problem_raises_with_every_reason(subject: Subject, case: Case) -> None:
-    on = subject.load(case.arrays(subject.dtype))
+def test_an_unsupported_problem_raises_with_every_reason(subject: Subject, on: Loaded) -> None:
     reasons = ("head_dim is odd today", "the moon is wrong")
     watched = Watched(subject.backend, reasons)
     try:
         PrefixAttention("dense", watched)(on.q, on.k, on.v, on.context)
     except UnsupportedError as error:
         expect(
-            all(reason in str(error) for reason in reasons),
-            "CAPS-1",
-            f"the error must give every reason; got {error}",
+            all(reason in str(error) for reason in reasons), "CAPS-1", f"the error must give every reason; got {error}"
         )
     else:
         expect(False, "CAPS-1", "an unsupported problem must raise UnsupportedError")
@@ -134,17 +112,10 @@ def test_asarray_converts_exactly_and_by_dtype_name(subject: Subject) -> None:
     expect_same_bits(got.astype(np.float64), values, "asarray", "STATE-4")
     for kind in ("bool", "int8", "int32"):
         host = np.asarray([[0, 1], [1, 1]]).astype(kind)
-        got = expect_array(
-            subject, subject.backend.asarray(host, dtype=kind), "asarray", (2, 2), kind, "STATE-4"
-        )
+        got = expect_array(subject, subject.backend.asarray(host, dtype=kind), "asarray", (2, 2), kind, "STATE-4")
         expect_same_bits(got, host, f"asarray of {kind}", "STATE-4")
     expect_array(
-        subject,
-        subject.backend.asarray([1.0, 2.0], dtype="float32"),
-        "asarray of a list",
-        (2,),
-        "float32",
-        "STATE-4",
+        subject, subject.backend.asarray([1.0, 2.0], dtype="float32"), "asarray of a list", (2,), "float32", "STATE-4"
     )
 
 

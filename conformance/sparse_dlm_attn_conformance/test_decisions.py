@@ -7,22 +7,14 @@ import pytest
 
 from sparse_dlm_attn import PageBounds
 from sparse_dlm_attn_conformance import accuracy
-from sparse_dlm_attn_conformance.cases import Arrays, Case, Host
-from sparse_dlm_attn_conformance.checks import (
-    expect,
-    expect_array,
-    expect_bounds,
-    expect_close,
-    expect_same_bits,
-)
+from sparse_dlm_attn_conformance.cases import EXACT, Arrays, Case, Host
+from sparse_dlm_attn_conformance.checks import expect, expect_array, expect_bounds, expect_close, expect_same_bits
 from sparse_dlm_attn_conformance.laws import law
 from sparse_dlm_attn_conformance.oracle import context_keys, page_mass
 from sparse_dlm_attn_conformance.strategies import cases, change_tables, score_tables
-from sparse_dlm_attn_conformance.subjects import Subject
+from sparse_dlm_attn_conformance.subjects import Subject, host
 from sparse_dlm_attn_conformance.tables import ChangeTable, ScoreTable
 from sparse_dlm_attn_reference import ReferenceBackend
-
-EXACT = ("dyadic", "ties", "zeros", "one_hot")
 
 
 def bounds_of(subject: Subject, arrays: Arrays) -> tuple[Host, Host]:
@@ -33,8 +25,7 @@ def bounds_of(subject: Subject, arrays: Arrays) -> tuple[Host, Host]:
 
 @pytest.mark.clause("BOUNDS-1", "ACCURACY-3", "CONTEXT-2")
 @law(case=cases())
-def test_page_bounds_are_the_exact_minimum_and_maximum(subject: Subject, case: Case) -> None:
-    arrays = case.arrays(subject.dtype)
+def test_page_bounds_are_the_exact_minimum_and_maximum(subject: Subject, arrays: Arrays) -> None:
     expected = arrays.bounds()
     for got, want, name in zip(
         bounds_of(subject, arrays), (expected.lower, expected.upper), ("lower", "upper"), strict=True
@@ -44,11 +35,8 @@ def test_page_bounds_are_the_exact_minimum_and_maximum(subject: Subject, case: C
 
 @pytest.mark.clause("BOUNDS-1")
 @law(case=cases(min_pages=1, regimes=EXACT), share=0.5)
-def test_a_nan_key_gives_nan_bounds_in_its_channel(subject: Subject, case: Case) -> None:
-    arrays = case.arrays(subject.dtype)
-    stored = arrays.stored()[..., None] & (
-        np.random.default_rng(case.seed).random(arrays.k_pages.shape) < 0.2
-    )
+def test_a_nan_key_gives_nan_bounds_in_its_channel(subject: Subject, case: Case, arrays: Arrays) -> None:
+    stored = arrays.stored()[..., None] & (np.random.default_rng(case.seed).random(arrays.k_pages.shape) < 0.2)
     poisoned = arrays.but(k_pages=np.where(stored, np.nan, arrays.k_pages))
     expected = poisoned.bounds()
     lower, upper = bounds_of(subject, poisoned)
@@ -58,20 +46,15 @@ def test_a_nan_key_gives_nan_bounds_in_its_channel(subject: Subject, case: Case)
 
 @pytest.mark.clause("BOUNDS-2")
 @law(case=cases(min_pages=1))
-def test_bounds_after_growth_are_those_from_scratch(subject: Subject, case: Case) -> None:
+def test_bounds_after_growth_are_those_from_scratch(subject: Subject, case: Case, arrays: Arrays) -> None:
     """Pages that did not change, and bounds of those that did, are spoilt: whoever reads them shows it."""
-    arrays = case.arrays(subject.dtype)
     first = case.seed % (case.pages + 1)
     wanted = arrays.bounds()
     later = np.arange(case.pages) >= first
     per_head = np.broadcast_to(later, (*wanted.lower.shape[:2], case.pages))
     spoilt = arrays.poisoned(arrays.stored(~per_head) & ~arrays.stored(per_head), np.nan)
-    before = PageBounds(
-        *(np.where(later[:, None], np.nan, side) for side in (wanted.lower, wanted.upper))
-    )
-    grown = subject.backend.extend_bounds(
-        subject.load(spoilt).context, subject.bounds(before, arrays.layout), first
-    )
+    before = PageBounds(*(np.where(later[:, None], np.nan, side) for side in (wanted.lower, wanted.upper)))
+    grown = subject.backend.extend_bounds(subject.load(spoilt).context, subject.bounds(before, arrays.layout), first)
     got = expect_bounds(subject, grown, "extend_bounds", wanted.lower.shape)
     for side, want, name in zip(got, (wanted.lower, wanted.upper), ("lower", "upper"), strict=True):
         expect_same_bits(side.astype(np.float64), want, f"extend_bounds: {name}", "BOUNDS-2")
@@ -87,26 +70,20 @@ def scores_of(subject: Subject, arrays: Arrays) -> Host:
 def scores_on_host(arrays: Arrays) -> Host:
     """Return sum_c max(q_c lower_c, q_c upper_c) in float64, for each query head."""
     bounds = arrays.bounds()
-    lower, upper = (
-        np.repeat(part, arrays.group, axis=1)[:, :, None] for part in (bounds.lower, bounds.upper)
-    )
+    lower, upper = (np.repeat(part, arrays.group, axis=1)[:, :, None] for part in (bounds.lower, bounds.upper))
     q = arrays.q[:, :, :, None, :]
     return np.asarray(np.maximum(q * lower, q * upper).sum(axis=4))
 
 
 @pytest.mark.clause("SCORES-1", "ACCURACY-3", "GQA-1")
 @law(case=cases(regimes=EXACT))
-def test_page_scores_are_exact_on_the_dyadic_grid(subject: Subject, case: Case) -> None:
-    arrays = case.arrays(subject.dtype)
-    expect_same_bits(
-        scores_of(subject, arrays).astype(np.float64), scores_on_host(arrays), "page_scores", "SCORES-1"
-    )
+def test_page_scores_are_exact_on_the_dyadic_grid(subject: Subject, arrays: Arrays) -> None:
+    expect_same_bits(scores_of(subject, arrays).astype(np.float64), scores_on_host(arrays), "page_scores", "SCORES-1")
 
 
 @pytest.mark.clause("SCORES-1", "ACCURACY-1", "ACCURACY-2")
 @law(case=cases(regimes=("generic", "large", "mixed_scale")))
-def test_page_scores_stay_within_the_budget(subject: Subject, case: Case) -> None:
-    arrays = case.arrays(subject.dtype)
+def test_page_scores_stay_within_the_budget(subject: Subject, arrays: Arrays) -> None:
     bounds = arrays.bounds()
     budget = accuracy.scores_budget(subject.dtype, arrays.q, bounds.lower, bounds.upper)
     expect_close(scores_of(subject, arrays), scores_on_host(arrays), budget, "page_scores", "SCORES-1")
@@ -114,8 +91,7 @@ def test_page_scores_stay_within_the_budget(subject: Subject, case: Case) -> Non
 
 @pytest.mark.clause("SCORES-1", "ACCURACY-3")
 @law(case=cases(regimes=EXACT), share=0.5)
-def test_page_scores_of_active_rows_do_not_depend_on_the_others(subject: Subject, case: Case) -> None:
-    arrays = case.arrays(subject.dtype)
+def test_page_scores_of_active_rows_do_not_depend_on_the_others(subject: Subject, case: Case, arrays: Arrays) -> None:
     rows = np.broadcast_to(arrays.active[:, None, :], arrays.q.shape[:3])
     rotten = arrays.but(q=np.where(rows[..., None], arrays.q, np.nan))
     on = subject.load(rotten)
@@ -129,12 +105,9 @@ def test_page_scores_of_active_rows_do_not_depend_on_the_others(subject: Subject
 
 @pytest.mark.clause("SCORES-2")
 @law(case=cases(min_pages=1), share=0.7)
-def test_a_page_scores_at_least_as_much_as_each_of_its_keys(subject: Subject, case: Case) -> None:
-    arrays = case.arrays(subject.dtype)
+def test_a_page_scores_at_least_as_much_as_each_of_its_keys(subject: Subject, case: Case, arrays: Arrays) -> None:
     bounds = arrays.bounds()
-    own = (
-        subject.bounds(bounds) if case.seed % 2 else subject.backend.page_bounds(subject.load(arrays).context)
-    )
+    own = subject.bounds(bounds) if case.seed % 2 else subject.backend.page_bounds(subject.load(arrays).context)
     scores = expect_array(
         subject,
         subject.backend.page_scores(subject.load(arrays).q, own),
@@ -143,8 +116,7 @@ def test_a_page_scores_at_least_as_much_as_each_of_its_keys(subject: Subject, ca
         "float32",
         "SCORES-1",
     )
-    everyone = np.broadcast_to((arrays.page_lengths > 0)[:, None, None, :], scores.shape)
-    keys = context_keys(arrays, everyone)
+    keys = context_keys(arrays, arrays.everyone())
     products = np.where(keys.allowed, np.einsum("bhtd,bhnd->bhtn", arrays.q, keys.keys), -np.inf)
     best = products.reshape(*scores.shape, case.page_size).max(axis=4)
     slack = accuracy.scores_budget(subject.dtype, arrays.q, bounds.lower, bounds.upper)
@@ -153,26 +125,18 @@ def test_a_page_scores_at_least_as_much_as_each_of_its_keys(subject: Subject, ca
 
 @pytest.mark.clause("POOLED-1", "POOLED-2", "STATE-3", "GQA-1")
 @law(case=cases())
-def test_pooled_scores_are_the_mean_softmax_mass_of_pages(subject: Subject, case: Case) -> None:
-    arrays = case.arrays(subject.dtype)
+def test_pooled_scores_are_the_mean_softmax_mass_of_pages(subject: Subject, case: Case, arrays: Arrays) -> None:
     got = pooled(subject, arrays)
-    everyone = np.broadcast_to((arrays.page_lengths > 0)[:, None, None, :], (*arrays.q.shape[:3], case.pages))
-    budget = accuracy.pooled_budget(arrays, context_keys(arrays, everyone))
-    expect_close(got, page_mass(arrays, case.span), budget, "pooled_scores", "POOLED-1")
+    expect_close(got, page_mass(arrays, case.span), accuracy.pooled_budget(arrays), "pooled_scores", "POOLED-1")
 
 
 @pytest.mark.clause("POOLED-2", "STATE-2")
 @law(case=cases(), share=0.7)
-def test_pooled_scores_of_a_span_sum_to_1_or_0(subject: Subject, case: Case) -> None:
-    arrays = case.arrays(subject.dtype)
+def test_pooled_scores_of_a_span_sum_to_1_or_0(subject: Subject, arrays: Arrays) -> None:
     got = pooled(subject, arrays).astype(np.float64)
-    exists = arrays.page_lengths > 0
-    expect(
-        (got[np.broadcast_to(~exists[:, None, None, :], got.shape)] == 0).all(),
-        "POOLED-2",
-        "absent pages must get 0",
-    )
-    sums = np.broadcast_to(exists.any(axis=1).astype(float)[:, None, None], got.shape[:3])
+    absent = got[np.broadcast_to(~arrays.exists, got.shape)]
+    expect((absent == 0).all(), "POOLED-2", "absent pages must get 0")
+    sums = np.broadcast_to(arrays.exists.any(axis=3).astype(float), got.shape[:3])
     expect_close(got.sum(axis=3), sums, 1e-4, "pooled_scores summed over pages", "POOLED-2")
 
 
@@ -215,38 +179,26 @@ def check_ranking(table: ScoreTable, mask: Host, best: str, ties: str) -> None:
         chosen, allowed = mask[row], eligible[row]
         wanted = min(max(int(counts[row]), 0), int(allowed.sum()))
         expect(not (chosen & ~allowed).any(), "TOP-3", f"row {row} holds pages that are not eligible")
-        expect(
-            int(chosen.sum()) == wanted,
-            "TOP-1",
-            f"row {row} must hold {wanted} pages; got {int(chosen.sum())}",
-        )
+        expect(int(chosen.sum()) == wanted, "TOP-1", f"row {row} must hold {wanted} pages; got {int(chosen.sum())}")
         left = allowed & ~chosen
         for page in np.flatnonzero(left):
-            expect(
-                (scores[row][chosen] >= scores[row][page]).all(),
-                best,
-                f"row {row}: page {page} was left out, but scores better than a chosen one",
-            )
+            text = f"row {row}: page {page} was left out, but scores better than a chosen one"
+            expect((scores[row][chosen] >= scores[row][page]).all(), best, text)
             equal = chosen & (scores[row] == scores[row][page])
-            expect(
-                not equal[page:].any(),
-                ties,
-                f"row {row}: among equals the lowest page must win, but page {page} lost to a higher one",
-            )
+            text = f"row {row}: among equals the lowest page must win, but page {page} lost to a higher one"
+            expect(not equal[page:].any(), ties, text)
 
 
 @pytest.mark.clause("CHANGE-1", "ACCURACY-3")
 @law(case=cases(regimes=EXACT, max_pages=1))
-def test_query_change_is_exact_on_the_dyadic_grid(subject: Subject, case: Case) -> None:
-    arrays = case.arrays(subject.dtype)
+def test_query_change_is_exact_on_the_dyadic_grid(subject: Subject, arrays: Arrays) -> None:
     expected = ((arrays.q - arrays.q_other) ** 2).mean(axis=(1, 3)).astype(np.float32)
     expect_same_bits(changes(subject, arrays), expected, "query_change", "CHANGE-1")
 
 
 @pytest.mark.clause("CHANGE-1", "ACCURACY-1")
 @law(case=cases(regimes=("generic", "large", "mixed_scale"), max_pages=1), share=0.7)
-def test_query_change_stays_within_the_budget(subject: Subject, case: Case) -> None:
-    arrays = case.arrays(subject.dtype)
+def test_query_change_stays_within_the_budget(subject: Subject, case: Case, arrays: Arrays) -> None:
     expected = ((arrays.q - arrays.q_other) ** 2).mean(axis=(1, 3))
     # The difference itself is rounded relative to the queries, which may be far larger than it.
     size = np.maximum(np.abs(arrays.q), np.abs(arrays.q_other)) ** 2
@@ -279,18 +231,13 @@ def test_largest_changes_by_count(subject: Subject, table: ChangeTable) -> None:
     for sequence, row in enumerate(table.change()):
         expected = sorted(ranked(row)[: table.count])
         got = np.flatnonzero(chosen[sequence]).tolist()
-        expect(
-            got == expected,
-            "CHANGE-2",
-            f"sequence {sequence}: the {table.count} largest are rows {expected}; got {got}",
-        )
+        text = f"sequence {sequence}: the {table.count} largest are rows {expected}; got {got}"
+        expect(got == expected, "CHANGE-2", text)
 
 
 @pytest.mark.clause("CHANGE-3", "ACCURACY-3")
 @law(table=change_tables(), one_dtype=True)
-def test_largest_changes_by_mass_are_the_smallest_set_that_reaches_it(
-    subject: Subject, table: ChangeTable
-) -> None:
+def test_largest_changes_by_mass_are_the_smallest_set_that_reaches_it(subject: Subject, table: ChangeTable) -> None:
     chosen = largest(subject, table, mass=table.mass)
     for sequence, row in enumerate(table.change().astype(np.float64)):
         order, reached, expected = ranked(row), 0.0, set()
@@ -301,12 +248,8 @@ def test_largest_changes_by_mass_are_the_smallest_set_that_reaches_it(
             expected.add(index)
             reached += float(row[index])
         got = set(np.flatnonzero(chosen[sequence]).tolist())
-        expect(
-            got == expected,
-            "CHANGE-3",
-            f"sequence {sequence}: rows {sorted(expected)} reach {table.mass:g} of the total; "
-            f"got {sorted(got)}",
-        )
+        text = f"sequence {sequence}: rows {sorted(expected)} reach {table.mass:g} of the total; got {sorted(got)}"
+        expect(got == expected, "CHANGE-3", text)
 
 
 @pytest.mark.clause("CHANGE-3")
@@ -316,19 +259,13 @@ def test_the_mass_of_any_changes_is_reached_and_not_overshot(subject: Subject, t
     for sequence, row in enumerate(table.change().astype(np.float64)):
         total, kept = float(row.sum()), row[chosen[sequence]]
         slack = 1e-12 * total
-        expect(
-            kept.sum() >= table.mass * total - slack,
-            "CHANGE-3",
-            f"sequence {sequence}: the chosen rows must reach {table.mass:g} of the total",
-        )
+        text = f"sequence {sequence}: the chosen rows must reach {table.mass:g} of the total"
+        expect(kept.sum() >= table.mass * total - slack, "CHANGE-3", text)
         needless = kept.size and kept.sum() - kept.min() >= table.mass * total + slack and total > 0
         expect(not needless, "CHANGE-3", f"sequence {sequence}: fewer rows reach {table.mass:g} of the total")
         left = row[~chosen[sequence]]
-        expect(
-            not (kept.size and left.size) or kept.min() >= left.max(),
-            "CHANGE-3",
-            f"sequence {sequence}: a larger change was left out",
-        )
+        text = f"sequence {sequence}: a larger change was left out"
+        expect(not (kept.size and left.size) or kept.min() >= left.max(), "CHANGE-3", text)
 
 
 @pytest.mark.clause("CHANGE-3")
@@ -337,9 +274,7 @@ def test_mass_of_nothing_is_nobody_and_nan_is_everybody(subject: Subject, table:
     expect(not largest(subject, table, mass=0.0).any(), "CHANGE-3", "mass 0 must give the empty set")
     still = ChangeTable(table.batch, (0.0,) * len(table.values), table.count, table.mass)
     expect(
-        not largest(subject, still, mass=max(table.mass, 0.5)).any(),
-        "CHANGE-3",
-        "a total of 0 must give the empty set",
+        not largest(subject, still, mass=max(table.mass, 0.5)).any(), "CHANGE-3", "a total of 0 must give the empty set"
     )
     rotten = ChangeTable(table.batch, (float("nan"), *table.values[1:]), table.count, table.mass)
     chosen = largest(subject, rotten, mass=max(table.mass, 0.5))
@@ -351,11 +286,9 @@ def test_mass_of_nothing_is_nobody_and_nan_is_everybody(subject: Subject, table:
 def test_scores_and_ranking_choose_the_same_pages_as_the_reference(subject: Subject, case: Case) -> None:
     arrays, reference = case.arrays(subject.dtype), ReferenceBackend()
     on, ops = subject.load(arrays), subject.backend
-    exists = (arrays.page_lengths > 0)[:, None, None, :]
+    exists = arrays.exists
     count = 1 + case.seed % (case.pages + 1)
-    chosen = ops.top_pages(
-        ops.page_scores(on.q, ops.page_bounds(on.context)), count, eligible=subject.ints(exists)
-    )
+    chosen = ops.top_pages(ops.page_scores(on.q, ops.page_bounds(on.context)), count, eligible=subject.ints(exists))
     scores = reference.page_scores(arrays.q, reference.page_bounds(arrays.context()))
     expected = reference.top_pages(scores, count, eligible=exists)
     got = expect_array(subject, chosen, "top_pages", expected.shape, "bool", "TOP-1")
@@ -364,3 +297,48 @@ def test_scores_and_ranking_choose_the_same_pages_as_the_reference(subject: Subj
     want = reference.largest_changes(reference.query_change(arrays.q, arrays.q_other), count=case.seed % 4)
     got = expect_array(subject, moved, "largest_changes", want.shape, "bool", "CHANGE-2")
     expect_same_bits(got, want, "the rows chosen by change", "ACCURACY-3")
+
+
+# Pooled scores from a known LSE, which a policy has at hand after a dense pass.
+
+
+def pooled_of(subject: Subject, arrays: Arrays, lse: Host) -> Host:
+    on = subject.load(arrays)
+    known = subject.floats(lse, "float32")
+    return host(subject.backend.pooled_scores(on.q, on.context, span=arrays.span, scale=arrays.scale, lse=known))
+
+
+@pytest.mark.clause("POOLED-3", "POOLED-1")
+@law(case=cases())
+def test_a_known_lse_gives_the_same_masses(subject: Subject, arrays: Arrays) -> None:
+    keys = context_keys(arrays, arrays.everyone())
+    lse = accuracy.attention(arrays, keys).state.lse
+    got = pooled_of(subject, arrays, lse)
+    # A float32 LSE is off by half its last place, which scales every mass of its row.
+    finite = np.where(np.isfinite(lse), np.abs(lse), 0.0)
+    slack = accuracy.EPS["float32"] * finite.max(initial=0.0)
+    budget = accuracy.pooled_budget(arrays) + slack
+    expect_close(got, page_mass(arrays, arrays.span), budget, "pooled_scores(lse=)", "POOLED-3")
+
+
+@pytest.mark.clause("POOLED-3")
+@law(case=cases(), share=0.5)
+def test_an_lse_over_more_keys_gives_shares_of_it(subject: Subject, arrays: Arrays) -> None:
+    lse = accuracy.attention(arrays, context_keys(arrays, arrays.everyone())).state.lse
+    whole = pooled_of(subject, arrays, lse).astype(np.float64)
+    twice = pooled_of(subject, arrays, lse + np.log(2.0)).astype(np.float64)
+    # Half of a mass is exact; the LSE rounds once more.
+    limit = 1e-6 + accuracy.EPS["float32"] * np.abs(np.where(np.isfinite(lse), lse, 0.0)).max(initial=0.0)
+    expect_close(twice, whole / 2, 4 * limit, "pooled_scores of an LSE over twice the mass", "POOLED-3")
+
+
+@pytest.mark.clause("POOLED-3")
+@law(case=cases(), share=0.5)
+def test_an_lse_that_is_too_small_gives_no_score_above_1(subject: Subject, arrays: Arrays) -> None:
+    lse = accuracy.attention(arrays, context_keys(arrays, arrays.everyone())).state.lse
+    for missing in (3.0, 500.0):
+        scores = pooled_of(subject, arrays, lse - missing)
+        # A mean of ones may round; NaN of infinite keys is not meant.
+        largest = scores.max(initial=0.0)
+        text = f"pooled_scores of an LSE that is {missing} too small must not exceed 1; got {largest}"
+        expect(not (scores > 1 + 2 * accuracy.EPS["float32"]).any(), "POOLED-3", text)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from sparse_dlm_attn import (
-    Context,
     InvalidArgumentError,
     PassInfo,
     PrefixAttention,
@@ -34,9 +33,7 @@ def arguments_of(on: Loaded) -> Arguments:
     return {"q": on.q, "k": on.k, "v": on.v, "context": on.context, "memory": None, "info": PassInfo(0)}
 
 
-def bad_inputs(
-    subject: Subject, arrays: Arrays, on: Loaded
-) -> dict[str, tuple[str, Callable[[], Arguments]]]:
+def bad_inputs(subject: Subject, arrays: Arrays, on: Loaded) -> dict[str, tuple[str, Callable[[], Arguments]]]:
     """Return, by name, the argument that is wrong and a way to make the call."""
     other = "float32" if subject.dtype == "float64" else "float64"
 
@@ -72,17 +69,11 @@ def bad_inputs(
         "memory is foreign": ("memory", swapped(memory=object(), info=PassInfo(1))),
         "newly_decoded has other rows": (
             "newly_decoded",
-            lambda: {
-                **arguments_of(on),
-                "info": PassInfo(0, newly_decoded=subject.ints(np.zeros(rows, bool))),
-            },
+            lambda: {**arguments_of(on), "info": PassInfo(0, newly_decoded=subject.ints(np.zeros(rows, bool)))},
         ),
         "pass indices of another batch": (
             "index",
-            lambda: {
-                **arguments_of(on),
-                "info": PassInfo(subject.ints(np.arange(rows[0] + 1, dtype=np.int32))),
-            },
+            lambda: {**arguments_of(on), "info": PassInfo(subject.ints(np.arange(rows[0] + 1, dtype=np.int32)))},
         ),
         "pass index is negative": ("index", lambda: {**arguments_of(on), "info": PassInfo(-1)}),
         "layer outside": ("layer", lambda: {**arguments_of(on), "info": PassInfo(0, layer=2, num_layers=2)}),
@@ -93,18 +84,14 @@ def bad_inputs(
             "page_table",
             context(page_table=subject.backend.asarray(arrays.page_table.astype(np.int8), dtype="int8")),
         ),
-        "v_pages of another shape": (
-            "v_pages",
-            context(v_pages=subject.floats(np.repeat(arrays.v_pages, 2, axis=2))),
-        ),
+        "v_pages of another shape": ("v_pages", context(v_pages=subject.floats(np.repeat(arrays.v_pages, 2, axis=2)))),
         "selection of span 0": ("span", lambda: {"selection": Selection(on.selection.mask, 0)}),
     }
 
 
 @pytest.mark.clause("ERROR-1", "DRIVER-1")
 @law(case=cases(max_batch=2, min_pages=1, poisons=("zero",)), share=0.2)
-def test_bad_input_raises_a_typed_error_and_changes_nothing(subject: Subject, case: Case) -> None:
-    arrays = case.arrays(subject.dtype)
+def test_bad_input_raises_a_typed_error_and_changes_nothing(subject: Subject, arrays: Arrays) -> None:
     on, watched = subject.load(arrays), Watched(subject.backend)
     attention = PrefixAttention("dense", watched, check_contents=True)  # of tables on a device, too
     before = {name: host(array) for name, array in on.arrays().items()}
@@ -112,22 +99,15 @@ def test_bad_input_raises_a_typed_error_and_changes_nothing(subject: Subject, ca
         try:
             made = make()
             scale = made.pop("scale", None)
-            attention(
-                made["q"], made["k"], made["v"], made["context"], made["memory"], made["info"], scale=scale
-            )
+            attention(made["q"], made["k"], made["v"], made["context"], made["memory"], made["info"], scale=scale)
         except SparseAttentionError as error:
             text = str(error)
             expect(argument in text, "ERROR-1", f"{name}: the error must name {argument}; got {text}")
             if isinstance(error, InvalidArgumentError):
-                expect(
-                    error.argument and error.rule and str(error.got),
-                    "ERROR-1",
-                    f"{name}: the error must give argument, rule and value; got {text}",
-                )
+                told = f"{name}: the error must give argument, rule and value; got {text}"
+                expect(error.argument and error.rule and str(error.got), "ERROR-1", told)
         except Exception as error:
-            expect(
-                False, "ERROR-1", f"{name}: must raise an error of ours; got {type(error).__name__}: {error}"
-            )
+            expect(False, "ERROR-1", f"{name}: must raise an error of ours; got {type(error).__name__}: {error}")
         else:
             expect(False, "ERROR-1", f"{name}: must be refused")
         expect(watched.calls == [], "DRIVER-1", f"{name}: operators ran before the refusal: {watched.calls}")
@@ -137,8 +117,7 @@ def test_bad_input_raises_a_typed_error_and_changes_nothing(subject: Subject, ca
 
 @pytest.mark.clause("MEMORY-2", "DRIVER-1")
 @law(case=cases(max_batch=2, min_pages=1, regimes=("dyadic",)), share=0.3, one_dtype=True)
-def test_memory_of_something_else_is_refused(subject: Subject, case: Case) -> None:
-    arrays = case.arrays(subject.dtype)
+def test_memory_of_something_else_is_refused(subject: Subject, arrays: Arrays) -> None:
     on, watched = subject.load(arrays), Watched(subject.backend)
     attention = PrefixAttention("dense", watched, check_contents=True)  # of tables on a device, too
     _, memory = attention(on.q, on.k, on.v, on.context, None, PassInfo(0, num_layers=2))
@@ -146,42 +125,24 @@ def test_memory_of_something_else_is_refused(subject: Subject, case: Case) -> No
     shorter = np.where(arrays.page_lengths > 0, arrays.page_lengths - 1, 1).astype(np.int32)
     table = np.where(arrays.page_lengths > 0, arrays.page_table, 0).astype(np.int32)
     longer = subject.load(
-        arrays.but(
-            **{name: np.repeat(getattr(arrays, name), 2, axis=2) for name in ("q", "q_other", "k", "v")}
-        )
+        arrays.but(**{name: np.repeat(getattr(arrays, name), 2, axis=2) for name in ("q", "q_other", "k", "v")})
     )
-    changed: dict[str, tuple[PrefixAttention, Loaded, Context, PassInfo]] = {
-        "another policy": (
-            PrefixAttention("sliding-window", watched, check_contents=True),
-            on,
-            on.context,
-            PassInfo(1, num_layers=2),
-        ),
-        "another layer": (attention, on, on.context, PassInfo(1, layer=1, num_layers=2)),
-        "another version": (
-            attention,
-            on,
-            replace(on.context, version=on.context.version + 1),
-            PassInfo(1, num_layers=2),
-        ),
-        "other page lengths": (
-            attention,
-            on,
-            replace(on.context, page_lengths=subject.ints(shorter), page_table=subject.ints(table)),
-            PassInfo(1, num_layers=2),
-        ),
-        "another page table": (
-            attention,
-            on,
-            replace(on.context, page_table=subject.ints((table + 1) % len(arrays.k_pages))),
-            PassInfo(1, num_layers=2),
-        ),
-        "another block shape": (attention, longer, on.context, PassInfo(1, num_layers=2)),
+    other_table = subject.ints((table + 1) % len(arrays.k_pages))
+    cut = replace(on.context, page_lengths=subject.ints(shorter), page_table=subject.ints(table))
+    changed: dict[str, dict[str, Any]] = {
+        "another policy": {"driver": PrefixAttention("sliding-window", watched, check_contents=True)},
+        "another layer": {"info": PassInfo(1, layer=1, num_layers=2)},
+        "another version": {"context": replace(on.context, version=on.context.version + 1)},
+        "other page lengths": {"context": cut},
+        "another page table": {"context": replace(on.context, page_table=other_table)},
+        "another block shape": {"now": longer},
     }
     if len(arrays.k_pages) == 1 or not arrays.page_lengths.any():
         del changed["another page table"]  # there is no other page to point to
     watched.calls.clear()
-    for name, (driver, now, context, info) in changed.items():
+    usual = {"driver": attention, "now": on, "context": on.context, "info": PassInfo(1, num_layers=2)}
+    for name, change in changed.items():
+        driver, now, context, info = {**usual, **change}.values()
         try:
             driver(now.q, now.k, now.v, context, memory, info)
         except StaleMemoryError:
@@ -200,11 +161,7 @@ def test_an_unknown_policy_is_refused_with_the_nearest_name(subject: Subject) ->
         try:
             get_policy(name)
         except UnknownNameError as error:
-            expect(
-                nearest in str(error),
-                "ERROR-2",
-                f"the refusal of {name!r} must name {nearest!r}; got {error}",
-            )
+            expect(nearest in str(error), "ERROR-2", f"the refusal of {name!r} must name {nearest!r}; got {error}")
         else:
             expect(False, "ERROR-2", f"{name!r} must be refused")
 

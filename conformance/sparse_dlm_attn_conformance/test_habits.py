@@ -13,23 +13,21 @@ from sparse_dlm_attn.arrays import is_array
 from sparse_dlm_attn_conformance.cases import Arrays
 from sparse_dlm_attn_conformance.checks import expect, expect_same_bits
 from sparse_dlm_attn_conformance.contenders import Contender
-from sparse_dlm_attn_conformance.denoising import appended, with_room
 from sparse_dlm_attn_conformance.doubles import Changes, Grid, Probe
 from sparse_dlm_attn_conformance.episodes import Episode, episodes, play
+from sparse_dlm_attn_conformance.guards import changed_settings, restored, stirred_settings
 from sparse_dlm_attn_conformance.laws import law
 from sparse_dlm_attn_conformance.operations import array_leaves
-from sparse_dlm_attn_conformance.process import changed_settings, restored, stirred_settings
 from sparse_dlm_attn_conformance.rules import RULES, rule_of
 from sparse_dlm_attn_conformance.subjects import Subject, host
 from sparse_dlm_attn_conformance.test_context import shares_memory
+from sparse_dlm_attn_conformance.test_denoising import appended, with_room
 from sparse_dlm_attn_conformance.test_policies import SHARE, expect_stated, loaded, on_grid
 
 
 @pytest.mark.clause("POLICY-8")
 @law(episode=episodes(kv_heads=(2, 3)), share=SHARE)
-def test_pages_of_a_kv_head_are_those_it_gets_alone(
-    subject: Subject, policy: Contender, episode: Episode
-) -> None:
+def test_pages_of_a_kv_head_are_those_it_gets_alone(subject: Subject, policy: Contender, episode: Episode) -> None:
     """As on a device that holds one KV head of several: only the change of queries is over all of them."""
     chosen, case = loaded(policy), episode.case
     if chosen.mixes_heads:
@@ -53,21 +51,13 @@ def of_head(arrays: Arrays, head: int) -> Arrays:
     """Return the problem of one KV head and its query heads; a selection is that of all heads."""
     one, group = slice(head, head + 1), arrays.group
     mine = slice(head * group, (head + 1) * group)
-    return arrays.but(
-        q=arrays.q[:, mine],
-        q_other=arrays.q_other[:, mine],
-        k=arrays.k[:, one],
-        v=arrays.v[:, one],
-        k_pages=arrays.k_pages[:, one],
-        v_pages=arrays.v_pages[:, one],
-    )
+    query = {name: getattr(arrays, name)[:, mine] for name in ("q", "q_other")}
+    return arrays.but(**query, **{name: getattr(arrays, name)[:, one] for name in ("k", "v", "k_pages", "v_pages")})
 
 
 @pytest.mark.clause("POLICY-6", "MEMORY-1")
 @law(episode=episodes(), share=SHARE)
-def test_the_next_block_does_what_the_page_states(
-    subject: Subject, policy: Contender, episode: Episode
-) -> None:
+def test_the_next_block_does_what_the_page_states(subject: Subject, policy: Contender, episode: Episode) -> None:
     """The block's keys have joined the context, and the memory of its last pass is handed in."""
     chosen, case = loaded(policy), episode.case
     rule, first = rule_of(chosen, episode), episode.begun()
@@ -105,14 +95,10 @@ def test_a_block_that_lost_its_memory_goes_on_as_the_page_states(
 
 @pytest.mark.clause("POLICY-1", "PURE-2")
 @law(episode=episodes(layouts=("plain",)), share=SHARE)
-def test_what_is_remembered_is_no_view_of_what_was_given(
-    subject: Subject, policy: Contender, episode: Episode
-) -> None:
+def test_what_is_remembered_is_no_view_of_what_was_given(subject: Subject, policy: Contender, episode: Episode) -> None:
     """The caller writes the next queries where these were, and the next tokens into the table."""
 
-    def check(
-        inner: PrefixAttentionPolicy[Any], question: str, inputs: PassInputs[Any], *answer: Any
-    ) -> None:
+    def check(inner: PrefixAttentionPolicy[Any], question: str, inputs: PassInputs[Any], *answer: Any) -> None:
         if question != "remember":
             return
         context, info = inputs.context, inputs.info
@@ -131,15 +117,11 @@ def test_what_is_remembered_is_no_view_of_what_was_given(
 
 @pytest.mark.clause("POLICY-1")
 @law(episode=episodes(), share=SHARE)
-def test_questions_asked_in_between_do_not_matter(
-    subject: Subject, policy: Contender, episode: Episode
-) -> None:
+def test_questions_asked_in_between_do_not_matter(subject: Subject, policy: Contender, episode: Episode) -> None:
     """Answers pass from question to question as arguments: other layers may be asked in between."""
     chosen = loaded(policy)
 
-    def disturb(
-        inner: PrefixAttentionPolicy[Any], question: str, inputs: PassInputs[Any], *answer: Any
-    ) -> None:
+    def disturb(inner: PrefixAttentionPolicy[Any], question: str, inputs: PassInputs[Any], *answer: Any) -> None:
         if question in ("active_set", "select_pages"):
             moved = np.asarray(host(inputs.q).astype(np.float64)[:, :, ::-1])
             other = replace(inputs, q=subject.floats(-moved))

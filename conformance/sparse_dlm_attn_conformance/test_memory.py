@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sparse_dlm_attn import PassInfo, PrefixAttention, StaleMemoryError
-from sparse_dlm_attn_conformance.cases import Case, Host
+from sparse_dlm_attn_conformance.cases import Arrays, Case, Host
 from sparse_dlm_attn_conformance.checks import expect, expect_close, expect_same_bits
 from sparse_dlm_attn_conformance.contenders import Contender
 from sparse_dlm_attn_conformance.episodes import Episode, Pass, episodes, play
@@ -16,22 +16,15 @@ from sparse_dlm_attn_conformance.laws import law
 from sparse_dlm_attn_conformance.operations import leaves
 from sparse_dlm_attn_conformance.strategies import cases
 from sparse_dlm_attn_conformance.subjects import Loaded, Subject, host
-from sparse_dlm_attn_conformance.test_policies import (
-    SHARE,
-    expect_same_decisions,
-    loaded,
-    on_grid,
-    output_budget,
-)
+from sparse_dlm_attn_conformance.test_policies import SHARE, expect_same_decisions, loaded, on_grid, output_budget
 from sparse_dlm_attn_conformance.test_purity import of_sequences
 
 
 @pytest.mark.clause("POLICY-1", "PURE-1")
 @law(episode=episodes(), share=SHARE)
-def test_memory_is_a_value(subject: Subject, policy: Contender, episode: Episode) -> None:
+def test_memory_is_a_value(subject: Subject, policy: Contender, episode: Episode, arrays: Arrays) -> None:
     """Going on twice from one memory gives the same pass twice, and leaves the memory as it was."""
     chosen, case = loaded(policy), episode.case
-    arrays = case.arrays(subject.dtype)
     done = play(subject, chosen, episode)
     memory = done[0].memory
     attention, context = PrefixAttention(chosen, subject.backend), subject.load(arrays).context
@@ -54,9 +47,7 @@ def test_memory_is_a_value(subject: Subject, policy: Contender, episode: Episode
 
 @pytest.mark.clause("DRIVER-2")
 @law(episode=episodes(), share=SHARE)
-def test_values_that_were_not_selected_are_not_read(
-    subject: Subject, policy: Contender, episode: Episode
-) -> None:
+def test_values_that_were_not_selected_are_not_read(subject: Subject, policy: Contender, episode: Episode) -> None:
     chosen, case = loaded(policy), episode.case
     arrays, queries = case.arrays(subject.dtype), episode.queries(subject.dtype)
     attention, memory = PrefixAttention(chosen, subject.backend), None
@@ -70,16 +61,12 @@ def test_values_that_were_not_selected_are_not_read(
         pages = subject.load(rotten if memory.traffic.key_reads == 0 else rotten.but(k_pages=arrays.k_pages))
         poisoned = replace(context, k_pages=pages.context.k_pages, v_pages=pages.context.v_pages)
         again, _ = attention(rows, on.k, on.v, poisoned, given, info, scale=case.scale)
-        expect_same_bits(
-            host(again), host(out), f"out of pass {number} with NaN in pages not selected", "DRIVER-2"
-        )
+        expect_same_bits(host(again), host(out), f"out of pass {number} with NaN in pages not selected", "DRIVER-2")
 
 
 @pytest.mark.clause("MEMORY-1")
 @law(episode=episodes(), share=SHARE)
-def test_memory_of_a_block_does_not_reach_the_next(
-    subject: Subject, policy: Contender, episode: Episode
-) -> None:
+def test_memory_of_a_block_does_not_reach_the_next(subject: Subject, policy: Contender, episode: Episode) -> None:
     chosen = loaded(policy)
     if chosen.memory_scope != "block":
         pytest.skip("the policy's memory spans the sequence")
@@ -93,9 +80,10 @@ def test_memory_of_a_block_does_not_reach_the_next(
 
 @pytest.mark.clause("MEMORY-3")
 @law(episode=episodes(), share=SHARE)
-def test_dropped_memory_restarts_the_block(subject: Subject, policy: Contender, episode: Episode) -> None:
+def test_dropped_memory_restarts_the_block(
+    subject: Subject, policy: Contender, episode: Episode, arrays: Arrays
+) -> None:
     chosen, case = loaded(policy), episode.case
-    arrays = case.arrays(subject.dtype)
     on, attention = subject.load(arrays), PrefixAttention(chosen, subject.backend)
 
     def run(now: Loaded, info: PassInfo) -> Pass:
@@ -111,11 +99,10 @@ def test_dropped_memory_restarts_the_block(subject: Subject, policy: Contender, 
 @pytest.mark.clause("MEMORY-4")
 @law(episode=episodes(max_batch=3, max_passes=5), share=SHARE)
 def test_reordered_memory_goes_on_as_each_sequence_would(
-    subject: Subject, policy: Contender, episode: Episode
+    subject: Subject, policy: Contender, episode: Episode, arrays: Arrays
 ) -> None:
     """Between two passes sequences change places, end, or go on several times."""
     subject, chosen, case = on_grid(subject), loaded(policy), episode.case
-    arrays = case.arrays(subject.dtype)
     alone = play(subject, chosen, episode)
     rng = np.random.default_rng(case.seed)
     first = int(rng.integers(1, episode.passes))
@@ -131,16 +118,17 @@ def test_reordered_memory_goes_on_as_each_sequence_would(
 
 @pytest.mark.clause("MEMORY-2")
 @law(case=cases(max_batch=2, min_pages=2, regimes=("dyadic",)), share=0.3, one_dtype=True)
-def test_memory_of_another_sequence_is_refused(subject: Subject, case: Case) -> None:
+def test_memory_of_another_sequence_is_refused(subject: Subject, case: Case, arrays: Arrays) -> None:
     """Of a policy whose memory spans blocks: the next one's context has to continue the one before."""
-    arrays = case.arrays(subject.dtype)
     attention = PrefixAttention("snapkv:capacity=5,window=2,kernel=3", subject.backend, check_contents=True)
     on = subject.load(arrays)
     _, memory = attention(on.q, on.k, on.v, on.context, None, PassInfo(0))
     lengths = arrays.page_lengths
     cut = np.where(np.arange(lengths.shape[1]) < lengths.shape[1] // 2, lengths, 0)
-    others = {"fewer tokens": arrays.but(page_lengths=cut), "two sequences for each": of_sequences(
-        arrays, np.repeat(np.arange(case.batch), 2))}
+    others = {
+        "fewer tokens": arrays.but(page_lengths=cut),
+        "two sequences for each": of_sequences(arrays, np.repeat(np.arange(case.batch), 2)),
+    }
     if (cut == lengths).all() or arrays.page_segments is not None:
         del others["fewer tokens"]  # it has no more, or those that follow the block
     for name, other in others.items():
@@ -156,10 +144,9 @@ def test_memory_of_another_sequence_is_refused(subject: Subject, case: Case) -> 
 @pytest.mark.clause("DENSITY-1", "DENSITY-2")
 @law(episode=episodes(), share=SHARE)
 def test_density_and_bytes_are_those_of_the_pages_read(
-    subject: Subject, policy: Contender, episode: Episode
+    subject: Subject, policy: Contender, episode: Episode, arrays: Arrays
 ) -> None:
     case = episode.case
-    arrays = case.arrays(subject.dtype)
     size = {"float64": 8, "float32": 4}.get(subject.dtype, 2)
     for number, done in enumerate(play(subject, loaded(policy), episode)):
         traffic = done.memory.traffic
@@ -177,6 +164,4 @@ def test_density_and_bytes_are_those_of_the_pages_read(
             + metadata * traffic.metadata_reads
             + total * case.head_dim * size * traffic.key_reads
         )
-        expect_close(
-            host(traffic.bytes_read), expected, 1e-6 * expected, f"bytes read in pass {number}", "DENSITY-2"
-        )
+        expect_close(host(traffic.bytes_read), expected, 1e-6 * expected, f"bytes read in pass {number}", "DENSITY-2")

@@ -7,20 +7,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparse_dlm_attn import AttentionState, RankedPass
+from sparse_dlm_attn import AttentionState
+from sparse_dlm_attn.ranked import RankedPass
 from sparse_dlm_attn_conformance import accuracy
 from sparse_dlm_attn_conformance.cases import Arrays, Case, Host
 from sparse_dlm_attn_conformance.checks import expect, expect_same_bits, expect_state_close
-from sparse_dlm_attn_conformance.laws import law
-from sparse_dlm_attn_conformance.operations import OPERATORS, arrays_in, prepare
-from sparse_dlm_attn_conformance.oracle import context_keys
-from sparse_dlm_attn_conformance.process import (
+from sparse_dlm_attn_conformance.guards import (
     changed_settings,
     other_settings,
     restored,
     settings_of_the_process,
     stirred_settings,
 )
+from sparse_dlm_attn_conformance.laws import law
+from sparse_dlm_attn_conformance.operations import OPERATORS, arrays_in, prepare
+from sparse_dlm_attn_conformance.oracle import context_keys
 from sparse_dlm_attn_conformance.strategies import cases
 from sparse_dlm_attn_conformance.subjects import Loaded, Subject, host
 from sparse_dlm_attn_conformance.test_context import shares_memory
@@ -32,8 +33,7 @@ ROWWISE = ("attend_pages", "reuse", "attend")
 @pytest.mark.clause("PURE-1")
 @pytest.mark.parametrize("operator", OPERATORS)
 @law(case=cases(), share=0.3)
-def test_no_operator_changes_its_arguments(subject: Subject, operator: str, case: Case) -> None:
-    arrays = case.arrays(subject.dtype)
+def test_no_operator_changes_its_arguments(subject: Subject, operator: str, arrays: Arrays) -> None:
     call = prepare(subject, arrays, operator)
     before = {name: host(array) for name, array in call.arguments.items()}
     call.run()
@@ -79,8 +79,7 @@ def test_no_setting_of_the_process_changes_a_result(subject: Subject, operator: 
 @pytest.mark.clause("PURE-2")
 @pytest.mark.parametrize("operator", OPERATORS)
 @law(case=cases(regimes=ROUGH), share=0.3)
-def test_results_share_no_memory_with_arguments(subject: Subject, operator: str, case: Case) -> None:
-    arrays = case.arrays(subject.dtype)
+def test_results_share_no_memory_with_arguments(subject: Subject, operator: str, arrays: Arrays) -> None:
     nobody = np.zeros_like(arrays.active)
     # with all rows active, or none, returning an argument as it is would give the right numbers
     choices = (arrays.active, ~nobody, nobody) if operator in ROWWISE else (arrays.active,)
@@ -88,11 +87,8 @@ def test_results_share_no_memory_with_arguments(subject: Subject, operator: str,
         call = prepare(subject, arrays.but(active=active), operator)
         for name, result in arrays_in(call.run()).items():
             for argument, array in call.arguments.items():
-                expect(
-                    not shares_memory(result, array),
-                    "PURE-2",
-                    f"{operator}{name} must not share memory with its argument {argument}",
-                )
+                text = f"{operator}{name} must not share memory with its argument {argument}"
+                expect(not shares_memory(result, array), "PURE-2", text)
 
 
 @pytest.mark.clause("PURE-2")
@@ -102,20 +98,16 @@ def test_merging_one_state_does_not_hand_it_back(subject: Subject, case: Case) -
     state = AttentionState(extra["fresh.out"], extra["fresh.lse"])
     merged = subject.backend.merge(state)
     for name in ("out", "lse"):
-        expect(
-            not shares_memory(getattr(merged, name), getattr(state, name)),
-            "PURE-2",
-            f"merge of one state must not share its {name}",
-        )
+        text = f"merge of one state must not share its {name}"
+        expect(not shares_memory(getattr(merged, name), getattr(state, name)), "PURE-2", text)
 
 
 @pytest.mark.clause("PURE-3")
 @pytest.mark.parametrize("operator", OPERATORS)
 @law(case=cases(regimes=ROUGH), share=0.5)
-def test_the_same_input_gives_the_same_bits(subject: Subject, operator: str, case: Case) -> None:
+def test_the_same_input_gives_the_same_bits(subject: Subject, operator: str, arrays: Arrays) -> None:
     """Other work in between must not matter, nor may it change a result handed out before."""
     need(subject, "deterministic")
-    arrays = case.arrays(subject.dtype)
     first = arrays_in(prepare(subject, arrays, operator).run())
     copies = {name: host(value) for name, value in first.items()}
     prepare(subject, other_problem(arrays), operator).run()
@@ -128,10 +120,8 @@ def test_the_same_input_gives_the_same_bits(subject: Subject, operator: str, cas
 
 @pytest.mark.clause("PURE-3", "ATTEND-1")
 @law(case=cases(regimes=ROUGH, layouts=("plain",), min_pages=1), share=0.5)
-def test_a_cache_written_in_place_is_read_anew(subject: Subject, case: Case) -> None:
+def test_a_cache_written_in_place_is_read_anew(subject: Subject, arrays: Arrays, on: Loaded) -> None:
     """Engines write tokens into the same memory: nothing may be remembered by shape or identity."""
-    arrays = case.arrays(subject.dtype)
-    on = subject.load(arrays)
     later = arrays.but(
         k_pages=np.where(arrays.stored()[..., None], -arrays.k_pages, arrays.k_pages),
         v_pages=np.where(arrays.stored()[..., None], -arrays.v_pages[:, :, :, ::-1], arrays.v_pages),
@@ -161,9 +151,7 @@ def attend_and_bound(subject: Subject, arrays: Arrays, on: Loaded) -> None:
         "PURE-3",
     )
     lower = host(subject.backend.page_bounds(on.context).lower)
-    expect_same_bits(
-        lower.astype(np.float64), arrays.bounds().lower, "bounds of a cache written in place", "PURE-3"
-    )
+    expect_same_bits(lower.astype(np.float64), arrays.bounds().lower, "bounds of a cache written in place", "PURE-3")
 
 
 def other_problem(arrays: Arrays) -> Arrays:
@@ -195,9 +183,8 @@ def need(subject: Subject, capability: str) -> None:
     ),
 )  # fmt: skip
 @law(case=cases(regimes=ROUGH), share=0.5)
-def test_a_sequence_does_not_depend_on_its_batch(subject: Subject, operator: str, case: Case) -> None:
+def test_a_sequence_does_not_depend_on_its_batch(subject: Subject, operator: str, case: Case, arrays: Arrays) -> None:
     need(subject, "batch_invariant")
-    arrays = case.arrays(subject.dtype)
     together = prepared_results(subject, arrays, operator)
     for b in range(case.batch):
         alone = prepared_results(subject, single(arrays, b), operator)
@@ -216,14 +203,10 @@ def prepared_results(subject: Subject, arrays: Arrays, operator: str) -> dict[st
         rule = RankedPass(arrays.page_size, 2, reference=on.q_other, count=2, keep="queries")
         bounds = subject.bounds(arrays.bounds())
         return arrays_in(
-            subject.backend.attend_ranked(
-                on.q, on.k, on.v, on.context, bounds, rule, None, scale=arrays.scale
-            )
+            subject.backend.attend_ranked(on.q, on.k, on.v, on.context, bounds, rule, None, scale=arrays.scale)
         )
     return arrays_in(
-        subject.backend.attend(
-            on.q, on.k, on.v, on.context, on.selection, on.active, None, scale=arrays.scale
-        )
+        subject.backend.attend(on.q, on.k, on.v, on.context, on.selection, on.active, None, scale=arrays.scale)
     )
 
 
@@ -234,15 +217,6 @@ def single(arrays: Arrays, b: int) -> Arrays:
 
 def of_sequences(arrays: Arrays, numbers: Host) -> Arrays:
     """Return the problem of some sequences of a batch, by their numbers."""
-    segments = arrays.page_segments
-    return arrays.but(
-        q=arrays.q[numbers],
-        q_other=arrays.q_other[numbers],
-        k=arrays.k[numbers],
-        v=arrays.v[numbers],
-        page_table=arrays.page_table[numbers],
-        page_lengths=arrays.page_lengths[numbers],
-        page_segments=None if segments is None else segments[numbers],
-        mask=arrays.mask[numbers],
-        active=arrays.active[numbers],
-    )
+    names = ("q", "q_other", "k", "v", "page_table", "page_lengths", "page_segments", "mask", "active")
+    parts = {name: getattr(arrays, name) for name in names}
+    return arrays.but(**{name: part[numbers] for name, part in parts.items() if part is not None})

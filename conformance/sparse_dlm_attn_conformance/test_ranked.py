@@ -5,23 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sparse_dlm_attn import (
-    AttentionState,
-    PageBounds,
-    RankedResult,
-    get_policy,
-)
+from sparse_dlm_attn import AttentionState, PageBounds, get_policy
+from sparse_dlm_attn.ranked import RankedResult
 from sparse_dlm_attn_conformance import accuracy
-from sparse_dlm_attn_conformance.cases import Arrays, Case, Host
-from sparse_dlm_attn_conformance.checks import (
-    expect,
-    expect_array,
-    expect_close,
-    expect_same_bits,
-    expect_state,
-)
+from sparse_dlm_attn_conformance.cases import EXACT, Arrays, Case, Host
+from sparse_dlm_attn_conformance.checks import expect, expect_array, expect_close, expect_same_bits, expect_state
 from sparse_dlm_attn_conformance.doubles import Ranking, Watched
-from sparse_dlm_attn_conformance.episodes import EXACT, Episode, episodes, play
+from sparse_dlm_attn_conformance.episodes import Episode, episodes, play
 from sparse_dlm_attn_conformance.laws import law
 from sparse_dlm_attn_conformance.oracle import block_keys, context_keys
 from sparse_dlm_attn_conformance.strategies import cases, ranked_rules
@@ -49,16 +39,11 @@ def run(
         on.q, on.k, on.v, on.context, subject.bounds(bounds, arrays.layout), rule.over(arrays, on.q_other),
         cached, scale=arrays.scale,
     )  # fmt: skip
-    expect(
-        isinstance(result, RankedResult),
-        "RANKED-1",
-        f"attend_ranked must return a RankedResult; got {type(result).__qualname__}",
-    )
+    text = f"attend_ranked must return a RankedResult; got {type(result).__qualname__}"
+    expect(isinstance(result, RankedResult), "RANKED-1", text)
     expect_array(subject, result.out, "out of attend_ranked", arrays.q.shape, subject.dtype, "STATE-4")
     expect_state(subject, result.state, "the context state of attend_ranked", arrays.q.shape)
-    expect_array(
-        subject, result.active, "active of attend_ranked", arrays.active.shape, "bool", "RANKED-1"
-    )
+    expect_array(subject, result.active, "active of attend_ranked", arrays.active.shape, "bool", "RANKED-1")
     return result
 
 
@@ -118,15 +103,13 @@ def expect_decided(result: RankedResult, arrays: Arrays, rule: RankedRule) -> No
 
 @pytest.mark.clause("RANKED-1", "ACCURACY-3")
 @law(case=cases(regimes=EXACT), rule=ranked_rules())
-def test_a_rule_decides_what_the_operators_decide(subject: Subject, case: Case, rule: RankedRule) -> None:
-    arrays = case.arrays(subject.dtype)
+def test_a_rule_decides_what_the_operators_decide(subject: Subject, rule: RankedRule, arrays: Arrays) -> None:
     expect_decided(run(subject, arrays, rule), arrays, rule)
 
 
 @pytest.mark.clause("RANKED-1")
 @law(case=cases(regimes=("dyadic",), groups=(2, 4), min_pages=3, blocks=(1, 2)), share=0.5)
-def test_heads_of_a_group_share_pages_where_the_rule_says_so(subject: Subject, case: Case) -> None:
-    arrays = case.arrays(subject.dtype)
+def test_heads_of_a_group_share_pages_where_the_rule_says_so(subject: Subject, arrays: Arrays) -> None:
     for union in ("kv_head", "query_head", "row"):
         rule = RankedRule("all", pages=1, union=union)
         expect_decided(run(subject, arrays, rule), arrays, rule)
@@ -134,8 +117,7 @@ def test_heads_of_a_group_share_pages_where_the_rule_says_so(subject: Subject, c
 
 @pytest.mark.clause("RANKED-1", "TOP-4", "CHANGE-2", "CHANGE-3")
 @law(case=cases(regimes=EXACT, min_pages=1, poisons=("zero",)), rule=ranked_rules(), share=0.5)
-def test_nan_in_a_query_or_a_key_ranks_first(subject: Subject, case: Case, rule: RankedRule) -> None:
-    arrays = case.arrays(subject.dtype)
+def test_nan_in_a_query_or_a_key_ranks_first(subject: Subject, case: Case, rule: RankedRule, arrays: Arrays) -> None:
     q, k_pages = arrays.q.copy(), arrays.k_pages.copy()
     if case.seed % 2:
         q[-1, -1, case.seed % case.tokens, -1] = np.nan
@@ -147,9 +129,8 @@ def test_nan_in_a_query_or_a_key_ranks_first(subject: Subject, case: Case, rule:
 
 @pytest.mark.clause("RANKED-1", "CHANGE-3")
 @law(case=cases(regimes=("dyadic",), max_pages=2, blocks=(2, 3, 5)), share=0.5)
-def test_the_share_of_a_mass_rule_is_no_float32(subject: Subject, case: Case) -> None:
+def test_the_share_of_a_mass_rule_is_no_float32(subject: Subject, case: Case, arrays: Arrays) -> None:
     """Changes of 3 and 2 in 5: the first alone reaches 0.6 of them, and 0.6 in float32 is a little more."""
-    arrays = case.arrays(subject.dtype)
     channels = case.q_heads * case.head_dim
     if channels < 3 or case.tokens < 2:
         return
@@ -163,9 +144,10 @@ def test_the_share_of_a_mass_rule_is_no_float32(subject: Subject, case: Case) ->
 
 @pytest.mark.clause("RANKED-1", "ATTEND-4", "REUSE-1")
 @law(case=cases(), rule=ranked_rules())
-def test_a_rule_computes_what_the_operators_compute(subject: Subject, case: Case, rule: RankedRule) -> None:
+def test_a_rule_computes_what_the_operators_compute(
+    subject: Subject, case: Case, rule: RankedRule, arrays: Arrays
+) -> None:
     """On any values: attention over the pages that were reported, and the cached bits of other rows."""
-    arrays = case.arrays(subject.dtype)
     given, cached = cached_state(subject, arrays, case.seed)
     nothing = case.seed % 4 == 0
     if nothing:
@@ -193,16 +175,15 @@ def test_a_rule_computes_what_the_operators_compute(subject: Subject, case: Case
 
 def decided(arrays: Arrays, result: RankedResult) -> Arrays:
     """Return the problem with what a ranked pass decided in it."""
-    return arrays.but(
-        mask=host(result.selection.mask), span=result.selection.span, active=host(result.active)
-    )
+    return arrays.but(mask=host(result.selection.mask), span=result.selection.span, active=host(result.active))
 
 
 @pytest.mark.clause("RANKED-1", "ATTEND-3", "CONTEXT-2")
 @law(case=cases(poisons=("zero",), regimes=EXACT), rule=ranked_rules(), share=0.7)
-def test_a_rule_reads_no_page_that_it_did_not_choose(subject: Subject, case: Case, rule: RankedRule) -> None:
+def test_a_rule_reads_no_page_that_it_did_not_choose(
+    subject: Subject, case: Case, rule: RankedRule, arrays: Arrays
+) -> None:
     """Neither those pages, nor what does not exist, nor what is cached for active rows."""
-    arrays = case.arrays(subject.dtype)
     given, cached = cached_state(subject, arrays, case.seed)
     clean = run(subject, arrays, rule, cached)
     chosen = decided(arrays, clean)
@@ -227,10 +208,9 @@ def test_a_rule_reads_no_page_that_it_did_not_choose(subject: Subject, case: Cas
 @pytest.mark.parametrize("policy_name", ASKED)
 @law(episode=episodes(), share=SHARE)
 def test_the_driver_asks_for_ranked_passes_and_counts_the_same(
-    subject: Subject, episode: Episode, policy_name: str
+    subject: Subject, episode: Episode, policy_name: str, arrays: Arrays
 ) -> None:
     policy, fused = get_policy(policy_name), Ranking(subject.backend)
-    arrays = episode.case.arrays(subject.dtype)
     apart = play(subject.using(Watched(subject.backend)), policy, episode, arrays=arrays)
     together = play(subject.using(fused), policy, episode, arrays=arrays)
     asked, expected = fused.calls.count("attend_ranked"), episode.passes - (policy.name == "losa")

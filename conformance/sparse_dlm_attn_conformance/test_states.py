@@ -10,13 +10,7 @@ import pytest
 from sparse_dlm_attn import AttentionState
 from sparse_dlm_attn_conformance import accuracy
 from sparse_dlm_attn_conformance.cases import Arrays, Case, Host, round_to
-from sparse_dlm_attn_conformance.checks import (
-    expect,
-    expect_close,
-    expect_same_bits,
-    expect_same_state,
-    expect_state,
-)
+from sparse_dlm_attn_conformance.checks import expect, expect_close, expect_same_bits, expect_same_state, expect_state
 from sparse_dlm_attn_conformance.laws import law
 from sparse_dlm_attn_conformance.oracle import context_keys
 from sparse_dlm_attn_conformance.strategies import cases, merge_tables
@@ -63,9 +57,7 @@ def test_merge_is_the_logsumexp_weighted_mean(subject: Subject, table: MergeTabl
 @law(table=merge_tables(states=(3, 4, 8, 17, 33), empty=False), share=0.5)
 def test_every_state_counts(subject: Subject, table: MergeTable) -> None:
     """A part that is dropped or counted twice moves the lse by more than any rounding."""
-    states = [
-        HostState(state.out + i, np.zeros_like(state.lse)) for i, state in enumerate(table.states("float32"))
-    ]
+    states = [HostState(state.out + i, np.zeros_like(state.lse)) for i, state in enumerate(table.states("float32"))]
     states = [HostState(round_to(state.out, subject.dtype), state.lse) for state in states]
     expect_merged(subject, states, merge(subject, states), "MERGE-1")
 
@@ -115,9 +107,7 @@ def test_the_empty_state_is_the_identity(subject: Subject, table: MergeTable) ->
 @pytest.mark.clause("MERGE-3", "STATE-2")
 @law(table=merge_tables(), share=0.3)
 def test_merging_empty_states_gives_the_empty_state(subject: Subject, table: MergeTable) -> None:
-    states = [
-        HostState(np.zeros_like(s.out), np.full_like(s.lse, -np.inf)) for s in table.states(subject.dtype)
-    ]
+    states = [HostState(np.zeros_like(s.out), np.full_like(s.lse, -np.inf)) for s in table.states(subject.dtype)]
     out, lse = merge(subject, states)
     expect((out == 0).all(), "MERGE-3", "the merge of empty states must have out 0 exactly, and no NaN")
     expect(np.isneginf(lse).all(), "MERGE-3", "the merge of empty states must have lse -inf")
@@ -155,18 +145,14 @@ def test_nan_that_has_weight_shows(subject: Subject, table: MergeTable) -> None:
             expect_same_bits(np.isnan(out), where, "the places of NaN after a merge", "MERGE-4")
             expect(not np.isnan(lse).any(), "MERGE-4", "NaN in out must not reach the lse")
         else:
-            expect(
-                np.isnan(out[rows]).all() and np.isnan(lse[rows]).all(),
-                "MERGE-4",
-                "a NaN lse must show in out and lse of its row",
-            )
+            text = "a NaN lse must show in out and lse of its row"
+            expect(np.isnan(out[rows]).all() and np.isnan(lse[rows]).all(), "MERGE-4", text)
             expect(not np.isnan(out[~rows]).any(), "MERGE-4", "a NaN lse must stay in its row")
 
 
 @pytest.mark.clause("MERGE-1", "CONTEXT-5")
 @law(case=cases(min_pages=2, heads=("one", "kv")), share=0.7)
-def test_any_partition_into_pages_merges_to_the_same_state(subject: Subject, case: Case) -> None:
-    arrays = case.arrays(subject.dtype)
+def test_any_partition_into_pages_merges_to_the_same_state(subject: Subject, case: Case, arrays: Arrays) -> None:
     parts = np.random.default_rng(case.seed).integers(0, 3, case.pages)
     states = []
     for part in range(3):
@@ -193,14 +179,9 @@ def test_reuse_copies_the_bits_of_each_row(subject: Subject, table: MergeTable) 
         out, lse = expect_state(subject, state, "reuse", fresh.out.shape)
         chosen = active[:, None, :]
         expect_same_bits(
-            out.astype(np.float64),
-            np.where(chosen[..., None], fresh.out, cached.out),
-            "out of reuse",
-            "REUSE-1",
+            out.astype(np.float64), np.where(chosen[..., None], fresh.out, cached.out), "out of reuse", "REUSE-1"
         )
-        expect_same_bits(
-            lse.astype(np.float64), np.where(chosen, fresh.lse, cached.lse), "lse of reuse", "REUSE-1"
-        )
+        expect_same_bits(lse.astype(np.float64), np.where(chosen, fresh.lse, cached.lse), "lse of reuse", "REUSE-1")
 
 
 @pytest.mark.clause("REUSE-1")

@@ -11,7 +11,10 @@ from typing import Any, Protocol
 
 import torch
 
-from sparse_dlm_attn import CallOrderError, Context, Decoder, DecoderPass, LayerMemory, Traffic, UnsupportedError
+from sparse_dlm_attn import CallOrderError, Context, Decoder, UnsupportedError
+from sparse_dlm_attn.decoder import DecoderPass
+from sparse_dlm_attn.memory import LayerMemory
+from sparse_dlm_attn.traffic import Traffic
 from sparse_dlm_attn_cuda_graphs.contexts import FixedContexts
 from sparse_dlm_attn_cuda_graphs.trees import copy_tensors, filled, map_tensors, skeleton, tensors_of
 

@@ -13,12 +13,12 @@ from sparse_dlm_attn import (
     Context,
     InvalidArgumentError,
     InvalidTypeError,
-    LayerMemory,
     PassInfo,
     PrefixAttention,
     PrefixAttentionPolicy,
 )
 from sparse_dlm_attn.arrays import is_readable, to_numpy
+from sparse_dlm_attn.memory import LayerMemory
 from sparse_dlm_attn_distributed.backend import DistributedBackend
 from sparse_dlm_attn_distributed.context import ShardedContext
 from sparse_dlm_attn_distributed.mesh import agree, ask, same

@@ -13,16 +13,15 @@ import torch.distributed as dist
 from sparse_dlm_attn import (
     AttentionState,
     Backend,
-    Capabilities,
     Context,
     InvalidArgumentError,
     InvalidTypeError,
     PageBounds,
-    Problem,
     Selection,
     get_backend,
 )
 from sparse_dlm_attn.arrays import compute_dtype
+from sparse_dlm_attn.capabilities import Capabilities, Problem
 from sparse_dlm_attn.checks import check_attend_block, check_cached, check_pooled_scores, check_query_change
 from sparse_dlm_attn_distributed.context import ShardedBounds, ShardedContext
 from sparse_dlm_attn_distributed.merging import finish, packed

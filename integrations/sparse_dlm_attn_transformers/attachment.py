@@ -154,15 +154,9 @@ class Attachment:
 
 
 class _OfOneModel:
-    """A function that belongs to one model and must not go along into a copy of it.
+    """A function that must not go along into a copy of its model.
 
-    Functions are not copied but shared, so a copy's attention would run on the weights of the model that it
-    was made from, in silence.
-
-    Parameters
-    ----------
-    function : callable
-        What is called.
+    Functions are shared, not copied: a copy's attention would run on the first model's weights, in silence.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:

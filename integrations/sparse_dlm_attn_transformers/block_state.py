@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparse_dlm_attn import Context, DecoderPass, InvalidArgumentError, StaleMemoryError, Traffic
+from sparse_dlm_attn import Context, InvalidArgumentError, StaleMemoryError
 from sparse_dlm_attn.arrays import to_numpy
+from sparse_dlm_attn.decoder import DecoderPass
 from sparse_dlm_attn.runs import largest_page_size
+from sparse_dlm_attn.traffic import Traffic
 from sparse_dlm_attn_transformers.buffers import Tables, fitting_page_size
 from sparse_dlm_attn_transformers.caches import CachedLayer, cached_layer
 from sparse_dlm_attn_transformers.masks import visible_context, visible_tokens

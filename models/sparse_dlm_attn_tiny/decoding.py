@@ -16,15 +16,9 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from sparse_dlm_attn import (
-    InvalidArgumentError,
-    InvalidTypeError,
-    LayerMemory,
-    PassInfo,
-    PrefixAttention,
-    PrefixAttentionPolicy,
-)
+from sparse_dlm_attn import InvalidArgumentError, InvalidTypeError, PassInfo, PrefixAttention, PrefixAttentionPolicy
 from sparse_dlm_attn.arrays import to_numpy
+from sparse_dlm_attn.memory import LayerMemory
 from sparse_dlm_attn.policy import check_choice, check_count
 from sparse_dlm_attn_tiny.cache import DEFAULT_PAGE_SIZE, KVCache
 from sparse_dlm_attn_tiny.config import MASK_ID

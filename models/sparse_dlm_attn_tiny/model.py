@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from sparse_dlm_attn import Backend, InvalidArgumentError, LayerMemory, PassInfo, PrefixAttention, get_backend
+from sparse_dlm_attn import Backend, InvalidArgumentError, PassInfo, PrefixAttention, get_backend
 from sparse_dlm_attn.arrays import Array, namespace
+from sparse_dlm_attn.memory import LayerMemory
 from sparse_dlm_attn.policy import check_count
 from sparse_dlm_attn_tiny.cache import DEFAULT_PAGE_SIZE, KVCache
 from sparse_dlm_attn_tiny.config import TinyConfig

@@ -14,7 +14,7 @@ from sparse_dlm_attn import (
     PrefixAttentionPolicy,
     UnknownNameError,
     get_policy,
-    policies,
+    list_policies,
 )
 from sparse_dlm_attn.policy import check_count
 from sparse_dlm_attn.registry import split_parameters
@@ -72,7 +72,7 @@ def choose_policy(text: str, budget: int, page_size: int) -> PolicyChoice:
     """
     check_count("--budget", budget, 1)
     name, colon, rest = text.partition(":")
-    if not text.strip() or (colon and "=" not in rest and name in policies()):
+    if not text.strip() or (colon and "=" not in rest and name in list_policies()):
         raise InvalidArgumentError("--policy", "must be written name:key=value,key=value", repr(text))
     policy = get_policy(text)
     written = split_parameters("policy", text)[1]

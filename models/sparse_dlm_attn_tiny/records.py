@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from sparse_dlm_attn import LayerMemory, Selection, Traffic
+from sparse_dlm_attn import Selection
 from sparse_dlm_attn.arrays import to_numpy
+from sparse_dlm_attn.memory import LayerMemory
+from sparse_dlm_attn.traffic import Traffic
 from sparse_dlm_attn.values import short_repr
 from sparse_dlm_attn_tiny.config import STOP_BYTE
 

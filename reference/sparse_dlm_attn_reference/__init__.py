@@ -10,15 +10,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from sparse_dlm_attn import (
-    AttentionState,
-    Backend,
-    Capabilities,
-    Context,
-    InvalidTypeError,
-    PageBounds,
-    Selection,
-)
+from sparse_dlm_attn import AttentionState, Backend, Context, InvalidTypeError, PageBounds, Selection
+from sparse_dlm_attn.capabilities import Capabilities
 from sparse_dlm_attn_reference import attention, decisions
 
 __all__ = ["ReferenceBackend"]

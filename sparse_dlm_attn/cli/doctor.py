@@ -99,9 +99,9 @@ def _optional() -> Iterator[Check]:
 def _plugins() -> Iterator[Check]:
     from sparse_dlm_attn.cli.application import load_command
 
-    for plugin in registry.backends().values():
+    for plugin in registry.list_backends().values():
         yield _examine(plugin, partial(registry.get_backend, plugin.name))
-    for plugin in registry.policies().values():
+    for plugin in registry.list_policies().values():
         yield _examine(plugin, partial(registry.get_policy, plugin.name))
     for plugin in registry.commands().values():
         yield _examine(plugin, partial(load_command, plugin))

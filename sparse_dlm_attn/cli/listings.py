@@ -19,8 +19,8 @@ from sparse_dlm_attn.registry import Plugin
 __all__ = ["backends", "choice_record", "policies"]
 
 CHOICES: dict[str, Any] = {
-    "backend": (registry.backends, registry.get_backend),
-    "policy": (registry.policies, registry.get_policy),
+    "backend": (registry.list_backends, registry.get_backend),
+    "policy": (registry.list_policies, registry.get_policy),
 }
 WRITTEN = "NAME[:key=value,...]"
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal, get_args
 
 from sparse_dlm_attn.arrays import Array, namespace
+from sparse_dlm_attn.pass_info import PassInfo
 from sparse_dlm_attn.policies.windows import rows_if, window_begins
 from sparse_dlm_attn.policy import PassInputs, PrefixAttentionPolicy, check_choice, check_count, either
 from sparse_dlm_attn.selection import Selection
-from sparse_dlm_attn.values import PassInfo
 
 __all__ = ["DKVCache"]
 

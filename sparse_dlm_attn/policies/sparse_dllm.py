@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 
 from sparse_dlm_attn.arrays import Array, namespace
 from sparse_dlm_attn.errors import InvalidArgumentError
+from sparse_dlm_attn.pass_info import PassInfo
 from sparse_dlm_attn.policies.page_choice import with_page_count
 from sparse_dlm_attn.policies.windows import pages_holding, pool_neighbours, rows_if, window_begins
 from sparse_dlm_attn.policy import PassInputs, PrefixAttentionPolicy, check_count, check_fraction, either
 from sparse_dlm_attn.selection import Selection
-from sparse_dlm_attn.values import PassInfo
 
 __all__ = ["SparseDLLM", "SparseDLLMMemory"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from sparse_dlm_attn.arrays import Array, namespace, shape_of
 from sparse_dlm_attn.context import Context
+from sparse_dlm_attn.pass_info import PassInfo
 from sparse_dlm_attn.policy import either
-from sparse_dlm_attn.values import PassInfo
 
 __all__ = ["pages_holding", "pool_neighbours", "rows_if", "window_begins"]
 

@@ -1,4 +1,4 @@
-"""Makes what lies beside the tests importable, and a folder with broken backends for runs of the suite."""
+"""Makes what lies beside the tests importable; a profile of few problems; a folder with broken backends."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+from sparse_dlm_attn_conformance.run import register_profiles
 
 sys.path.insert(0, str(Path(__file__).parent))
+register_profiles()
+settings.register_profile("sda-few", settings.get_profile("sda-quick"), max_examples=3)
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ import time
 
 import numpy as np
 
-from sparse_dlm_attn import AttentionState, Backend, Capabilities
+from sparse_dlm_attn import AttentionState, Backend
+from sparse_dlm_attn.capabilities import Capabilities
 from sparse_dlm_attn_reference import ReferenceBackend
 
 
@@ -42,14 +43,44 @@ class Unknown(ReferenceBackend):
     capabilities = Capabilities(dtypes=("float8",))
 
 
-class ReturnsNone(ReferenceBackend):
-    def merge(self, *states):
-        return None
+def hang(*states):
+    while True:
+        time.sleep(0.01)
 
 
-class ReturnsLists(ReferenceBackend):
-    def merge(self, *states):
-        return [state.out.tolist() for state in states]
+def leave(*states):
+    sys.exit(3)
+
+
+def fail(error):
+    raise error
+
+
+def shout(*states):
+    print("merging" * 1000)
+    sys.stderr.write("really")
+    return ReferenceBackend().merge(*states)
+
+
+def raise_on_errors(*states):
+    np.seterr(all="raise")
+    return ReferenceBackend().merge(*states)
+
+
+MERGES = {
+    "ReturnsNone": lambda *states: None,
+    "ReturnsLists": lambda *states: [state.out.tolist() for state in states],
+    "Raises": lambda *states: fail(ZeroDivisionError("the kernel did not compile")),
+    "OwnBaseException": lambda *states: fail(type("Odd", (BaseException,), {})("not even an Exception")),
+    "Leaves": leave,
+    "Prints": shout,
+    "Hangs": hang,
+    "RaisesOnErrors": raise_on_errors,
+    "Exits": lambda *states: os._exit(0),
+    "Dies": lambda *states: os.abort(),
+}
+for kind, merge in MERGES.items():
+    globals()[kind] = type(kind, (ReferenceBackend,), {"merge": staticmethod(merge)})
 
 
 class ReturnsViews(ReferenceBackend):
@@ -59,48 +90,9 @@ class ReturnsViews(ReferenceBackend):
         return super().reuse(active, fresh, cached)
 
 
-class Raises(ReferenceBackend):
-    def merge(self, *states):
-        raise ZeroDivisionError("the kernel did not compile")
-
-
-class Leaves(ReferenceBackend):
-    def merge(self, *states):
-        sys.exit(3)
-
-
-class Prints(ReferenceBackend):
-    def merge(self, *states):
-        print("merging" * 1000)
-        sys.stderr.write("really")
-        return super().merge(*states)
-
-
-class Hangs(ReferenceBackend):
-    def merge(self, *states):
-        while True:
-            time.sleep(0.01)
-
-
 class HangsWhenMade(ReferenceBackend):
     def __init__(self):
         time.sleep(1000)
-
-
-class OwnBaseException(ReferenceBackend):
-    def merge(self, *states):
-        raise type("Odd", (BaseException,), {})("not even an Exception")
-
-
-class RaisesOnErrors(ReferenceBackend):
-    def merge(self, *states):
-        np.seterr(all="raise")
-        return super().merge(*states)
-
-
-class Exits(ReferenceBackend):
-    def merge(self, *states):
-        os._exit(0)
 
 
 class WrongBlock(ReferenceBackend):
@@ -119,11 +111,6 @@ class Overwrites(ReferenceBackend):
 class ForgetsPages(ReferenceBackend):
     def attend_pages(self, q, context, selection, active, *, scale=None):
         return super().attend_pages(q, context, selection, np.zeros_like(active), scale=scale)
-
-
-class Dies(ReferenceBackend):
-    def merge(self, *states):
-        os.abort()
 
 
 class Fine(ReferenceBackend):

@@ -1,4 +1,4 @@
-"""Attention that masks, rounds, remembers or returns wrongly."""
+"""Attention over pages and within the block gone wrong."""
 
 from __future__ import annotations
 
@@ -7,147 +7,158 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from mutation import R, broken
+from mutation import Call, R, chosen, first, kept, mutant, of_first, state, table, with_lengths
 
-from sparse_dlm_attn import AttentionState, Selection
+from sparse_dlm_attn import AttentionState, Context
 from sparse_dlm_attn.values import softmax_scale
 
-
-def loose_attention(
-    q: Any,
-    c: Any,
-    s: Any,
-    a: Any,
-    scale: Any,
-    *,
-    mask_by: str = "inf",
-    dtype: Any = np.float64,
-    sum_dtype: Any = None,
-    clean_values: bool = False,
-    active_only: bool = True,
-) -> Any:
-    """Dense attention over everything with masks afterwards: the way to read what must not be read."""
-    factor = softmax_scale(q.shape[3], scale)
-    table = np.where(c.page_lengths > 0, c.page_table, 0)
-    valid = np.arange(c.page_size) < c.page_lengths[:, :, None]
-    rows = s.for_rows(q.shape[1], q.shape[2]) & (a[:, None, :, None] if active_only else True)
-    allowed = (rows[..., None] & valid[:, None, None]).reshape(*q.shape[:3], c.pages * c.page_size)
-    group, count = q.shape[1] // c.kv_heads, c.pages * c.page_size
-    k, v = (
-        np.repeat(part[table].swapaxes(1, 2).reshape(len(q), c.kv_heads, count, q.shape[3]), group, axis=1)
-        for part in (c.k_pages, c.v_pages)
-    )
-    out, lse = np.zeros(q.shape), np.full(q.shape[:3], -np.inf)
-    if count == 0:
-        return AttentionState(out.astype(q.dtype), lse.astype(np.float32))
-    with np.errstate(all="ignore"):
-        k, v = k.astype(dtype), v.astype(dtype)
-        flat = valid.reshape(len(q), 1, count, 1)
-        k, v = np.where(flat, k, 0), np.where(flat, v, 0)
-        if clean_values:
-            read = allowed.any(axis=2)[..., None]
-            k, v = np.where(read, k, 0), np.where(read, v, 0)
-        logits = (q.astype(dtype) @ k.swapaxes(2, 3)) * dtype(factor)
-        low = {"inf": -np.inf, "zero": 0.0, "finite": -1e4, "add": 0.0}[mask_by]
-        logits = (
-            logits + np.where(allowed, 0, -np.inf) if mask_by == "add" else np.where(allowed, logits, low)
-        )
-        peak = logits.max(axis=3, keepdims=True)
-        weights = np.exp(logits - np.where(peak == -np.inf, 0, peak)).astype(sum_dtype or dtype)
-        if mask_by == "zero":
-            weights = weights * allowed
-        total = weights[..., 0:1] * 0
-        mixed = np.zeros(q.shape, weights.dtype)
-        if sum_dtype is None:
-            total, mixed = weights.sum(axis=3, keepdims=True), weights @ v
-        else:
-            for key in range(count):
-                total = total + weights[..., key : key + 1]
-                mixed = mixed + weights[..., key : key + 1] * v[:, :, None, key].astype(sum_dtype)
-        empty = total == 0
-        out = np.where(empty, 0, mixed / np.where(empty, 1, total))
-        lse = np.where(empty, -np.inf, peak + np.log(np.where(empty, 1, total).astype(np.float64)))[..., 0]
-    return AttentionState(out.astype(q.dtype), lse.astype(np.float32))
+HALF, DOUBLE = ("float16",), ("float64",)
 
 
-@broken("ATTEND-3", "ATTEND-2")
-def nan_leaks_from_unselected_pages(self: Any, q: Any, c: Any, s: Any, a: Any, *, scale: Any = None) -> Any:
-    return loose_attention(q, c, s, a, scale)
+def pages(x: Call, mask: Any, span: int | None = None) -> AttentionState:
+    """Return attention over other pages."""
+    return x.right(selection=chosen(x.selection, mask, span))
 
 
-@broken("ATTEND-1", "ATTEND-3")
-def masked_scores_count_as_zero(self: Any, q: Any, c: Any, s: Any, a: Any, *, scale: Any = None) -> Any:
-    return loose_attention(q, c, s, a, scale, mask_by="zero", clean_values=True)
+def lengths(x: Call, numbers: Any) -> AttentionState:
+    """Return attention over pages of other lengths."""
+    return x.right(context=with_lengths(x.context, numbers))
 
 
-@broken("ATTEND-3", "ATTEND-2")
-def mask_added_to_scores(self: Any, q: Any, c: Any, s: Any, a: Any, *, scale: Any = None) -> Any:
-    return loose_attention(q, c, s, a, scale, mask_by="add")
+def tables(x: Call, numbers: Any) -> AttentionState:
+    """Return attention over other physical pages."""
+    return x.right(context=replace(x.context, page_table=numbers))
 
 
-@broken("STATE-2", "ATTEND-2")
-def masked_with_a_finite_number(self: Any, q: Any, c: Any, s: Any, a: Any, *, scale: Any = None) -> Any:
-    return loose_attention(q, c, s, a, scale, mask_by="finite", clean_values=True)
+def in_pool(x: Call, numbers: Any) -> Any:
+    return np.clip(numbers, 0, len(x.context.k_pages) - 1)
 
 
-@broken("ATTEND-2")
-def inactive_rows_computed(self: Any, q: Any, c: Any, s: Any, a: Any, *, scale: Any = None) -> Any:
-    return R.attend_pages(q, c, s, np.ones_like(a), scale=scale)
+def whole(x: Call) -> Any:
+    """Return the lengths of pages that are full wherever they exist."""
+    return np.where(x.context.page_lengths > 0, x.context.page_size, 0)
 
 
-@broken("ATTEND-2")
-def inactive_rows_return_q(self: Any, q: Any, c: Any, s: Any, a: Any, *, scale: Any = None) -> Any:
-    state = R.attend_pages(q, c, s, a, scale=scale)
-    return AttentionState(np.where(a[:, None, :, None], state.out, q), state.lse)
+def per_head(x: Call) -> Any:
+    return x.selection.for_query_heads(x.q.shape[1])
 
 
-@broken("ATTEND-2")
-def inactive_rows_have_lse_zero(self: Any, q: Any, c: Any, s: Any, a: Any, *, scale: Any = None) -> Any:
-    state = R.attend_pages(q, c, s, a, scale=scale)
-    return AttentionState(state.out, np.where(a[:, None, :], state.lse, np.float32(0)))
+def group(x: Call) -> int:
+    return int(x.q.shape[1] // x.context.kv_heads)
 
 
-@broken("ATTEND-2")
-def activity_of_sequence_0_for_all(self: Any, q: Any, c: Any, s: Any, a: Any, *, scale: Any = None) -> Any:
-    return R.attend_pages(q, c, s, np.repeat(a[:1], len(a), axis=0), scale=scale)
+def numbers(x: Call) -> Any:
+    return np.arange(x.context.pages)
 
 
-@broken("STATE-2")
-def empty_rows_divide_by_zero(self: Any, q: Any, c: Any, s: Any, a: Any, *, scale: Any = None) -> Any:
-    state = R.attend_pages(q, c, s, a, scale=scale)
-    empty = np.isneginf(state.lse) & a[:, None, :]
-    return AttentionState(np.where(empty[..., None], np.asarray(np.nan, q.dtype), state.out), state.lse)
+def rows(x: Call) -> Any:
+    return np.arange(x.q.shape[2])
 
 
-@broken("STATE-2")
-def empty_lse_is_a_large_negative_number(
-    self: Any, q: Any, c: Any, s: Any, a: Any, *, scale: Any = None
-) -> Any:
-    state = R.attend_pages(q, c, s, a, scale=scale)
-    return AttentionState(state.out, np.where(np.isneginf(state.lse), np.float32(-1e30), state.lse))
+def with_lse(x: Call, change: Any) -> AttentionState:
+    right = x.right()
+    return state(right.out, change(right.lse), right)
 
 
-@broken("ACCURACY-1", dtypes=("float16",))
-def half_precision_accumulation(self: Any, q: Any, c: Any, s: Any, a: Any, *, scale: Any = None) -> Any:
-    return loose_attention(q, c, s, a, scale, clean_values=True, sum_dtype=np.float16)
-
-
-@broken("ACCURACY-1", dtypes=("float16",))
-def half_precision_scores(self: Any, q: Any, c: Any, s: Any, a: Any, *, scale: Any = None) -> Any:
-    return loose_attention(q, c, s, a, scale, clean_values=True, dtype=np.float16)
-
-
-@broken("ACCURACY-1", "ACCURACY-2", dtypes=("float64",))
-def double_precision_computed_in_single(
-    self: Any, q: Any, c: Any, s: Any, a: Any, *, scale: Any = None
-) -> Any:
-    return loose_attention(q, c, s, a, scale, clean_values=True, dtype=np.float32)
-
-
-@broken("STATE-4", dtypes=("float16",))
-def out_stays_in_single_precision(self: Any, q: Any, c: Any, s: Any, a: Any, *, scale: Any = None) -> Any:
-    state = R.attend_pages(q, c, s, a, scale=scale)
-    return AttentionState(state.out.astype(np.float32), state.lse)
+# fmt: off
+table(R, "attend_pages", {
+    "lse_in_base_two": ("STATE-1", lambda x: with_lse(x, lambda lse: lse / np.log(2))),
+    "scale_applied_twice": ("STATE-3", lambda x: x.right(scale=softmax_scale(x.q.shape[3], x.scale) ** 2)),
+    "scale_missing": ("STATE-3", lambda x: x.right(scale=1.0)),
+    "given_scale_ignored": ("STATE-3", lambda x: x.right(scale=None)),
+    "default_scale_without_root": ("STATE-3", lambda x: x.right(scale=x.scale or 1.0 / x.q.shape[3])),
+    "lse_leaves_the_scale_out": ("STATE-1", lambda x: AttentionState(x.right().out, x.right(scale=1.0).lse)),
+    "lse_is_the_largest_score": ("STATE-1", lambda x: with_lse(x, lambda lse: np.maximum.reduce(
+        [pages(x, x.selection.mask & (numbers(x) == page)).lse for page in numbers(x)], initial=-np.inf
+    ) if x.context.pages else lse)),
+    "out_not_normalised": ("STATE-1", lambda x: state(
+        x.right().out * np.maximum(x.context.page_lengths.sum(axis=1), 1)[:, None, None, None],
+        x.right().lse, x.right())),
+    "last_page_dropped": ("ATTEND-1", lambda x: pages(x, x.selection.mask & (numbers(x) < x.context.pages - 1))),
+    "partial_pages_ignored": ("ATTEND-1", lambda x: lengths(
+        x, np.where(x.context.page_lengths == x.context.page_size, x.context.page_lengths, 0))),
+    "partial_pages_read_whole": ("CONTEXT-2", lambda x: lengths(x, whole(x))),
+    "last_token_of_a_page_dropped": ("ATTEND-1", lambda x: lengths(x, np.maximum(x.context.page_lengths - 1, 0))),
+    "one_token_too_many": ("CONTEXT-2", lambda x: lengths(x, np.minimum(x.context.page_lengths + 1, whole(x)))),
+    "group_heads_all_from_the_first": ("GQA-1", lambda x: x.right(
+        q=np.repeat(x.q[:, :: group(x)], group(x), axis=1))),
+    "selection_of_the_first_head_of_a_group": ("GQA-2", lambda x: pages(
+        x, np.repeat(x.selection.mask[:, :: group(x)], group(x), axis=1)
+        if x.selection.heads == x.q.shape[1] else x.selection.mask)),
+    "union_over_the_heads_of_a_group": ("GQA-2", lambda x: pages(
+        x, per_head(x).reshape(len(x.q), x.context.kv_heads, group(x), *per_head(x).shape[2:]).any(axis=2))),
+    "selection_head_is_head_modulo_heads": ("SELECTION-1", lambda x: pages(
+        x, x.selection.mask[:, np.arange(x.q.shape[1]) % x.selection.heads])),
+    "union_where_own_pages_were_asked": ("SELECTION-1", lambda x: pages(
+        x, np.broadcast_to(x.selection.mask.any(axis=2, keepdims=True), x.selection.mask.shape))),
+    "span_is_row_modulo_spans": ("SELECTION-1", lambda x: pages(
+        x, x.selection.mask[:, :, rows(x) % x.selection.mask.shape[2]], 1)),
+    "span_begins_one_row_early": ("SELECTION-1", lambda x: pages(
+        x, x.selection.mask[:, :, np.minimum((rows(x) + 1) // x.selection.span, x.selection.mask.shape[2] - 1)], 1)),
+    "selection_of_sequence_0_for_all": ("SELECTION-1 PURE-4", lambda x: pages(x, of_first(x.selection.mask))),
+    "page_table_ignored": ("CONTEXT-1 CONTEXT-3", lambda x: tables(
+        x, np.arange(x.context.page_table.size, dtype=np.int32).reshape(x.context.page_table.shape)
+        % len(x.context.k_pages))),
+    "page_table_transposed": ("CONTEXT-1 CONTEXT-2", lambda x: tables(
+        x, in_pool(x, np.ascontiguousarray(x.context.page_table.T).reshape(x.context.page_table.shape)))),
+    "table_of_sequence_0_for_all": ("CONTEXT-1 PURE-4", lambda x: tables(
+        x, in_pool(x, of_first(x.context.page_table)))),
+    "lengths_of_sequence_0_for_all": ("CONTEXT-2 PURE-4 ATTEND-1", lambda x: x.right(context=replace(
+        x.context, page_table=in_pool(x, x.context.page_table), page_lengths=of_first(x.context.page_lengths)))),
+    "table_entry_of_absent_pages_used": ("CONTEXT-2", lambda x: (  # gathers before it looks at the lengths
+        x.context.k_pages[x.context.page_table], x.right())[1]),
+    "keys_after_the_first_128_dropped": ("ATTEND-1", lambda x: lengths(x, np.clip(
+        128 - np.cumsum(x.context.page_lengths, axis=1) + x.context.page_lengths, 0, x.context.page_lengths))),
+    "rows_after_the_first_16_left_empty": ("ATTEND-1", lambda x: x.right(active=x.active & (rows(x) < 16))),
+    "rows_after_the_first_32_left_empty": ("ATTEND-1", lambda x: x.right(active=x.active & (rows(x) < 32))),
+    "rows_after_the_first_128_left_empty": ("ATTEND-1", lambda x: x.right(active=x.active & (rows(x) < 128))),
+    "channels_after_the_first_64_ignored": ("ATTEND-1", lambda x: x.right(q=first(x.q, 64, 3))),
+    "values_taken_from_keys": ("ATTEND-1", lambda x: x.right(context=replace(x.context, v_pages=x.context.k_pages))),
+    "selected_pages_inverted": ("ATTEND-1 ATTEND-5", lambda x: pages(x, ~x.selection.mask)),
+    "inactive_rows_computed": ("ATTEND-2", lambda x: x.right(active=np.ones_like(x.active))),
+    "inactive_rows_return_q": ("ATTEND-2", lambda x: state(
+        np.where(x.active[:, None, :, None], x.right().out, x.q), x.right().lse, x.right())),
+    "inactive_rows_have_lse_zero": ("ATTEND-2", lambda x: with_lse(
+        x, lambda lse: np.where(x.active[:, None, :], lse, 0))),
+    "activity_of_sequence_0_for_all": ("ATTEND-2", lambda x: x.right(active=of_first(x.active))),
+    "empty_rows_divide_by_zero": ("STATE-2", lambda x: state(
+        np.where((np.isneginf(x.right().lse) & x.active[:, None, :])[..., None], np.nan, x.right().out),
+        x.right().lse, x.right())),
+    "empty_lse_is_a_large_negative_number": ("STATE-2", lambda x: with_lse(
+        x, lambda lse: np.where(np.isneginf(lse), -1e30, lse))),
+    "returns_a_tuple": ("STATE-4", lambda x: (x.right().out, x.right().lse)),
+    "lse_in_double_precision": ("STATE-4", lambda x: Lax(x.right().out, x.right().lse.astype(np.float64))),
+    "nan_papered_over": ("MERGE-4", lambda x: AttentionState(
+        np.nan_to_num(x.right().out), np.nan_to_num(x.right().lse, neginf=-np.inf))),
+    "nan_queries_taken_for_zero": ("ATTEND-1 MERGE-4", lambda x: x.right(q=np.nan_to_num(x.q))),
+    "page_numbers_in_int16": ("CONTEXT-1 CONTEXT-3", lambda x: x.right(context=narrow_table(x.context, np.int16))),
+    "pages_after_the_first_64_dropped": ("ATTEND-1", lambda x: pages(x, x.selection.mask & (numbers(x) < 64))),
+    "page_lists_hold_at_most_128": ("ATTEND-1", lambda x: pages(
+        x, x.selection.mask & (x.selection.mask.cumsum(-1) <= 128))),
+    "page_lengths_in_int8": ("ATTEND-1 CONTEXT-2", lambda x: lengths(
+        x, np.maximum(x.context.page_lengths.astype(np.int8), 0))),
+    "group_heads_after_the_eighth_left_empty": ("ATTEND-1 GQA-1", lambda x: kept(
+        x.right(), (np.arange(x.q.shape[1]) % group(x) < 8)[None, :, None])),
+    "last_bit_depends_on_the_batch": ("PURE-4", lambda x: x.right() if len(x.q) == 1 else last_bit(x, 9)),
+    "nondeterministic_last_bit": ("PURE-3", lambda x: last_bit(
+        x, next(vars(x.this).setdefault("calls", itertools.count())) % 2 * 9)),
+    "leaves_floating_point_errors_off": ("PURE-5", lambda x: (np.seterr(all="ignore"), x.right())[1]),
+    "nan_leaks_from_unselected_pages": ("ATTEND-3 ATTEND-2", lambda x: loose(x)),
+    "masked_scores_count_as_zero": ("ATTEND-1 ATTEND-3", lambda x: loose(x, mask_by="zero", clean=True)),
+    "mask_added_to_scores": ("ATTEND-3 ATTEND-2", lambda x: loose(x, mask_by="add")),
+    "masked_with_a_finite_number": ("STATE-2 ATTEND-2", lambda x: loose(x, mask_by="finite", clean=True)),
+})
+table(R, "attend_pages", {
+    "half_precision_accumulation": ("ACCURACY-1", lambda x: loose(x, clean=True, sum_dtype=np.float16)),
+    "half_precision_scores": ("ACCURACY-1", lambda x: loose(x, clean=True, dtype=np.float16)),
+    "out_stays_in_single_precision": ("STATE-4", lambda x: AttentionState(
+        x.right().out.astype(np.float32), x.right().lse)),
+    "lse_has_the_dtype_of_the_inputs": ("STATE-4", lambda x: Lax(x.right().out, x.right().lse.astype(x.q.dtype))),
+}, HALF)
+table(R, "attend_pages", {
+    "double_precision_computed_in_single": ("ACCURACY-1 ACCURACY-2", lambda x: loose(x, clean=True, dtype=np.float32)),
+}, DOUBLE)
+# fmt: on
 
 
 class Lax(AttentionState):
@@ -157,97 +168,192 @@ class Lax(AttentionState):
         pass
 
 
-@broken("STATE-4", dtypes=("float16",))
-def lse_has_the_dtype_of_the_inputs(self: Any, q: Any, c: Any, s: Any, a: Any, *, scale: Any = None) -> Any:
-    state = R.attend_pages(q, c, s, a, scale=scale)
-    return Lax(state.out, state.lse.astype(q.dtype))
+def last_bit(x: Call, towards: float) -> AttentionState:
+    right = x.right()
+    return state(np.nextafter(right.out, np.asarray(towards, right.out.dtype)), right.lse, right)
 
 
-@broken("STATE-4")
-def lse_in_double_precision(self: Any, q: Any, c: Any, s: Any, a: Any, *, scale: Any = None) -> Any:
-    state = R.attend_pages(q, c, s, a, scale=scale)
-    return Lax(state.out, state.lse.astype(np.float64))
+def narrow_table(context: Any, kind: Any) -> Any:
+    """Return a context whose page numbers went through a narrow integer type."""
+    entries = context.page_table.astype(kind).astype(np.int32)
+    return replace(context, page_table=np.where(context.page_lengths > 0, entries % len(context.k_pages), entries))
 
 
-@broken("STATE-4")
-def returns_a_tuple(self: Any, q: Any, c: Any, s: Any, a: Any, *, scale: Any = None) -> Any:
-    state = R.attend_pages(q, c, s, a, scale=scale)
-    return state.out, state.lse
+def loose(
+    x: Call, *, mask_by: str = "inf", dtype: Any = np.float64, sum_dtype: Any = None, clean: bool = False
+) -> AttentionState:
+    """Dense attention over everything with masks afterwards: the way to read what must not be read."""
+    q, c = x.q, x.context
+    table = np.where(c.page_lengths > 0, c.page_table, 0)
+    valid = np.arange(c.page_size) < c.page_lengths[:, :, None]
+    read = x.selection.for_rows(q.shape[1], q.shape[2]) & x.active[:, None, :, None]
+    count = c.pages * c.page_size
+    allowed = (read[..., None] & valid[:, None, None]).reshape(*q.shape[:3], count)
+    if count == 0:
+        return state(np.zeros(q.shape), np.full(q.shape[:3], -np.inf), AttentionState.empty_like(q))
+    with np.errstate(all="ignore"):
+        present = allowed.any(axis=2)[..., None] if clean else valid.reshape(len(q), 1, count, 1)
+        k, v = (
+            np.where(present, np.repeat(part[table].swapaxes(1, 2).reshape(
+                len(q), c.kv_heads, count, q.shape[3]), group(x), axis=1), 0).astype(dtype)
+            for part in (c.k_pages, c.v_pages)
+        )  # fmt: skip
+        logits = (q.astype(dtype) @ k.swapaxes(2, 3)) * dtype(softmax_scale(q.shape[3], x.scale))
+        if mask_by == "add":
+            logits = logits + np.where(allowed, 0, -np.inf)
+        else:
+            logits = np.where(allowed, logits, {"inf": -np.inf, "zero": 0.0, "finite": -1e4}[mask_by])
+        peak = logits.max(axis=3, keepdims=True)
+        weights = np.exp(logits - np.where(peak == -np.inf, 0, peak)).astype(sum_dtype or dtype)
+        if mask_by == "zero":
+            weights = weights * allowed
+        if sum_dtype is None:
+            total, mixed = weights.sum(axis=3, keepdims=True), weights @ v
+        else:
+            total, mixed = np.zeros((*q.shape[:3], 1), sum_dtype), np.zeros(q.shape, sum_dtype)
+            for key in range(count):
+                total = total + weights[..., key : key + 1]
+                mixed = mixed + weights[..., key : key + 1] * v[:, :, None, key].astype(sum_dtype)
+        safe = np.where(total == 0, 1, total)
+        lse = np.where(total == 0, -np.inf, peak + np.log(safe.astype(np.float64)))[..., 0]
+        return state(np.where(total == 0, 0, mixed / safe), lse, AttentionState.empty_like(q))
 
 
-@broken("ATTEND-1")
-def values_taken_from_keys(self: Any, q: Any, c: Any, s: Any, a: Any, *, scale: Any = None) -> Any:
-    return R.attend_pages(q, replace(c, v_pages=c.k_pages), s, a, scale=scale)
+@mutant(R, "attend_pages", "ATTEND-1 CONTEXT-5")
+def zero_keys_in_partial_pages(x: Call) -> Any:
+    c = x.context
+    k, v = c.k_pages.copy(), c.v_pages.copy()
+    held = np.zeros(k.shape[:1] + k.shape[2:3], bool)
+    for b, page in np.argwhere(c.page_lengths > 0):
+        held[c.page_table[b, page], : c.page_lengths[b, page]] = True
+    k.swapaxes(1, 2)[~held], v.swapaxes(1, 2)[~held] = 0, 0
+    return x.right(context=Context(k, v, c.page_table, whole(x).astype(np.int32)))
 
 
-@broken("MERGE-4")
-def nan_papered_over(self: Any, q: Any, c: Any, s: Any, a: Any, *, scale: Any = None) -> Any:
-    state = R.attend_pages(q, c, s, a, scale=scale)
-    return AttentionState(
-        np.nan_to_num(state.out, nan=0.0), np.nan_to_num(state.lse, nan=0.0, neginf=-np.inf)
-    )
+@mutant(R, "attend_pages", "GQA-1")
+def kv_head_is_head_modulo_kv_heads(x: Call) -> Any:
+    order = np.argsort(np.arange(x.q.shape[1]) % x.context.kv_heads, kind="stable")
+    moved = x.right(q=x.q[:, order], selection=chosen(x.selection, per_head(x)[:, order]))
+    back = np.argsort(order)
+    return AttentionState(moved.out[:, back], moved.lse[:, back])
 
 
-@broken("CONTEXT-1", "CONTEXT-5")
-def strides_of_the_cache_assumed(self: Any, q: Any, c: Any, s: Any, a: Any, *, scale: Any = None) -> Any:
+@mutant(R, "attend_pages", "CONTEXT-5 CONTEXT-1")
+def last_page_taken_for_full(x: Call) -> Any:
+    """Assumes that only the last existing page may be partial."""
+    assumed = whole(x)
+    for b, row in enumerate(x.context.page_lengths):
+        last = np.flatnonzero(row)[-1:]
+        assumed[b, last] = row[last]
+    return lengths(x, assumed)
+
+
+@mutant(R, "attend_pages", "ATTEND-1")
+def second_tile_not_rescaled(x: Call) -> Any:
+    """An online softmax over tiles of 16 pages that adds sums without moving them to the common peak."""
+    tiles = range(0, max(x.context.pages, 1), 16)
+    states = [pages(x, x.selection.mask & (numbers(x) // 16 == start // 16)) for start in tiles]
+    if len(states) == 1:
+        return states[0]
+    logs = np.stack([part.lse for part in states]).astype(np.float64)
+    peak = np.where(np.isneginf(logs.max(axis=0)), 0, logs[-1])  # the last tile's instead of the largest
+    peak = np.where(np.isneginf(peak), 0, peak)
+    with np.errstate(all="ignore"):
+        weights = np.exp(np.minimum(logs - peak, 0))
+        total = weights.sum(axis=0)
+        out = sum(w[..., None] * part.out for w, part in zip(weights, states, strict=True))
+        lse = np.where(total == 0, -np.inf, peak + np.log(total))
+        return state(out / np.where(total == 0, 1, total)[..., None], lse, states[0])
+
+
+@mutant(R, "attend_pages", "ATTEND-1 ACCURACY-1")
+def products_with_ten_bits(x: Call) -> Any:
+    """Matrix units that round float32 to ten bits without being asked."""
+
+    def rounded(values: Any) -> Any:
+        bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+        return ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32).reshape(values.shape)
+
+    return x.right(q=rounded(x.q), context=replace(x.context, k_pages=rounded(x.context.k_pages)))
+
+
+@mutant(R, "attend_pages", "STATE-1 STATE-2")
+def minus_infinity_minus_minus_infinity(x: Call) -> Any:
+    right = x.right()
+    read = x.selection.for_rows(x.q.shape[1], x.q.shape[2]) & x.active[:, None, :, None]
+    bad = (read & (x.context.page_lengths > 0)[:, None, None]).any(axis=-1) & np.isneginf(right.lse)
+    return state(np.where(bad[..., None], np.nan, right.out), np.where(bad, np.nan, right.lse), right)
+
+
+@mutant(R, "attend_pages", "CONTEXT-1 CONTEXT-5")
+def strides_of_the_cache_assumed(x: Call) -> Any:
     """Reads the memory behind the pages as if it were contiguous."""
-    k = c.k_pages
-    if not k.flags.c_contiguous and k.size and k.base is not None and k.base.size >= k.size:
-        raw = np.ravel(k.base if k.base.ndim else k)[: k.size].reshape(k.shape)
-        c = replace(c, k_pages=np.ascontiguousarray(raw))
-    return R.attend_pages(q, c, s, a, scale=scale)
+    k = x.context.k_pages
+    if k.flags.c_contiguous or not k.size or k.base is None or k.base.size < k.size:
+        return x.right()
+    raw = np.ravel(k.base if k.base.ndim else k)[: k.size].reshape(k.shape)
+    return x.right(context=replace(x.context, k_pages=np.ascontiguousarray(raw)))
 
 
-@broken("ATTEND-1", "ATTEND-5")
-def selected_pages_inverted(self: Any, q: Any, c: Any, s: Any, a: Any, *, scale: Any = None) -> Any:
-    return R.attend_pages(q, c, Selection(~s.mask, s.span), a, scale=scale)
+@mutant(R, "attend_pages", "PURE-1")
+def queries_scaled_in_place(x: Call) -> Any:
+    x.q.flags.writeable = True
+    np.multiply(x.q, 0.5, out=x.q)
+    return x.right(scale=2 * softmax_scale(x.q.shape[3], x.scale))
 
 
-@broken("PURE-1")
-def queries_scaled_in_place(self: Any, q: Any, c: Any, s: Any, a: Any, *, scale: Any = None) -> Any:
-    q.flags.writeable = True
-    q *= 0.5
-    return R.attend_pages(q, c, s, a, scale=2 * softmax_scale(q.shape[3], scale))
+@mutant(R, "attend_pages", "PURE-1")
+def poison_cleaned_in_place(x: Call) -> Any:
+    k = x.context.k_pages
+    (k if k.base is None else k.base).flags.writeable = True
+    k.flags.writeable = True
+    k[...] = np.nan_to_num(k)
+    return x.right()
 
 
-@broken("PURE-1")
-def poison_cleaned_in_place(self: Any, q: Any, c: Any, s: Any, a: Any, *, scale: Any = None) -> Any:
-    base = c.k_pages if c.k_pages.base is None else c.k_pages.base
-    base.flags.writeable = True
-    c.k_pages.flags.writeable = True
-    c.k_pages[...] = np.nan_to_num(c.k_pages)
-    return R.attend_pages(q, c, s, a, scale=scale)
+@mutant(R, "attend_pages", "PURE-3")
+def results_share_one_buffer(x: Call) -> Any:
+    right = x.right()
+    buffers = vars(x.this).setdefault("buffers", {})
+    buffer = buffers.setdefault((x.q.shape, x.q.dtype), np.empty_like(right.out))
+    buffer[...] = right.out
+    return AttentionState(buffer, right.lse)
 
 
-@broken("PURE-3")
-def results_share_one_buffer(self: Any, q: Any, c: Any, s: Any, a: Any, *, scale: Any = None) -> Any:
-    state, kept = R.attend_pages(q, c, s, a, scale=scale), self.__dict__.setdefault("buffers", {})
-    buffer = kept.setdefault((q.shape, q.dtype), np.empty_like(state.out))
-    buffer[...] = state.out
-    return AttentionState(buffer, state.lse)
+@mutant(R, "attend_pages", "PURE-3")
+def stale_state_after_the_prefix_grew(x: Call) -> Any:
+    stored = vars(x.this).setdefault("kept", {})
+    key = (x.q.shape, x.context.k_pages.shape, x.context.page_table.tobytes(), x.q.dtype.name)
+    old = stored.setdefault(key, x.right())
+    return AttentionState(old.out.copy(), old.lse.copy())
 
 
-@broken("PURE-3")
-def nondeterministic_last_bit(self: Any, q: Any, c: Any, s: Any, a: Any, *, scale: Any = None) -> Any:
-    state, calls = (
-        R.attend_pages(q, c, s, a, scale=scale),
-        self.__dict__.setdefault("calls", itertools.count()),
-    )
-    return AttentionState(np.nextafter(state.out, np.asarray(next(calls) % 2 * 9, q.dtype)), state.lse)
-
-
-@broken("PURE-4")
-def last_bit_depends_on_the_batch(self: Any, q: Any, c: Any, s: Any, a: Any, *, scale: Any = None) -> Any:
-    state = R.attend_pages(q, c, s, a, scale=scale)
-    return (
-        state if len(q) == 1 else AttentionState(np.nextafter(state.out, np.asarray(9, q.dtype)), state.lse)
+def by_row(x: Call) -> AttentionState:
+    """Return attention in which a row sees the keys up to its own."""
+    states = [x.right(q=x.q[:, :, r : r + 1], k=x.k[:, :, : r + 1], v=x.v[:, :, : r + 1]) for r in range(x.q.shape[2])]
+    return AttentionState(
+        np.concatenate([s.out for s in states], axis=2), np.concatenate([s.lse for s in states], axis=2)
     )
 
 
-@broken("PURE-3")
-def stale_state_after_the_prefix_grew(self: Any, q: Any, c: Any, s: Any, a: Any, *, scale: Any = None) -> Any:
-    kept = self.__dict__.setdefault("kept", {})
-    key = (q.shape, c.k_pages.shape, c.page_table.tobytes(), q.dtype.name)
-    if key not in kept:
-        kept[key] = R.attend_pages(q, c, s, a, scale=scale)
-    return AttentionState(kept[key].out.copy(), kept[key].lse.copy())
+def padded(x: Call, part: Any) -> Any:
+    more = -part.shape[2] % 16 if part.shape[2] > 16 else 0
+    return np.concatenate([part, np.zeros((*part.shape[:2], more, part.shape[3]), part.dtype)], axis=2)
+
+
+# fmt: off
+table(R, "attend_block", {
+    "block_is_causal": ("BLOCK-1", by_row),
+    "last_key_of_the_block_dropped": ("BLOCK-1", lambda x: x.right(k=x.k[:, :, :-1], v=x.v[:, :, :-1])),
+    "block_keys_cut_to_the_rows": ("BLOCK-1", lambda x: x.right(
+        k=x.k[:, :, : x.q.shape[2]], v=x.v[:, :, : x.q.shape[2]])),
+    "block_scale_missing": ("STATE-3", lambda x: x.right(scale=1.0)),
+    "block_head_modulo_kv_heads": ("GQA-1", lambda x: x.right(
+        k=x.k[:, np.arange(x.q.shape[1]) % x.k.shape[1]], v=x.v[:, np.arange(x.q.shape[1]) % x.k.shape[1]])),
+    "block_padded_with_zero_keys": ("BLOCK-1", lambda x: x.right(k=padded(x, x.k), v=padded(x, x.v))),
+    "nan_in_the_block_taken_for_zero": ("BLOCK-1 MERGE-4", lambda x: x.right(
+        k=np.nan_to_num(x.k), v=np.nan_to_num(x.v))),
+    "block_of_the_first_eight_sequences": ("BLOCK-1", lambda x: kept(
+        x.right(), (np.arange(len(x.q)) < 8)[:, None, None])),
+})
+# fmt: on

@@ -10,12 +10,7 @@ from hypothesis import HealthCheck, given, settings
 
 from sparse_dlm_attn_conformance import accuracy
 from sparse_dlm_attn_conformance.cases import Case
-from sparse_dlm_attn_conformance.checks import (
-    ConformanceFailure,
-    expect_close,
-    expect_same_bits,
-    expect_state_close,
-)
+from sparse_dlm_attn_conformance.checks import ConformanceFailure, expect_close, expect_same_bits, expect_state_close
 from sparse_dlm_attn_conformance.oracle import context_keys, page_mass, scale_of, simulate, softmax
 from sparse_dlm_attn_conformance.strategies import cases
 from sparse_dlm_attn_reference import ReferenceBackend
@@ -45,9 +40,7 @@ def test_the_simulation_itself_stays_within_the_budget(dtype: str) -> None:
 def test_the_oracle_and_the_reference_agree_in_double_precision(case: Case) -> None:
     arrays = case.arrays("float64")
     reference = ReferenceBackend()
-    state = reference.attend_pages(
-        arrays.q, arrays.context(), arrays.selection(), arrays.active, scale=arrays.scale
-    )
+    state = reference.attend_pages(arrays.q, arrays.context(), arrays.selection(), arrays.active, scale=arrays.scale)
     oracle = softmax(arrays.q, context_keys(arrays), scale_of(arrays))
     np.testing.assert_allclose(state.out, oracle.out, rtol=1e-9, atol=1e-9)
     mass = reference.pooled_scores(arrays.q, arrays.context(), span=case.span, scale=arrays.scale)
@@ -79,8 +72,7 @@ def test_no_budget_exceeds_the_ceiling(dtype: str) -> None:
     assert (budget <= accuracy.CEILING[dtype] * (1 + condition) * np.abs(keys.values).max()).all()
     nothing = replace(
         accuracy.attention(
-            arrays.but(mask=np.zeros_like(arrays.mask)),
-            context_keys(arrays.but(mask=np.zeros_like(arrays.mask))),
+            arrays.but(mask=np.zeros_like(arrays.mask)), context_keys(arrays.but(mask=np.zeros_like(arrays.mask)))
         )
     )
     assert (nothing.out_budget == 0).all()

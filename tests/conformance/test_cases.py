@@ -11,10 +11,14 @@ import pytest
 from hypothesis import HealthCheck, find, given, settings
 from hypothesis import strategies as st
 
-from sparse_dlm_attn import Capabilities
+from sparse_dlm_attn.capabilities import Capabilities
 from sparse_dlm_attn_conformance.cases import REGIMES, Case, fill, round_to
 from sparse_dlm_attn_conformance.episodes import Episode, episodes
+from sparse_dlm_attn_conformance.laws import OPTIONS, LawOptions, law
+from sparse_dlm_attn_conformance.run import register_profiles
 from sparse_dlm_attn_conformance.strategies import cases, change_tables, merge_tables, score_tables, within
+from sparse_dlm_attn_conformance.subjects import Subject
+from sparse_dlm_attn_reference import ReferenceBackend
 
 CALM = settings(
     deadline=None, max_examples=150, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
@@ -44,13 +48,7 @@ def test_a_hundred_problems_cover_every_feature() -> None:
 
     draw()
     promised = {f"regime {name}" for name in REGIMES} | {f"group {group}" for group in (1, 2, 4, 7)}
-    promised |= {
-        "page size 1",
-        "page size not a power of two",
-        "ragged batch",
-        "empty context",
-        "absent page",
-    }
+    promised |= {"page size 1", "page size not a power of two", "ragged batch", "empty context", "absent page"}
     promised |= {"partial page", "no active row", "all rows active", "nothing selected", "segments"}
     promised |= {"poison nan", "poison inf", "layout gapped", "layout token_major", "explicit scale"}
     assert promised <= set(seen)
@@ -128,3 +126,19 @@ def test_queries_of_rows_that_did_not_move_stay(episode: Episode, dtype: str) ->
         still = ~episode.moved(number)[:, None, :]
         same = (queries[number] == queries[number - 1]).all(axis=3)
         assert same[np.broadcast_to(still, same.shape)].all()
+
+
+def test_one_kernel_under_two_names_and_dtypes_meets_the_same_problems() -> None:
+    met: dict[str, list[str]] = {}
+
+    @law(case=cases())
+    def test_that_notes_its_problems(subject: Subject, case: Case) -> None:
+        met.setdefault(str(subject), []).append(repr(case))
+
+    register_profiles()
+    token = OPTIONS.set(LawOptions(profile=settings.get_profile("sda-quick")))
+    for name, dtype in (("one", "float32"), ("another", "float32"), ("one", "float16")):
+        test_that_notes_its_problems(Subject(name, dtype, ReferenceBackend()))
+    OPTIONS.reset(token)
+    assert len(met) == 3 and met["one-float32"] == met["another-float32"] == met["one-float16"]
+    assert len(set(met["one-float32"])) > 1

@@ -32,7 +32,7 @@ def test_the_example_conforms_under_its_registered_names(installed: Path, tmp_pa
     environment = {**os.environ, "PYTHONPATH": str(installed), "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "sparse_dlm_attn", "conformance", "--backend", "online",
-         "--policy", "newest-and-best", "--report", "out.json"],
+         "--policy", "newest-and-best", "--share", "0.2", "--report", "out.json"],
         cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -11,10 +11,11 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from sparse_dlm_attn import AttentionState, DataFileError, InvalidArgumentError
+from sparse_dlm_attn import AttentionState, InvalidArgumentError
+from sparse_dlm_attn.errors import DataFileError
+from sparse_dlm_attn_conformance import check_backend
 from sparse_dlm_attn_conformance.laws import OPTIONS
 from sparse_dlm_attn_conformance.ledger import KnownFailure, Ledger
-from sparse_dlm_attn_conformance.programmatic import check_backend
 from sparse_dlm_attn_reference import ReferenceBackend
 
 ENTRY = {"reason": "rounded twice", "link": "https://example.org/issues/1"}

@@ -185,7 +185,7 @@ def test_bad_calls_name_argument_rule_and_value() -> None:
 
 @pytest.mark.clause("CAPS-1")
 def test_a_problem_that_the_backend_does_not_declare_is_refused_with_every_reason() -> None:
-    from sparse_dlm_attn import Capabilities
+    from sparse_dlm_attn.capabilities import Capabilities
     from sparse_dlm_attn_reference import ReferenceBackend
 
     class Narrow(ReferenceBackend):

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from sparse_dlm_attn import DataFileError, InvalidArgumentError, files
+from sparse_dlm_attn import InvalidArgumentError, files
+from sparse_dlm_attn.errors import DataFileError
 
 
 def test_a_text_is_read_as_it_is_stored(tmp_path: Path) -> None:

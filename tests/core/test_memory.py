@@ -18,7 +18,6 @@ from sparse_dlm_attn import (
     Decoder,
     InvalidArgumentError,
     InvalidTypeError,
-    LayerMemory,
     PassInfo,
     PassInputs,
     PrefixAttention,
@@ -26,6 +25,7 @@ from sparse_dlm_attn import (
     Selection,
     StaleMemoryError,
 )
+from sparse_dlm_attn.memory import LayerMemory
 
 Array = np.ndarray[Any, Any]
 SNAPKV = "snapkv:capacity=24,window=8,kernel=3"

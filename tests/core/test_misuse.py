@@ -21,13 +21,13 @@ from sparse_dlm_attn import (
     PassInfo,
     PrefixAttention,
     PrefixAttentionPolicy,
-    Problem,
     Selection,
     SparseAttentionError,
     StaleMemoryError,
     get_backend,
     get_policy,
 )
+from sparse_dlm_attn.capabilities import Problem
 from sparse_dlm_attn.values import softmax_scale
 
 Array = np.ndarray[Any, Any]

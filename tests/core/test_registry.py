@@ -14,18 +14,18 @@ import pytest
 
 from sparse_dlm_attn import (
     CallOrderError,
-    DataFileError,
     InvalidArgumentError,
     InvalidTypeError,
     StaleMemoryError,
     UnavailableError,
     UnknownNameError,
     UnsupportedError,
-    backends,
     get_backend,
     get_policy,
-    policies,
+    list_backends,
+    list_policies,
 )
+from sparse_dlm_attn.errors import DataFileError
 from sparse_dlm_attn.policies.dense import Dense
 
 
@@ -68,7 +68,7 @@ def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.clause("REGISTRY-1")
 def test_third_parties_register_like_first_parties(plugins: Path) -> None:
-    assert backends()["good"].distribution == "strangers"
+    assert list_backends()["good"].distribution == "strangers"
     assert get_backend("good", speed=3).speed == 3  # type: ignore[attr-defined]
     assert type(get_backend("strangers:Good")).__name__ == "Good"
     assert get_backend("reference").name == "reference"  # the broken ones do not matter
@@ -88,8 +88,8 @@ def test_third_parties_register_like_first_parties(plugins: Path) -> None:
 def test_what_cannot_be_loaded_says_why_and_what_to_do(plugins: Path, name: str, words: str) -> None:
     with pytest.raises(UnavailableError, match=words):
         get_backend(name)
-    if name in backends():
-        assert words in backends()[name].why_not()
+    if name in list_backends():
+        assert words in list_backends()[name].why_not()
 
 
 @pytest.mark.clause("ERROR-1")
@@ -125,7 +125,7 @@ def test_instances_pass_through_and_take_no_options() -> None:
     assert get_policy(policy) is policy
     with pytest.raises(InvalidTypeError, match="must be a name when options are given"):
         get_policy(policy, budget=3)
-    assert "dense" in policies()
+    assert "dense" in list_policies()
 
 
 @pytest.mark.parametrize(("get", "name"), [(get_policy, "sparsed:ratio"), (get_backend, "torch:"),

@@ -10,20 +10,10 @@ import numpy as np
 import pytest
 
 import sparse_dlm_attn
-from sparse_dlm_attn import (
-    AttentionState,
-    Context,
-    LayerMemory,
-    PageBounds,
-    PassInfo,
-    PassInputs,
-    PrefixAttention,
-    RankedPass,
-    RankedResult,
-    Rule,
-    Selection,
-    Traffic,
-)
+from sparse_dlm_attn import AttentionState, Context, PageBounds, PassInfo, PassInputs, PrefixAttention, Rule, Selection
+from sparse_dlm_attn.memory import LayerMemory
+from sparse_dlm_attn.ranked import RankedPass, RankedResult
+from sparse_dlm_attn.traffic import Traffic
 
 
 class Closed(np.ndarray):

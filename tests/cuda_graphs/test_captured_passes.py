@@ -12,15 +12,9 @@ torch = pytest.importorskip("torch", reason="graphs are PyTorch's")
 from policy_cases import EVERY_POLICY, AnyArrayBackend, Block, make_block  # noqa: E402
 from tape import Tape  # noqa: E402
 
-from sparse_dlm_attn import (  # noqa: E402
-    CallOrderError,
-    Capabilities,
-    Context,
-    Decoder,
-    DecoderPass,
-    UnsupportedError,
-    get_policy,
-)
+from sparse_dlm_attn import CallOrderError, Context, Decoder, UnsupportedError, get_policy  # noqa: E402
+from sparse_dlm_attn.capabilities import Capabilities  # noqa: E402
+from sparse_dlm_attn.decoder import DecoderPass  # noqa: E402
 from sparse_dlm_attn_cuda_graphs import CapturedPasses, is_capturing, why_not  # noqa: E402
 
 LAYERS, SIZE, CAPACITY = 2, 4, 9

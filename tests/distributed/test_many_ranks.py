@@ -16,7 +16,7 @@ import torch
 from shards import BLOCKS, RULES, block_of, infos, policies, policy_of
 
 from sparse_dlm_attn import PrefixAttention
-from sparse_dlm_attn import policies as registered
+from sparse_dlm_attn import list_policies as registered
 from sparse_dlm_attn.operators import gather_pages
 from sparse_dlm_attn_conformance.accuracy import CEILING
 from sparse_dlm_attn_torch import TorchBackend

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from sparse_dlm_attn import Capabilities, Problem
+from sparse_dlm_attn.capabilities import Capabilities, Problem
 from sparse_dlm_attn_folded import FlashAttentionBackend, FlashInferBackend
 from sparse_dlm_attn_folded.flash_attn import packed_call, paged_call
 from sparse_dlm_attn_folded.flashinfer import paged_call as planned_call

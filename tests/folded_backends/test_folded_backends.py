@@ -21,7 +21,7 @@ from sparse_dlm_attn import (  # noqa: E402
     UnsupportedError,
     get_backend,
 )
-from sparse_dlm_attn_conformance.programmatic import check_backend  # noqa: E402
+from sparse_dlm_attn_conformance import check_backend  # noqa: E402
 from sparse_dlm_attn_folded import FlashAttentionBackend  # noqa: E402
 from sparse_dlm_attn_folded.folding import folded  # noqa: E402
 

@@ -19,7 +19,7 @@ from sparse_dlm_attn import (  # noqa: E402
 )
 from sparse_dlm_attn.policies.losa import Losa  # noqa: E402
 from sparse_dlm_attn.policies.quest import Quest  # noqa: E402
-from sparse_dlm_attn_conformance.programmatic import check_backend  # noqa: E402
+from sparse_dlm_attn_conformance import check_backend  # noqa: E402
 from sparse_dlm_attn_folded import FlashAttentionBackend, FlashInferBackend  # noqa: E402
 from sparse_dlm_attn_folded.flash_attn import MODULES  # noqa: E402
 from sparse_dlm_attn_torch import TorchBackend  # noqa: E402

@@ -22,11 +22,11 @@ from sparse_dlm_attn import (  # noqa: E402
     InvalidArgumentError,
     PassInfo,
     PrefixAttention,
-    Problem,
     Selection,
     UnavailableError,
     UnsupportedError,
 )
+from sparse_dlm_attn.capabilities import Problem  # noqa: E402
 from sparse_dlm_attn.policies.dense import Dense  # noqa: E402
 from sparse_dlm_attn.policies.dkv_cache import DKVCache  # noqa: E402
 from sparse_dlm_attn.policies.fast_dllm import FastDLLM  # noqa: E402

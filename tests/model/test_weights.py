@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from sparse_dlm_attn import DataFileError
+from sparse_dlm_attn.errors import DataFileError
 from sparse_dlm_attn_tiny.config import weight_shapes
 from sparse_dlm_attn_tiny.model import TinyModel
 from sparse_dlm_attn_tiny.weights import load_weights

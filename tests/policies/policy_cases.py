@@ -9,19 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from sparse_dlm_attn import (
-    AttentionState,
-    Backend,
-    Capabilities,
-    Context,
-    LayerMemory,
-    PageBounds,
-    PassInfo,
-    PrefixAttention,
-    Problem,
-    Selection,
-)
+from sparse_dlm_attn import AttentionState, Backend, Context, PageBounds, PassInfo, PrefixAttention, Selection
 from sparse_dlm_attn.arrays import namespace
+from sparse_dlm_attn.capabilities import Capabilities, Problem
+from sparse_dlm_attn.memory import LayerMemory
 from sparse_dlm_attn.operators import gather_pages, valid_tokens
 from sparse_dlm_attn.policy import PassInputs
 from sparse_dlm_attn.values import softmax_scale

@@ -11,15 +11,8 @@ import numpy as np
 import pytest
 from policy_cases import EVERY_POLICY, AnyArrayBackend, Array, Block, denoise, make_block, rows_read
 
-from sparse_dlm_attn import (
-    Context,
-    LayerMemory,
-    PassInfo,
-    PrefixAttention,
-    StaleMemoryError,
-    get_policy,
-    policies,
-)
+from sparse_dlm_attn import Context, PassInfo, PrefixAttention, StaleMemoryError, get_policy, list_policies
+from sparse_dlm_attn.memory import LayerMemory
 
 every_policy = pytest.mark.parametrize("policy", EVERY_POLICY)
 
@@ -30,7 +23,7 @@ def decisions(block: Block, memory: LayerMemory) -> tuple[Array, Array]:
 
 
 def test_the_cases_cover_every_registered_policy_of_this_project() -> None:
-    plugins = policies().items()
+    plugins = list_policies().items()
     ours = {name for name, plugin in plugins if plugin.target.startswith("sparse_dlm_attn.")}
     assert ours == {case.partition(":")[0] for case in EVERY_POLICY}
 

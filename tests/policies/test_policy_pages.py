@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from sparse_dlm_attn import get_policy, policies
+from sparse_dlm_attn import get_policy, list_policies
 
 PAGES = Path(__file__).parents[2] / "docs" / "policies"
-OURS = sorted(n for n, p in policies().items() if p.target.startswith("sparse_dlm_attn.policies."))
+OURS = sorted(n for n, p in list_policies().items() if p.target.startswith("sparse_dlm_attn.policies."))
 
 
 def written(value: object) -> str:

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from policy_cases import denoise, make_block
 
-from sparse_dlm_attn import Backend, PassInputs, RankedPass, RankedResult, Rule, RulePolicy, get_backend, get_policy
+from sparse_dlm_attn import Backend, PassInputs, Rule, RulePolicy, get_backend, get_policy
 from sparse_dlm_attn.policies.quest import Quest
+from sparse_dlm_attn.ranked import RankedPass, RankedResult
 from sparse_dlm_attn.rules import RuleMemory
 
 REFERENCE = get_backend("reference")

@@ -15,9 +15,9 @@ PROJECT = ROOT / "tests" / "third_party_policy"
 
 USE = """
 import numpy as np
-from sparse_dlm_attn import Context, PassInfo, PrefixAttention, policies
+from sparse_dlm_attn import Context, PassInfo, PrefixAttention, list_policies
 
-assert policies()["strided"].distribution == "strided-policy"
+assert list_policies()["strided"].distribution == "strided-policy"
 rng = np.random.default_rng(0)
 q, k, v = (rng.standard_normal((1, heads, 4, 8), dtype=np.float32) for heads in (4, 2, 2))
 cache = rng.standard_normal((1, 2, 32, 8), dtype=np.float32)

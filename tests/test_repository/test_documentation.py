@@ -104,11 +104,11 @@ def test_the_backend_on_the_page_holds_the_laws_of_the_suite(
 ) -> None:
     suite = pytest.importorskip("sparse_dlm_attn_conformance", reason="the suite is not installed")
     page = (ROOT / "docs" / "how-to" / "write-a-backend.md").read_text("utf-8")
-    (tmp_path / "dense_mask.py").write_text(blocks(page)[0].text, "utf-8")
+    (tmp_path / "selected_pages.py").write_text(blocks(page)[0].text, "utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     groups = ("STATE", "CONTEXT", "GQA", "BOUNDS", "SCORES", "ATTEND", "BLOCK", "PURE")
-    assert suite.check_backend("dense_mask:DenseMask", clauses=groups) == []
+    assert suite.check_backend("selected_pages:SelectedPages", clauses=groups) == []
 
 
 def test_the_demo_in_the_readme_is_what_the_demo_prints() -> None:

@@ -69,7 +69,7 @@ def test_importing_the_specification_loads_no_framework_and_no_other_package_of_
 
 def test_listing_backends_and_policies_imports_none_of_them() -> None:
     loaded = loaded_packages(
-        "import sparse_dlm_attn as s; assert s.backends() and s.policies()"
+        "import sparse_dlm_attn as s; assert s.list_backends() and s.list_policies()"
     )
     assert not loaded & HEAVY
     assert not {name for name in loaded if name.startswith("sparse_dlm_attn_")}

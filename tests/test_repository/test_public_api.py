@@ -58,9 +58,9 @@ def test_what_the_distribution_registers_can_be_loaded(entry: EntryPoint) -> Non
     assert entry.load() is not None
 
 
-@pytest.mark.parametrize("name", sorted(sparse_dlm_attn.policies()))
+@pytest.mark.parametrize("name", sorted(sparse_dlm_attn.list_policies()))
 def test_a_registered_policy_of_ours_answers_to_its_own_name(name: str) -> None:
-    plugin = sparse_dlm_attn.policies()[name]
+    plugin = sparse_dlm_attn.list_policies()[name]
     if plugin.distribution != "sparse_dlm_attn":
         pytest.skip(f"registered by {plugin.distribution}")
     assert sparse_dlm_attn.get_policy(name).name == name

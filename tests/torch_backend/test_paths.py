@@ -10,13 +10,8 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the PyTorch backend needs PyTorch")
 
-from sparse_dlm_attn import (  # noqa: E402
-    Context,
-    Problem,
-    Selection,
-    UnsupportedError,
-    get_backend,
-)
+from sparse_dlm_attn import Context, Selection, UnsupportedError, get_backend  # noqa: E402
+from sparse_dlm_attn.capabilities import Problem  # noqa: E402
 from sparse_dlm_attn_torch import flex, gather, masked  # noqa: E402
 
 

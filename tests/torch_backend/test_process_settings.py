@@ -16,15 +16,15 @@ from sparse_dlm_attn import (  # noqa: E402
     Context,
     PassInfo,
     PrefixAttention,
-    RankedPass,
     Selection,
     get_backend,
-    policies,
+    list_policies,
 )
+from sparse_dlm_attn.ranked import RankedPass  # noqa: E402
 from sparse_dlm_attn_torch import ops  # noqa: E402
 
 POLICIES = (
-    *(name for name in policies() if name != "losa"), "losa:budget=64,active=3", "quest:budget=64,pages=own",
+    *(name for name in list_policies() if name != "losa"), "losa:budget=64,active=3", "quest:budget=64,pages=own",
     "losa:budget=64,mass=0.5,drift=refresh", "mage:budget=64,dense_layers=0", "sparsed:warmup=1,span=4",
     "snapkv:capacity=48,window=16", "quest:budget=64,group_scores=mean,newest=true",
 )

@@ -13,7 +13,7 @@ import torch
 import transformers
 from tiny_models import CANVAS, assert_within_budget, cache_name, diffusion_gemma, in_double, new_cache, tokens
 
-from sparse_dlm_attn import CallOrderError, InvalidArgumentError, StaleMemoryError, policies
+from sparse_dlm_attn import CallOrderError, InvalidArgumentError, StaleMemoryError, list_policies
 from sparse_dlm_attn.policies.dense import Dense
 from sparse_dlm_attn.policies.losa import Losa
 from sparse_dlm_attn_torch import TorchBackend
@@ -352,7 +352,7 @@ def test_on_a_gpu_its_own_loop_reads_less_and_keeps_nothing() -> None:
     assert max(report.density for report in reports if report.index > 0) < 1.0
 
 
-@pytest.mark.parametrize("name", sorted(policies()))
+@pytest.mark.parametrize("name", sorted(list_policies()))
 def test_every_policy_runs_in_its_own_loop_or_says_why_not(model: Any, name: str) -> None:
     options: dict[str, Any] = {"max_new_tokens": 2 * CANVAS, "max_denoising_steps": 3}
     if name == "flashblock":  # a canvas has no mask token, so nobody knows what is decoded

@@ -16,7 +16,7 @@ from transformers import StaticCache
 
 from sparse_dlm_attn import Context, InvalidArgumentError, UnsupportedError
 from sparse_dlm_attn_cuda_graphs import CapturedPasses
-from sparse_dlm_attn_transformers import PagedCache, PassReport, SparseAttention, session
+from sparse_dlm_attn_transformers import PagedCache, PassReport, SparseAttention, passes
 from sparse_dlm_attn_transformers.buffers import Tables, bucket_of
 from sparse_dlm_attn_transformers.caches import CachedLayer
 
@@ -175,7 +175,7 @@ def test_pages_stay_what_they_are_when_tokens_are_added() -> None:
 
 @pytest.fixture
 def taped(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(session, "CapturedPasses", functools.partial(CapturedPasses, graph=Tape))
+    monkeypatch.setattr(passes, "CapturedPasses", functools.partial(CapturedPasses, graph=Tape))
     yield
 
 

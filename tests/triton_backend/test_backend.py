@@ -23,14 +23,14 @@ from sparse_dlm_attn import (  # noqa: E402
     PageBounds,
     PassInfo,
     PrefixAttention,
-    Problem,
-    RankedPass,
     Selection,
     SparseAttentionError,
     UnavailableError,
     UnsupportedError,
     get_backend,
 )
+from sparse_dlm_attn.capabilities import Problem  # noqa: E402
+from sparse_dlm_attn.ranked import RankedPass  # noqa: E402
 from sparse_dlm_attn_triton import TritonBackend, common, ops  # noqa: E402
 
 # The interpreter computes with NumPy, which warns where a GPU has NaN and infinity as results.

@@ -13,7 +13,6 @@ torch = pytest.importorskip("torch", reason="the Triton backend needs PyTorch")
 pytest.importorskip("triton", reason="the Triton backend needs Triton")
 
 from sparse_dlm_attn import (  # noqa: E402
-    DataFileError,
     InvalidArgumentError,
     InvalidTypeError,
     PassInfo,
@@ -21,6 +20,7 @@ from sparse_dlm_attn import (  # noqa: E402
     UnavailableError,
     get_backend,
 )
+from sparse_dlm_attn.errors import DataFileError  # noqa: E402
 from sparse_dlm_attn_bench import tuning  # noqa: E402
 from sparse_dlm_attn_bench.gate import WrongResultError  # noqa: E402
 from sparse_dlm_attn_bench.layer import layers  # noqa: E402

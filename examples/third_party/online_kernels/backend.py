@@ -4,7 +4,8 @@ import math
 
 import numpy as np
 
-from sparse_dlm_attn import AttentionState, Backend, Capabilities, PageBounds
+from sparse_dlm_attn import AttentionState, Backend, PageBounds
+from sparse_dlm_attn.capabilities import Capabilities
 from sparse_dlm_attn.values import softmax_scale
 
 

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from sparse_dlm_attn import SPEC_VERSION, InvalidArgumentError, Problem, __version__
+from sparse_dlm_attn import SPEC_VERSION, InvalidArgumentError, __version__
+from sparse_dlm_attn.capabilities import Problem
 from sparse_dlm_attn.cli.console import note
 from sparse_dlm_attn.cli.options import named_as_options
 from sparse_dlm_attn.files import read_text, write_atomically
