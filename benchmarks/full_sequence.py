@@ -26,8 +26,8 @@ from sparse_dlm_attn.policies.sparsed import SparseD
 from sparse_dlm_attn_bench.timing import elapsed
 from sparse_dlm_attn_triton.common import shared_memory
 from sparse_dlm_attn_triton.full_sequence import attend_spans, lists_for
-from sparse_dlm_attn_triton.launch import top_pages
 from sparse_dlm_attn_triton.pooled import pooled_scores
+from sparse_dlm_attn_triton.select import top_pages
 from sparse_dlm_attn_triton.span_tiles import Tile, attend_tile, pooled_tile
 
 HEADS, DIM, DENSITY = 32, 128, 0.30
@@ -350,8 +350,8 @@ def main() -> None:
     for size in (128, 32):
         shapes = [16384] if options.quick else [16384, 65536]
         room = shared_memory(torch.device("cuda"))
-        tiles = {"attend": attend_tile(torch.bfloat16, DIM, 65536, size, size, room),
-                 "pooled": pooled_tile(torch.bfloat16, DIM, 65536, size, size)}
+        tiles = {"attend": attend_tile(torch.bfloat16, DIM, 65536, size, room),
+                 "pooled": pooled_tile(torch.bfloat16, DIM, 65536, size)}
         if options.tune:
             problem = Problem(16384, size)
             sweep = (*problem.keys(), torch.full((1, HEADS, 16384), 12.0, device="cuda"))

@@ -32,9 +32,12 @@ from sparse_dlm_attn_bench.peers import DENSE, FAST, dense_peers
 from sparse_dlm_attn_bench.shape import Shape
 from sparse_dlm_attn_bench.sparse_peers import SPARSE, Chosen, sparse_peers
 from sparse_dlm_attn_bench.timing import COLD_BYTES, Timing, bandwidth, measure
-from sparse_dlm_attn_triton import TritonBackend, launch
+from sparse_dlm_attn_triton import TritonBackend
 from sparse_dlm_attn_triton.common import layout
-from sparse_dlm_attn_triton.launch_decisions import ranking_of
+from sparse_dlm_attn_triton.passes import attend as attend_pass
+from sparse_dlm_attn_triton.problem import Part
+from sparse_dlm_attn_triton.ranked import ranking_of
+from sparse_dlm_attn_triton.scores import page_scores
 
 SHAPES = (
     Shape(context=16384), Shape(context=32768), Shape(), Shape(context=131072), Shape(batch=8),
@@ -79,17 +82,17 @@ def kernels(
 
         active, mask = rank()
         chosen.append(Chosen(layer, mask, active))
-        part = launch.Part(
+        part = Part(
             context.k_pages, context.v_pages, context.page_table, lengths, mask, shape.tokens, active,
             policy.active,
         )
-        cached = launch.attend(layer.q, (layer.k, layer.v), None, None, 1.0)[1:3]
+        cached = attend_pass(layer.q, (layer.k, layer.v), None, None, 1.0)[1:3]
 
         def attend(layer: Layer = layer, part: Any = part, cached: Any = cached) -> Any:
-            return launch.attend(layer.q_next, (layer.k, layer.v), part, cached, 0.088, 1, layer.q)
+            return attend_pass(layer.q_next, (layer.k, layer.v), part, cached, 0.088, 1, layer.q)
 
         stages["scores"].append(
-            lambda layer=layer, bounds=bounds: launch.page_scores(layer.q_next, *bounds)
+            lambda layer=layer, bounds=bounds: page_scores(layer.q_next, *bounds)
         )
         stages["change, scores, select"].append(rank)
         stages["attend"].append(attend)

@@ -1,48 +1,48 @@
-"""Kernels of attention: over listed pages in splits, then one that finishes a pass.
+"""Attention over selected pages, split-KV: every page list is dealt out to a fixed number of programs.
 
-Data flow of a pass, each arrow one launch (docs/backends/triton.md has the sizes)::
+Data flow of a pass, each arrow one launch (docs/backends/triton.md)::
 
-    q, pages, selection, k and v of the block -> [splits] -> parts -> [finish] -> out, context state
-    cached states ----------------------------------------------------^
+    q, pages, selection, k and v of the block -> [splits] -> partial states -> [finish] -> out, context state
+    cached states ------------------------------------------------------------^
 
 The block is one more split, which a program of its own computes beside the others.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from sparse_dlm_attn_triton.tiles import (
-    NOTHING,
-    active_rows,
-    attend_tiles,
-    block_part,
-    list_pages,
-    store_part,
-    wanted_pages,
-)
+from sparse_dlm_attn_triton.common import LOG2_E, Launch, power_of_two
+from sparse_dlm_attn_triton.problem import Grid, Part, Sizes, constants_of, strides_of
+from sparse_dlm_attn_triton.tiles import active_rows, attend_tiles, block_part, list_pages, store_part, wanted_pages
 
-__all__ = ["finish_kernel", "splits_kernel"]
+__all__ = ["MOST_LISTED", "Parts", "SplitKV", "split_kv"]
 
-LN2 = tl.constexpr(0.6931471805599453)
+MOST_LISTED = 2048
+"""Most pages that a program lists in one iteration."""
+MOST_SPLITS = 128
+Tensor = torch.Tensor
 
 
 @triton.jit(do_not_specialize=["pairs"])
 def splits_kernel(
     q, k_pages, v_pages, page_table, page_lengths, mask, active, k, v, part_out, part_lse, scratch,
-    stride_qb, stride_qh, stride_qt, stride_kp, stride_kh, stride_kt, stride_vp, stride_vh, stride_vt,
-    stride_mb, stride_mh, stride_mr, stride_ms, stride_bkb, stride_bkh, stride_bkt, stride_bvb, stride_bvh,
-    stride_bvt, scale_log2, kv_heads, pairs, tiles, pages, spans, span, capacity, keys,
+    q_stride, k_page_stride, v_page_stride, mask_stride, k_stride, v_stride,
+    scale_log2, kv_heads, pairs, tiles, pages, spans, span, capacity, keys,
     TOKENS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
-    SLOTS: tl.constexpr, MASK_ROWS: tl.constexpr, OWN: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    SLOTS: tl.constexpr, MASK_ROWS: tl.constexpr, PER_ROW: tl.constexpr, PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, LONG: tl.constexpr,
     PIECES: tl.constexpr, LATER: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program a split, a tile of rows and a KV head: softmax attention over its share of the pages.
+    """One program a split, a tile of rows and a KV head: softmax attention over its list of pages.
 
     The last programs, one a tile and KV head, attend to the block itself, if there is one: those of pages
     take longer, and should all start at once. ``PIECES`` splits share a list of pages, each with its part of
@@ -51,20 +51,19 @@ def splits_kernel(
     """
     program, of_pages = tl.program_id(0), pairs * tiles * SPLITS
     of_block, split = program >= of_pages, program % max(SPLITS, 1)
-    number = tl.where(of_block, program - of_pages, program // max(SPLITS, 1))
-    tile, pair = number % tiles, number // tiles
+    work = tl.where(of_block, program - of_pages, program // max(SPLITS, 1))
+    tile, pair = work % tiles, work // tiles
     sequence, head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
     slots = pair * (GROUP * TOKENS * SLOTS)
-    q += sequence * stride_qb + head * GROUP * stride_qh
+    q += sequence * q_stride[0] + head * GROUP * q_stride[1]
     if PDL and not LATER:
         gdc_wait()
         gdc_launch_dependents()
     if of_block:
         block_part(
-            q, k + sequence * stride_bkb + head * stride_bkh, v + sequence * stride_bvb + head * stride_bvh,
-            part_out, part_lse, slots, stride_qh, stride_qt, stride_bkt, stride_bvt, scale_log2, keys, tile,
-            tiles, GROUP, TOKENS, SLOTS, HEAD_DIM, BLOCK_M, BLOCK_K, BLOCK_D, PRECISION,
-            PDL and LATER,
+            q, k + sequence * k_stride[0] + head * k_stride[1], v + sequence * v_stride[0] + head * v_stride[1],
+            part_out, part_lse, slots, q_stride, k_stride, v_stride, scale_log2, keys, tile, tiles,
+            GROUP, TOKENS, SLOTS, HEAD_DIM, BLOCK_M, BLOCK_K, BLOCK_D, PRECISION, PDL and LATER,
         )  # fmt: skip
         if PDL and LATER:
             gdc_launch_dependents()
@@ -75,13 +74,13 @@ def splits_kernel(
     page_length = tl.minimum(tl.load(page_lengths + page, mask=page < pages, other=0), PAGE_SIZE)
     page_physical = tl.load(page_table + page, mask=page < pages, other=0)
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    of_group = row // ROWS
+    group_head = row // ROWS
     channel = tl.arange(0, BLOCK_D)
     wide = (channel < HEAD_DIM)[None, :]
     if ROWS == TOKENS:  # a row that turns out inactive is computed and not stored
-        token, exists = row % TOKENS, of_group < GROUP
-        from_q = q + of_group[:, None] * stride_qh + token[:, None] * stride_qt
-        queries = tl.load(from_q + channel[None, :], mask=exists[:, None] & wide, other=0.0)
+        token, exists = row % TOKENS, group_head < GROUP
+        from_q = q + group_head[:, None] * q_stride[1] + token[:, None] * q_stride[2]
+        queries = tl.load(from_q + channel[None, :], mask=exists[:, None] & wide, other=0.0)  # [BLOCK_M, BLOCK_D]
     # Which rows are active is an input too, or what `scores_kernel` wrote: two kernels back, and complete.
     active += sequence * TOKENS
     block_token = tl.arange(0, BLOCK_T)
@@ -91,192 +90,105 @@ def splits_kernel(
     if PDL and LATER:
         gdc_wait()
         gdc_launch_dependents()
-    mask += sequence * stride_mb + head * stride_mh
-    wanted = wanted_pages(
-        mask, is_active, block_token, page, stride_mr, stride_ms, pages, spans, span, MASK_ROWS, OWN
-    )
+    mask += sequence * mask_stride[0] + head * mask_stride[1]
+    wanted = wanted_pages(mask, is_active, block_token, page, mask_stride, pages, spans, span, MASK_ROWS, PER_ROW)
     if ROWS < TOKENS:
         token, found = active_rows(is_active, block_token, row, ROWS)
-        exists = found & (of_group < GROUP)
+        exists = found & (group_head < GROUP)
         stored = exists
-        from_q = q + of_group[:, None] * stride_qh + token[:, None] * stride_qt
+        from_q = q + group_head[:, None] * q_stride[1] + token[:, None] * q_stride[2]
         queries = tl.load(from_q + channel[None, :], mask=exists[:, None] & wide, other=0.0)
     if tl.max(is_active.to(tl.int32), axis=0) == 0:
         return
 
-    SHARES: tl.constexpr = SPLITS // PIECES
-    # The first shares are a page longer. Programs of one multiprocessor are half a grid apart: let a long
-    # share meet a short one there.
+    LISTS: tl.constexpr = SPLITS // PIECES
+    # The first lists are a page longer. Programs of one multiprocessor are half a grid apart: let a long list
+    # meet a short one there.
     turned = tl.where(2 * pair < pairs, split, SPLITS - 1 - split)
-    share, piece = turned // PIECES, turned % PIECES
-    entries = scratch + (number * SPLITS + split).to(tl.int64) * 2 * capacity
+    which, piece = turned // PIECES, turned % PIECES
+    entries = scratch + (work * SPLITS + split).to(tl.int64) * 2 * capacity
     logicals = entries + capacity
-    taken = list_pages(
-        wanted, page, page_physical, page_length, 0, share, entries, logicals, SHARES, OWN
-    )
+    taken = list_pages(wanted, page, page_physical, page_length, 0, which, entries, logicals, LISTS, PER_ROW)
     if LONG:
         for first_page in range(BLOCK_P, pages, BLOCK_P):
             more = first_page + tl.arange(0, BLOCK_P)
             more_length = tl.minimum(tl.load(page_lengths + more, mask=more < pages, other=0), PAGE_SIZE)
             more_physical = tl.load(page_table + more, mask=more < pages, other=0)
             more_wanted = wanted_pages(
-                mask, is_active, block_token, more, stride_mr, stride_ms, pages, spans, span, MASK_ROWS, OWN
+                mask, is_active, block_token, more, mask_stride, pages, spans, span, MASK_ROWS, PER_ROW
             )
             taken = list_pages(
-                more_wanted, more, more_physical, more_length, taken, share, entries, logicals, SHARES, OWN
+                more_wanted, more, more_physical, more_length, taken, which, entries, logicals, LISTS, PER_ROW
             )
-    listed = (taken - share + SHARES - 1) // SHARES
+    listed = (taken - which + LISTS - 1) // LISTS
     tl.debug_barrier()  # the list was written by other threads of this program
     PART: tl.constexpr = PAGE_SIZE // PIECES
-    mask_row = mask + (of_group % MASK_ROWS) * stride_mr + (token // span) * stride_ms
-    peak, total, mixed = attend_tiles(
-        queries, k_pages + head * stride_kh, v_pages + head * stride_vh, entries, logicals, mask_row,
-        exists, channel, 0, listed * PART, listed, piece, stride_kp, stride_kt, stride_vp, stride_vt,
-        scale_log2, PAGE_SIZE, PART, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, OWN, PRECISION, STAGES,
+    mask_row = mask + (group_head % MASK_ROWS) * mask_stride[2] + (token // span) * mask_stride[3]
+    running_max, running_sum, acc = attend_tiles(
+        queries, k_pages + head * k_page_stride[1], v_pages + head * v_page_stride[1], entries, logicals, mask_row,
+        exists, channel, 0, listed * PART, listed, piece, k_page_stride, v_page_stride, scale_log2,
+        PAGE_SIZE, PART, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, PER_ROW, PRECISION, STAGES,
     )  # fmt: skip
-    slot_of_row = slots + (of_group * TOKENS + token) * SLOTS + split
-    store_part(part_out, part_lse, slot_of_row, stored, peak, total, mixed, scale_log2, channel, HEAD_DIM)
+    slot = slots + (group_head * TOKENS + token) * SLOTS + split
+    store_part(part_out, part_lse, slot, stored, running_max, running_sum, acc, scale_log2, channel, HEAD_DIM)
 
 
-@triton.jit
-def _merged(out, lse, other_out, other_lse):
-    """Merge two states of rows in log2 units; one of weight 0 is dropped, whatever its ``out`` holds."""
-    top = tl.maximum(lse, other_lse)
-    safe = tl.where(top == NOTHING, 0.0, top)
-    weight, other_weight = tl.exp2(lse - safe), tl.exp2(other_lse - safe)
-    total = weight + other_weight
-    share = tl.where(total == 0, 1.0, total)
-    return tl.where((weight == 0)[:, None], 0.0, out * (weight / share)[:, None]) + tl.where(
-        (other_weight == 0)[:, None], 0.0, other_out * (other_weight / share)[:, None]
-    )
+class Parts(NamedTuple):
+    """Partial states in float32, ``lse`` in log2 units, and where the parts of a page list begin and end.
 
-
-@triton.jit
-def _united(
-    part_out, part_lse, base, step, ready, most, channel,
-    HEAD_DIM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Merge the first ``ready`` parts of each row, ``step`` apart from ``base``; LSE in log2 units.
-
-    ``BLOCK_S`` parts at a time: their loads wait for nothing, so all of them are under way together.
+    Those of split-KV lie row by row, and need no ``firsts``, ``lasts`` and ``counts``.
     """
-    top = tl.full((BLOCK_R,), NOTHING, tl.float32)
-    total = tl.zeros((BLOCK_R,), tl.float32)
-    mixed = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-    for begin in range(0, most, BLOCK_S):
-        if BLOCK_R == 1:  # parts of one row are a tile
-            part = begin + tl.arange(0, BLOCK_S)
-            lses = tl.load(part_lse + base + part * step, mask=part < ready, other=NOTHING)
-            there = (part < ready)[:, None] & (channel < HEAD_DIM)[None, :]
-            from_parts = part_out + (base + part * step)[:, None] * HEAD_DIM + channel[None, :]
-            parts = tl.load(from_parts, mask=there, other=0.0)
-            peak = tl.maximum(top, tl.max(lses, axis=0))
-            safe = tl.where(peak == NOTHING, 0.0, peak)
-            weights = tl.exp2(lses - safe)
-            # A part without a weight is dropped; NaN is no 0, and shows.
-            parts = tl.where((weights != 0)[:, None], parts * weights[:, None], 0.0)
-            added, weight = tl.sum(parts, axis=0)[None, :], tl.sum(weights, axis=0)
-        else:
-            peak = top
-            for i in tl.static_range(BLOCK_S):
-                from_lse = part_lse + base + (begin + i) * step
-                peak = tl.maximum(peak, tl.load(from_lse, mask=begin + i < ready, other=NOTHING))
-            safe = tl.where(peak == NOTHING, 0.0, peak)
-            added, weight = tl.zeros((BLOCK_R, BLOCK_D), tl.float32), tl.zeros((BLOCK_R,), tl.float32)
-            for i in tl.static_range(BLOCK_S):
-                at, there = base + (begin + i) * step, begin + i < ready
-                share = tl.exp2(tl.load(part_lse + at, mask=there, other=NOTHING) - safe)
-                there = there[:, None] & (channel < HEAD_DIM)[None, :]
-                rows = tl.load(part_out + at[:, None] * HEAD_DIM + channel[None, :], mask=there, other=0.0)
-                added += tl.where((share != 0)[:, None], rows * share[:, None], 0.0)
-                weight += share
-        kept = tl.exp2(top - safe)
-        mixed = tl.where((kept != 0)[:, None], mixed * kept[:, None], 0.0) + added
-        total = total * kept + weight
-        top = peak
-    share = tl.where(total == 0, 1.0, total)
-    lse = tl.where(total == 0, NOTHING, top + tl.log2(share))
-    return mixed * (1.0 / share)[:, None], lse
+
+    out: Tensor
+    lse: Tensor
+    firsts: Tensor
+    lasts: Tensor
+    counts: Tensor
 
 
-@triton.jit
-def finish_kernel(
-    q, active, part_out, part_lse, firsts, lasts, counts, cached_out, cached_lse, reference,
-    out, state_out, state_lse, kept,
-    stride_qb, stride_qh, stride_qt, stride_cb, stride_ch, stride_ct, stride_lb, stride_lh,
-    stride_rb, stride_rh, stride_rt, q_heads, block_slots,
-    TOKENS: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr, SLOTS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
-    CONTEXT: tl.constexpr, CACHED: tl.constexpr, BLOCK: tl.constexpr, SHARED: tl.constexpr,
-    KEEP: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """One program ``BLOCK_R`` rows of a query head, a warp each: merge parts or cached states with the block.
+@dataclass(frozen=True)
+class SplitKV:
+    """The launch of `splits_kernel`, and the shape of the parts that it stores: ``(..., slots, head_dim)``."""
 
-    Parts are those of `splits_kernel`, or ``SHARED``: those of `shares.shares_kernel`.
+    launch: Launch
+    shape: tuple[int, ...]
+    scratch: int
+    splits: int
+    slots: int
 
-    ``KEEP`` stores what the next pass measures change against: the query of every row (1), or that of
-    active rows and the old one of the others (2).
-    """
-    head, sequence = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    token = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    exists = token < TOKENS
-    channel = tl.arange(0, BLOCK_D)
-    wide = exists[:, None] & (channel < HEAD_DIM)[None, :]
-    row = (sequence * q_heads + head) * TOKENS + token
-    into = row[:, None] * HEAD_DIM + channel[None, :]
-    if KEEP:  # written before this pass began, so there is no need to wait
-        from_q = q + sequence * stride_qb + head * stride_qh + token[:, None] * stride_qt + channel[None, :]
-        query = tl.load(from_q, mask=wide, other=0.0)
-        if KEEP == 1:
-            tl.store(kept + into, query, mask=wide)
-    if CACHED:  # of every row: which rows are active may not be known yet
-        from_old = cached_out + sequence * stride_cb + head * stride_ch
-        old = tl.load(from_old + token[:, None] * stride_ct + channel[None, :], mask=wide, other=0.0)
-        old = old.to(tl.float32)
-        from_lse = cached_lse + sequence * stride_lb + head * stride_lh + token
-        old_lse = tl.load(from_lse, mask=exists, other=NOTHING)
-    if KEEP == 2:
-        from_before = reference + sequence * stride_rb + head * stride_rh
-        before = tl.load(from_before + token[:, None] * stride_rt + channel[None, :], mask=wide, other=0.0)
-    if CONTEXT:  # complete since the kernel before the last; without pages there is none, and no use for it
-        is_active = tl.load(active + sequence * TOKENS + token, mask=exists, other=0) != 0
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    if SHARED:
-        pair = sequence * (q_heads // GROUP) + head // GROUP
-        of_pair = (head % GROUP) * TOKENS + token
-        at_block = (block_slots + pair) * (GROUP * TOKENS) + of_pair
-    else:
-        at_block = row * SLOTS + SLOTS - 1
-    if BLOCK:
-        block_out = tl.load(part_out + at_block[:, None] * HEAD_DIM + channel[None, :], mask=wide, other=0.0)
-        block_lse = tl.load(part_lse + at_block, mask=exists, other=NOTHING)
-    if CONTEXT:
-        if SHARED:
-            first = tl.load(firsts + pair)
-            ready = tl.where(tl.load(counts + pair) > 0, tl.load(lasts + pair) - first + 1, 0)
-            context_out, context_lse = _united(
-                part_out, part_lse, (first + pair) * (GROUP * TOKENS) + of_pair, GROUP * TOKENS,
-                tl.where(is_active, ready, 0), ready, channel, HEAD_DIM, BLOCK_R, BLOCK_S, BLOCK_D,
-            )  # fmt: skip
-        else:
-            context_out, context_lse = _united(
-                part_out, part_lse, row * SLOTS, 1, tl.where(is_active, SPLITS, 0), SPLITS, channel, HEAD_DIM,
-                BLOCK_R, BLOCK_S, BLOCK_D,
-            )  # fmt: skip
-        natural = context_lse * LN2
-        if CACHED:
-            context_out = tl.where(is_active[:, None], context_out, old)
-            natural = tl.where(is_active, natural, old_lse)
-            context_lse = tl.where(is_active, context_lse, old_lse / LN2)
-        tl.store(state_out + into, context_out.to(state_out.dtype.element_ty), mask=wide)
-        tl.store(state_lse + row, natural, mask=exists)
-        if BLOCK:
-            both = _merged(context_out, context_lse, block_out, block_lse)
-            tl.store(out + into, both.to(out.dtype.element_ty), mask=wide)
-        if KEEP == 2:
-            tl.store(kept + into, tl.where(is_active[:, None], query, before), mask=wide)
-    else:
-        tl.store(state_out + into, block_out.to(state_out.dtype.element_ty), mask=wide)
-        tl.store(state_lse + row, block_lse * LN2, mask=exists)
+    def run(self, q: Tensor, k: Tensor, v: Tensor, part: Part) -> Parts:
+        """Launch it; return the partial states."""
+        out = torch.empty(self.shape, dtype=torch.float32, device=q.device)
+        lse = torch.empty(self.shape[:-1], dtype=torch.float32, device=q.device)
+        scratch = torch.empty(self.scratch, dtype=torch.int64, device=q.device)
+        self.launch(
+            q, part.k_pages, part.v_pages, part.page_table, part.page_lengths, part.mask, part.active, k, v, out, lse,
+            scratch,
+        )  # fmt: skip
+        return Parts(out, lse, q, q, q)
+
+
+def split_kv(sizes: Sizes, grid: Grid) -> SplitKV:
+    """Settle the launch: as many splits, a power of two, as fill the programs that the settings aim for."""
+    batch, q_heads, tokens, head_dim = sizes.q[0]
+    spans, pages = sizes.mask[0][2:] if sizes.has_pages else (1, 0)
+    page_size, block_n, lists = sizes.page_size, grid.settings.block_n, grid.pairs * grid.tiles
+    splits, pieces = 0, 1
+    if sizes.has_pages:
+        most = min(triton.cdiv(pages * page_size, block_n), pages * max(page_size // block_n, 1), MOST_SPLITS)
+        splits = min(max(grid.settings.programs // lists, 1), max(most, 1))
+        splits = 1 << (splits.bit_length() - 1)
+    # Several splits share each page where it holds several tiles, so that all have about the same to read.
+    while pieces < splits and page_size % (2 * pieces * block_n) == 0:
+        pieces *= 2
+    slots = splits + (sizes.k is not None)
+    capacity = triton.cdiv(pages, max(splits // pieces, 1))
+    launch = Launch(
+        splits_kernel, (slots * lists,), *strides_of(sizes, grid), sizes.scale * LOG2_E, sizes.kv_heads, grid.pairs,
+        grid.tiles, pages, spans, min(sizes.span, tokens), capacity, sizes.keys, device=sizes.device,
+        aligned=sizes.aligned, SPLITS=splits, SLOTS=slots, BLOCK_P=min(power_of_two(pages), MOST_LISTED),
+        BLOCK_T=power_of_two(tokens) if splits else 16, LONG=pages > MOST_LISTED, PIECES=pieces, LATER=sizes.later,
+        **constants_of(sizes, grid),
+    )  # fmt: skip
+    shape = batch, q_heads, tokens, slots, head_dim
+    return SplitKV(launch, shape, lists * splits * 2 * capacity, splits, slots)

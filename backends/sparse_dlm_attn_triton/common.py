@@ -1,4 +1,4 @@
-"""What every launch needs: sizes of tiles, programmatic dependent launch, tensors as kernels read them."""
+"""What every launch needs: sizes of tiles, programmatic dependent launch (PDL), tensors as kernels read them."""
 
 from __future__ import annotations
 
@@ -15,38 +15,43 @@ from sparse_dlm_attn.errors import UnavailableError
 
 __all__ = [
     "INTERPRETED",
+    "LOG2_E",
+    "WIDE_TILE_BYTES",
     "Launch",
     "aligned",
     "bytes_of",
-    "chained",
+    "last_contiguous",
     "layout",
-    "lined",
     "power_of_two",
     "precision",
     "shared_memory",
+    "uses_pdl",
 ]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Whether Triton interprets kernels on CPU tensors, as it decided when it was imported."""
 OLDEST_GPU = 8, 0
-"""Compute capability from which on there are asynchronous copies and bfloat16."""
+"""First compute capability with asynchronous copies and bfloat16."""
+LOG2_E = 1.4426950408889634
+WIDE_TILE_BYTES = 136 << 10
+"""Shared memory that the widest tiles need; GPUs with 99 KiB take narrower ones."""
 Tensor = torch.Tensor
 
 
 def power_of_two(number: int, least: int = 16) -> int:
-    """Return the least power of two that holds ``number``, and ``least`` at the least."""
+    """Return the next power of two, but at least ``least``: 16 is the smallest side of a tensor-core product."""
     return max(least, 1 << max(number - 1, 0).bit_length())
 
 
 @functools.cache
-def chained(device: torch.device) -> bool:
-    """Return whether kernels may start while the previous one ends (programmatic dependent launch).
+def uses_pdl(device: torch.device) -> bool:
+    """Return whether kernels start while the previous one ends (programmatic dependent launch).
 
     Raises
     ------
     UnavailableError
-        If the GPU is too old for the kernels. Not when a backend is made: to ask a GPU initialises CUDA, and
-        processes cannot be forked any more.
+        If the GPU is too old for the kernels. Asked for at the first launch, not when a backend is made: the
+        question initialises CUDA, after which a process cannot fork.
     """
     if INTERPRETED:
         return False
@@ -62,34 +67,21 @@ def chained(device: torch.device) -> bool:
 
 @functools.cache
 def shared_memory(device: torch.device) -> int:
-    """Return the bytes of shared memory that a program of the device may use; interpreted ones use none."""
+    """Return the bytes of shared memory that a CTA may use; unlimited under the interpreter."""
     if INTERPRETED:
         return sys.maxsize
-    number = torch.cuda.current_device() if device.index is None else device.index
+    number = triton.runtime.driver.active.get_current_device() if device.index is None else device.index
     return int(triton.runtime.driver.active.utils.get_device_properties(number)["max_shared_mem"])
 
 
 class Launch:
-    """A kernel, its grid and all that it takes but tensors, settled once and launched many times.
+    """A kernel with its grid, numbers and constants: everything but the tensors of a launch.
 
-    The first launch binds and specialises arguments, and compiles; later ones hand tensors to what was compiled,
-    which spares most of the host's time. That holds as long as tensors begin at multiples of 16 bytes, which the
-    compiler was told, as all fresh ones do; with others every launch takes the long way.
+    The first launch goes through Triton's binder, which specialises and compiles; later ones call the compiled
+    kernel directly, which saves most of the host's time. That needs tensors on 16-byte boundaries (``aligned``),
+    as the kernel was compiled for them; other launches go through the binder each time.
 
-    Parameters
-    ----------
-    kernel : triton.runtime.JITFunction
-        Its parameters are tensors, then numbers, then compile-time constants.
-    grid : tuple of int
-        Programs along each axis.
-    *numbers
-        What follows the tensors.
-    device : torch.device
-        Where it runs.
-    aligned : bool
-        Whether all tensors begin at multiples of 16 bytes.
-    **constants
-        Compile-time constants but PDL, and options of the launch.
+    A kernel's parameters are tensors, then ``numbers`` and tuples of strides, then compile-time constants.
     """
 
     def __init__(
@@ -97,7 +89,7 @@ class Launch:
         **constants: Any,
     ) -> None:  # fmt: skip
         # It may start while the kernel before it ends, where the GPU can.
-        constants |= {"PDL": True, "launch_pdl": True} if chained(device) else {"PDL": False}
+        constants |= {"PDL": True, "launch_pdl": True} if uses_pdl(device) else {"PDL": False}
         self._kernel, self._numbers, self._constants = kernel, numbers, constants
         self._grid = grid + (1,) * (3 - len(grid))
         self._device, self._aligned = device if device.type == "cuda" else None, aligned
@@ -139,7 +131,7 @@ def aligned(*tensors: Tensor) -> bool:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """Return how products are multiplied: float32 must not be cut to tf32, or exact sums are none."""
+    """Return the input precision of products: float32 must not be cut to tf32, or exact sums are not exact."""
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
@@ -148,6 +140,6 @@ def bytes_of(mask: Tensor) -> Tensor:
     return mask.view(torch.int8) if mask.dtype == torch.bool else mask
 
 
-def lined(tensor: Tensor) -> Tensor:
-    """Return a tensor whose last axis is contiguous, as kernels read it: itself wherever it is."""
+def last_contiguous(tensor: Tensor) -> Tensor:
+    """Return the tensor, or a copy if its last axis is not contiguous."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()

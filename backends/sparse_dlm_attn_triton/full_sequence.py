@@ -1,215 +1,181 @@
 """Block-sparse attention of long blocks over selected pages: the frozen selection of a whole sequence.
 
-One program computes a tile of query rows of one head with a streaming softmax (FlashAttention 2), over
-the list of pages that the tile's spans chose. Whole pages need no mask; lists are made on the device.
-See docs/backends/full-sequence.md.
+One program computes a tile of query rows of one head with an online softmax over the list of pages that the
+tile's spans selected. Full pages need no mask; lists are made on the device (docs/backends/full-sequence.md).
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from sparse_dlm_attn_triton.common import shared_memory
+from sparse_dlm_attn_triton.common import LOG2_E, power_of_two, shared_memory
 from sparse_dlm_attn_triton.span_lists import SpanLists, span_lists
-from sparse_dlm_attn_triton.span_tiles import LOG2_E, Tile, attend_tile, padded_dim, row_view
+from sparse_dlm_attn_triton.span_tiles import Tile, attend_tile, can_describe, descriptors
+from sparse_dlm_attn_triton.tiles import LN2, NEG_INF, load_rows, product, softmax_end, softmax_step
 
 __all__ = ["attend_spans", "lists_for"]
 
+Tensor = torch.Tensor
+
 
 @triton.jit
-def _softmax_step(scores, values, keep, peak, total, acc, factor, MASKED: tl.constexpr):
-    """Take a tile of keys into the streaming softmax; ``keep`` is where it counts, if MASKED."""
+def _softmax_values(scores, values, keep, running_max, running_sum, acc, scale_log2, MASKED: tl.constexpr):
+    """Take a tile of keys and values into an online softmax; ``keep`` is where it counts, if MASKED."""
     if MASKED:
-        scores = tl.where(keep, scores, -float("inf"))
-    higher = tl.maximum(peak, tl.max(scores, 1) * factor)
-    # Rows that have seen nothing but -inf: no -inf - -inf.
-    shift = tl.where(higher == -float("inf"), 0.0, higher)
-    weights = tl.exp2(scores * factor - shift[:, None])
-    fade = tl.exp2(peak - shift)
-    total = total * fade + tl.sum(weights, 1)
-    acc = acc * fade[:, None]
-    weights = weights.to(values.dtype)
-    return higher, total, tl.dot(weights, values, acc, input_precision="ieee")
+        scores = tl.where(keep, scores, NEG_INF)
+    weights, running_max, running_sum, rescale = softmax_step(scores, running_max, running_sum, scale_log2)
+    acc = tl.dot(weights.to(values.dtype), values, acc * rescale[:, None], input_precision="ieee")
+    return running_max, running_sum, acc
 
 
 @triton.jit
-def _product(queries, keys):
-    """Return queries times keys transposed, in float32; "ieee" keeps float32 inputs from TF32."""
-    return tl.dot(queries, tl.trans(keys), input_precision="ieee")
-
-
-@triton.jit
-def _load_rows(base, rows, stride, keep, DIM: tl.constexpr, CHANNELS: tl.constexpr, MASKED: tl.constexpr):
-    """Load rows of channels; channels past DIM are 0, as are rows outside ``keep`` if MASKED."""
-    channel = tl.arange(0, CHANNELS)
-    at = base + rows[:, None] * stride + channel[None, :]
-    if MASKED:
-        tile = tl.load(at, mask=keep[:, None] & (channel[None, :] < DIM), other=0.0)
-    elif CHANNELS != DIM:
-        tile = tl.load(at, mask=channel[None, :] < DIM, other=0.0)
-    else:
-        tile = tl.load(at)
-    return tile
-
-
-@triton.jit
-def _attend(
+def spans_kernel(
     q, k, v, out, lse, active, entries, bits, counts, table, lengths, k_tiles, v_tiles,
-    q_b, q_h, q_t, k_page, k_head, k_token, v_page, v_head, v_token, active_b, active_t,
-    table_row, table_page, lengths_row, lengths_page, tokens, span, groups, pages, tiles_a_group,
-    heads, q_heads, kv_heads, k_page_rows, k_head_rows, v_page_rows, v_head_rows, factor,
-    PAGE: tl.constexpr, DIM: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    TOGETHER: tl.constexpr, TMA: tl.constexpr, SPECIALIZE: tl.constexpr,
+    q_stride, k_stride, v_stride, active_stride, table_stride, lengths_stride, k_rows, v_rows,
+    tokens, span, groups, pages, tiles_a_group, heads, q_heads, kv_heads, scale_log2,
+    PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, TOGETHER: tl.constexpr, TMA: tl.constexpr, SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
-    """Attend with one tile of rows of one head; see `attend_spans`."""
+    """One program a tile of rows of a head; TOGETHER spans share a tile. See `attend_spans`."""
     # Programs that follow each other share a head, so that its keys stay in the L2 cache.
     group, part = tl.program_id(0) // tiles_a_group, tl.program_id(0) % tiles_a_group
     b, head = tl.program_id(1) // q_heads, tl.program_id(1) % q_heads
     kv_head = (head // (q_heads // kv_heads)).to(tl.int64)
-    local = part * ROWS + tl.arange(0, ROWS)
+    local = part * BLOCK_M + tl.arange(0, BLOCK_M)
     row = group * (TOGETHER * span) + local
     exists = (local < TOGETHER * span) & (row < tokens)
-    alive = exists & (tl.load(active + b * active_b + row * active_t, mask=exists, other=0) != 0)
-    q_at = q + b.to(tl.int64) * q_b + head.to(tl.int64) * q_h
-    queries = _load_rows(q_at, row.to(tl.int64), q_t, alive, DIM, CHANNELS, True)
-    which = tl.minimum(local // span, TOGETHER - 1)
+    alive = exists & (tl.load(active + b * active_stride[0] + row * active_stride[1], mask=exists, other=0) != 0)
+    q_at = q + b.to(tl.int64) * q_stride[0] + head.to(tl.int64) * q_stride[1]
+    queries = load_rows(q_at, row.to(tl.int64), q_stride[2], alive, HEAD_DIM, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
+    which = tl.minimum(local // span, TOGETHER - 1)  # the span of each row
 
     listed = (b * heads + head // (q_heads // heads)) * groups + group
     first = entries + listed.to(tl.int64) * pages
     first_bits = bits + listed.to(tl.int64) * pages
-    plain = tl.load(counts + listed * 2)
-    careful = tl.load(counts + listed * 2 + 1)
-    k_at, v_at = k + kv_head * k_head, v + kv_head * v_head
-    k_row, v_row = (kv_head * k_head_rows).to(tl.int32), (kv_head * v_head_rows).to(tl.int32)
-    key = tl.arange(0, KEYS)
-    peak = tl.full([ROWS], -float("inf"), dtype=tl.float32)
-    total = tl.zeros([ROWS], dtype=tl.float32)
-    acc = tl.zeros([ROWS, CHANNELS], dtype=tl.float32)
+    full = tl.load(counts + listed * 2)
+    partial = tl.load(counts + listed * 2 + 1)
+    k_at, v_at = k + kv_head * k_stride[1], v + kv_head * v_stride[1]
+    k_row, v_row = (kv_head * k_rows[1]).to(tl.int32), (kv_head * v_rows[1]).to(tl.int32)
+    key = tl.arange(0, BLOCK_N)
+    running_max = tl.full([BLOCK_M], NEG_INF, dtype=tl.float32)
+    running_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
 
-    # The page of the next step is read one step ahead and handed on: a load whose address comes from
-    # another load of the same step would take a stage of the pipeline, and K and V would come late.
-    if PAGE % KEYS == 0:  # a step lies within a page
+    # The page of the next step is read one step ahead and carried over: a load whose address comes from another
+    # load of the same step would take a stage of the pipeline, and K and V would come late.
+    if PAGE_SIZE % BLOCK_N == 0:  # a step lies within a page
         page, chosen = tl.load(first), which
         if TOGETHER > 1:
             chosen = tl.load(first_bits) >> which
-        for i in tl.range(0, plain * (PAGE // KEYS), warp_specialize=SPECIALIZE):
-            within = (i % (PAGE // KEYS)) * KEYS
+        for i in tl.range(0, full * (PAGE_SIZE // BLOCK_N), warp_specialize=SPECIALIZE):
+            within = (i % (PAGE_SIZE // BLOCK_N)) * BLOCK_N
             if TMA:
-                keys = k_tiles.load([page * k_page_rows + k_row + within, 0])
-                values = v_tiles.load([page * v_page_rows + v_row + within, 0])
+                keys = k_tiles.load([page * k_rows[0] + k_row + within, 0])  # [BLOCK_N, BLOCK_D]
+                values = v_tiles.load([page * v_rows[0] + v_row + within, 0])
             else:
                 at = page.to(tl.int64)
-                keys = _load_rows(
-                    k_at + at * k_page + within * k_token, key, k_token, key, DIM, CHANNELS, False
-                )
-                values = _load_rows(
-                    v_at + at * v_page + within * v_token, key, v_token, key, DIM, CHANNELS, False
-                )
-            scores = _product(queries, keys)
+                k_first, v_first = at * k_stride[0] + within * k_stride[2], at * v_stride[0] + within * v_stride[2]
+                keys = load_rows(k_at + k_first, key, k_stride[2], key, HEAD_DIM, BLOCK_D, False)
+                values = load_rows(v_at + v_first, key, v_stride[2], key, HEAD_DIM, BLOCK_D, False)
+            scores = product(queries, keys)  # [BLOCK_M, BLOCK_N]
             keep = ((chosen & 1) != 0)[:, None]
-            peak, total, acc = _softmax_step(scores, values, keep, peak, total, acc, factor, TOGETHER > 1)
-            following = tl.minimum((i + 1) // (PAGE // KEYS), pages - 1)
+            running_max, running_sum, acc = _softmax_values(
+                scores, values, keep, running_max, running_sum, acc, scale_log2, TOGETHER > 1
+            )
+            following = tl.minimum((i + 1) // (PAGE_SIZE // BLOCK_N), pages - 1)
             page = tl.load(first + following)
             if TOGETHER > 1:
                 chosen = tl.load(first_bits + following) >> which
     else:  # the listed pages are one stream of tokens
-        whole = plain * PAGE // KEYS
-        page, chosen = tl.load(first + tl.minimum(key // PAGE, pages - 1)), key
+        whole = full * PAGE_SIZE // BLOCK_N
+        page, chosen = tl.load(first + tl.minimum(key // PAGE_SIZE, pages - 1)), key  # [BLOCK_N]
         if TOGETHER > 1:
-            chosen = tl.load(first_bits + tl.minimum(key // PAGE, pages - 1))
+            chosen = tl.load(first_bits + tl.minimum(key // PAGE_SIZE, pages - 1))
         for i in tl.range(0, whole, warp_specialize=SPECIALIZE):
-            within = (i * KEYS + key) % PAGE
+            within = (i * BLOCK_N + key) % PAGE_SIZE
             at = page.to(tl.int64)
-            keys = _load_rows(k_at, at * k_page + within * k_token, 1, key, DIM, CHANNELS, False)
-            values = _load_rows(v_at, at * v_page + within * v_token, 1, key, DIM, CHANNELS, False)
-            scores = _product(queries, keys)
+            keys = load_rows(k_at, at * k_stride[0] + within * k_stride[2], 1, key, HEAD_DIM, BLOCK_D, False)
+            values = load_rows(v_at, at * v_stride[0] + within * v_stride[2], 1, key, HEAD_DIM, BLOCK_D, False)
+            scores = product(queries, keys)
             keep = ((chosen[None, :] >> which[:, None]) & 1) != 0
-            peak, total, acc = _softmax_step(scores, values, keep, peak, total, acc, factor, TOGETHER > 1)
-            following = tl.minimum(((i + 1) * KEYS + key) // PAGE, pages - 1)
+            running_max, running_sum, acc = _softmax_values(
+                scores, values, keep, running_max, running_sum, acc, scale_log2, TOGETHER > 1
+            )
+            following = tl.minimum(((i + 1) * BLOCK_N + key) // PAGE_SIZE, pages - 1)
             page = tl.load(first + following)
             if TOGETHER > 1:
                 chosen = tl.load(first_bits + following)
-        if whole * KEYS < plain * PAGE:
-            inside = whole * KEYS + key < plain * PAGE
-            place = (whole * KEYS + key) // PAGE
-            within = (whole * KEYS + key) % PAGE
-            rest = tl.load(first + place, mask=inside, other=0).to(tl.int64)
-            keys = _load_rows(k_at, rest * k_page + within * k_token, 1, inside, DIM, CHANNELS, True)
-            values = _load_rows(v_at, rest * v_page + within * v_token, 1, inside, DIM, CHANNELS, True)
-            scores = _product(queries, keys)
+        if whole * BLOCK_N < full * PAGE_SIZE:
+            inside = whole * BLOCK_N + key < full * PAGE_SIZE
+            place = (whole * BLOCK_N + key) // PAGE_SIZE
+            within = (whole * BLOCK_N + key) % PAGE_SIZE
+            at = tl.load(first + place, mask=inside, other=0).to(tl.int64)
+            keys = load_rows(k_at, at * k_stride[0] + within * k_stride[2], 1, inside, HEAD_DIM, BLOCK_D, True)
+            values = load_rows(v_at, at * v_stride[0] + within * v_stride[2], 1, inside, HEAD_DIM, BLOCK_D, True)
+            scores = product(queries, keys)
             keep = inside[None, :]
             if TOGETHER > 1:
                 spans = tl.load(first_bits + place, mask=inside, other=0)
                 keep = keep & (((spans[None, :] >> which[:, None]) & 1) != 0)
-            peak, total, acc = _softmax_step(scores, values, keep, peak, total, acc, factor, True)
+            running_max, running_sum, acc = _softmax_values(
+                scores, values, keep, running_max, running_sum, acc, scale_log2, True
+            )
 
-    for i in range(careful):
+    for i in range(partial):
         logical = tl.load(first + pages - 1 - i)
-        length = tl.load(lengths + b * lengths_row + logical * lengths_page)
-        at = tl.load(table + b * table_row + logical * table_page).to(tl.int64)
+        length = tl.load(lengths + b * lengths_stride[0] + logical * lengths_stride[1])
+        at = tl.load(table + b * table_stride[0] + logical * table_stride[1]).to(tl.int64)
         chose = which >= 0
         if TOGETHER > 1:
             chose = ((tl.load(first_bits + pages - 1 - i) >> which) & 1) != 0
-        for start in range(0, length, KEYS):
+        for start in range(0, length, BLOCK_N):
             inside = start + key < length
-            keys = _load_rows(k_at + at * k_page, start + key, k_token, inside, DIM, CHANNELS, True)
-            values = _load_rows(v_at + at * v_page, start + key, v_token, inside, DIM, CHANNELS, True)
+            keys = load_rows(k_at + at * k_stride[0], start + key, k_stride[2], inside, HEAD_DIM, BLOCK_D, True)
+            values = load_rows(v_at + at * v_stride[0], start + key, v_stride[2], inside, HEAD_DIM, BLOCK_D, True)
             keep = inside[None, :] & chose[:, None]
-            scores = _product(queries, keys)
-            higher, total, added = _softmax_step(scores, values, keep, peak, total, acc, factor, True)
+            scores = product(queries, keys)
+            running_max, running_sum, added = _softmax_values(
+                scores, values, keep, running_max, running_sum, acc, scale_log2, True
+            )
             if TOGETHER > 1:
                 # A row that did not choose the page must not meet its values, not even with weight 0.
                 added = tl.where(chose[:, None], added, acc)
-            peak, acc = higher, added
+            acc = added
 
-    nothing = (total == 0.0) | (alive == 0)
-    shown = tl.where(nothing[:, None], 0.0, acc / tl.where(nothing, 1.0, total)[:, None])
-    log = (peak + tl.log2(tl.where(nothing, 1.0, total))) * 0.6931471805599453
-    log = tl.where(nothing, -float("inf"), log)
+    total, log = softmax_end(running_max, tl.where(alive, running_sum, 0.0), scale_log2)
+    shown = tl.where(alive[:, None], acc * (1.0 / total)[:, None], 0.0)
     place = tl.program_id(1).to(tl.int64) * tokens + row
-    channel = tl.arange(0, CHANNELS)
+    channel = tl.arange(0, BLOCK_D)
     tl.store(
-        out + place[:, None] * DIM + channel[None, :], shown.to(out.dtype.element_ty),
-        mask=exists[:, None] & (channel[None, :] < DIM),
-    )
-    tl.store(lse + place, log, mask=exists)
+        out + place[:, None] * HEAD_DIM + channel[None, :], shown.to(out.dtype.element_ty),
+        mask=exists[:, None] & (channel[None, :] < HEAD_DIM),
+    )  # fmt: skip
+    tl.store(lse + place, log * LN2, mask=exists)
 
 
 def lists_for(
-    q: torch.Tensor, v_pages: torch.Tensor, page_table: torch.Tensor, page_lengths: torch.Tensor,
-    mask: torch.Tensor, span: int, active: torch.Tensor, tile: Tile | None = None,
-) -> SpanLists:
+    q: Tensor, v_pages: Tensor, page_table: Tensor, page_lengths: Tensor, mask: Tensor, span: int, active: Tensor,
+    tile: Tile | None = None,
+) -> SpanLists:  # fmt: skip
     """Make the page lists that `attend_spans` takes, once for many passes with one selection.
 
-    Parameters
-    ----------
-    q, v_pages, page_table, page_lengths, mask, span, active
-        As for `attend_spans`. Lists stay right for other queries and keys of the same shapes; where
-        spans share a tile, they stay right while the same values are finite.
-    tile : Tile, optional
-        As for `attend_spans`.
-
-    Returns
-    -------
-    SpanLists
-        For a tile of as many rows.
+    Lists stay right for other queries and keys of the same shapes; where spans share a tile, they stay right while
+    the same values are finite. Arguments are those of `attend_spans`.
     """
     tokens, span = q.shape[2], min(span, max(q.shape[2], 1))
-    tile = tile or attend_tile(q.dtype, q.shape[3], tokens, span, v_pages.shape[2], shared_memory(q.device))
+    tile = tile or attend_tile(q.dtype, q.shape[3], tokens, span, shared_memory(q.device))
     together = max(min(tile.rows // span, mask.shape[2]), 1)
     return span_lists(v_pages, page_table, page_lengths, mask, span, active, together)
 
 
 def attend_spans(
-    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, page_table: torch.Tensor,
-    page_lengths: torch.Tensor, mask: torch.Tensor, span: int, active: torch.Tensor, scale: float,
-    *, tile: Tile | None = None, lists: SpanLists | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, page_lengths: Tensor, mask: Tensor, span: int,
+    active: Tensor, scale: float, *, tile: Tile | None = None, lists: SpanLists | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attend to selected pages (clause ATTEND-1), for blocks of many spans.
 
     Parameters
@@ -248,48 +214,19 @@ def attend_spans(
         return out.zero_(), lse.fill_(-float("inf"))
     span = min(span, tokens)
     if tile is None:
-        tile = attend_tile(q.dtype, head_dim, tokens, span, page_size, shared_memory(q.device))
-        tile = replace(tile, tma=span >= 128 and _can_describe(k_pages, v_pages, tile))
+        tile = attend_tile(q.dtype, head_dim, tokens, span, shared_memory(q.device))
+        tile = replace(tile, tma=span >= 128 and can_describe(k_pages, v_pages, tile))
     if lists is None:
         lists = lists_for(q, v_pages, page_table, page_lengths, mask, span, active, tile)
     heads, groups, pages = lists.entries.shape[1:]
     tiles_a_group = triton.cdiv(lists.spans_together * span, tile.rows)
-    channels = padded_dim(head_dim)
-    k_tiles, v_tiles, rows = _descriptors(k_pages, v_pages, tile, channels)
-    _attend[(groups * tiles_a_group, batch * q_heads)](
-        q, k_pages, v_pages, out, lse, active.view(torch.uint8), lists.entries, lists.bits, lists.counts,
-        page_table, page_lengths, k_tiles, v_tiles, *q.stride()[:3], *k_pages.stride()[:3],
-        *v_pages.stride()[:3], *active.stride(), *page_table.stride(), *page_lengths.stride(), tokens, span,
-        groups, pages, tiles_a_group, heads, q_heads, kv_heads, *rows, scale * LOG2_E,
-        PAGE=page_size, DIM=head_dim, CHANNELS=channels, ROWS=tile.rows, KEYS=tile.tokens,
-        TOGETHER=lists.spans_together, TMA=tile.tma, SPECIALIZE=tile.warp_specialize, **tile.launch_options(),
-    )
+    k_tiles, v_tiles, k_rows, v_rows = descriptors(k_pages, v_pages, tile)
+    spans_kernel[(groups * tiles_a_group, batch * q_heads)](
+        q, k_pages, v_pages, out, lse, active.view(torch.uint8), lists.entries, lists.bits, lists.counts, page_table,
+        page_lengths, k_tiles, v_tiles, q.stride()[:3], k_pages.stride()[:3], v_pages.stride()[:3], active.stride(),
+        page_table.stride(), page_lengths.stride(), k_rows, v_rows, tokens, span, groups, pages, tiles_a_group, heads,
+        q_heads, kv_heads, scale * LOG2_E, PAGE_SIZE=page_size, HEAD_DIM=head_dim, BLOCK_D=power_of_two(head_dim),
+        BLOCK_M=tile.rows, BLOCK_N=tile.tokens, TOGETHER=lists.spans_together, TMA=tile.tma,
+        SPECIALIZE=tile.warp_specialize, **tile.launch_options(),
+    )  # fmt: skip
     return out, lse
-
-
-def _can_describe(k_pages: torch.Tensor, v_pages: torch.Tensor, tile: Tile) -> bool:
-    """Return whether tiles of these pages can be copied by descriptors, which only some GPUs follow."""
-    if k_pages.device.type != "cuda" or torch.cuda.get_device_capability(k_pages.device) < (9, 0):
-        return False
-    if k_pages.dtype == torch.float32 or k_pages.shape[2] % tile.tokens:
-        return False
-    return row_view(k_pages) is not None and row_view(v_pages) is not None
-
-
-def _descriptors(
-    k_pages: torch.Tensor, v_pages: torch.Tensor, tile: Tile, channels: int
-) -> tuple[Any, Any, tuple[int, int, int, int]]:
-    """Return tensor descriptors of K and V and the row strides of their pages, if the tile asks for them."""
-    if not tile.tma:
-        return k_pages, v_pages, (0, 0, 0, 0)
-    views = row_view(k_pages), row_view(v_pages)
-    if views[0] is None or views[1] is None or k_pages.shape[2] % tile.tokens:
-        raise ValueError(
-            "tile.tma: needs pages whose tokens lie side by side in memory, rows on 16 bytes, and "
-            f"tile.tokens ({tile.tokens}) that divides page_size ({k_pages.shape[2]}); use tma=False."
-        )
-    from triton.tools.tensor_descriptor import TensorDescriptor  # absent before Triton 3.4
-
-    block = [tile.tokens, channels]
-    tiles = [TensorDescriptor.from_tensor(view[0], block) for view in views if view is not None]
-    return tiles[0], tiles[1], (views[0][1], views[0][2], views[1][1], views[1][2])

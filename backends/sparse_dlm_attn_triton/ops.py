@@ -2,6 +2,12 @@
 
 Each is opaque to `torch.compile` and has a fake implementation, which tells shapes without computing.
 `TritonBackend` checks arguments and calls these. They have no derivative: they serve inference.
+
+Shapes, as in `sparse_dlm_attn.Backend`: ``q`` is ``(batch, q_heads, tokens, head_dim)``, ``k`` and ``v`` of the
+block ``(batch, kv_heads, keys, head_dim)``, pages ``(num_pages, kv_heads, page_size, head_dim)``, page table and
+lengths int32 ``(batch, pages)``, bounds ``(batch, kv_heads, pages, head_dim)``, a mask of pages bool ``(batch, 1 or
+kv_heads or q_heads, spans, pages)``, active rows bool ``(batch, tokens)``, an LSE float32 ``(batch, q_heads,
+tokens)``. A state is ``out``, like ``q``, and its LSE.
 """
 
 from __future__ import annotations
@@ -9,8 +15,10 @@ from __future__ import annotations
 import torch
 
 from sparse_dlm_attn.torch_operators import custom_operator
-from sparse_dlm_attn_triton import full_sequence, launch, pooled
-from sparse_dlm_attn_triton.ranked_pass import ranked_plan
+from sparse_dlm_attn_triton import full_sequence, passes, pooled, scores, select
+from sparse_dlm_attn_triton.common import last_contiguous
+from sparse_dlm_attn_triton.problem import Part
+from sparse_dlm_attn_triton.ranked import ranked_plan
 
 __all__ = [
     "attend",
@@ -30,7 +38,7 @@ CACHED = "Tensor? cached_out, Tensor? cached_lse"
 
 
 def _cached(out: Tensor | None, lse: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    return None if out is None or lse is None else (launch.lined(out), launch.lined(lse))
+    return None if out is None or lse is None else (last_contiguous(out), last_contiguous(lse))
 
 
 @custom_operator(
@@ -38,202 +46,23 @@ def _cached(out: Tensor | None, lse: Tensor | None) -> tuple[Tensor, Tensor] | N
     "(Tensor k_pages, Tensor page_table, Tensor page_lengths) -> (Tensor, Tensor)",
 )
 def page_bounds(k_pages: Tensor, page_table: Tensor, page_lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Return minimum and maximum of each page's valid keys (clause BOUNDS-1).
-
-    Parameters
-    ----------
-    k_pages : torch.Tensor
-        ``(num_pages, kv_heads, page_size, head_dim)``.
-    page_table, page_lengths : torch.Tensor
-        int32 ``(batch, pages)``.
-
-    Returns
-    -------
-    tuple of torch.Tensor
-        ``(batch, kv_heads, pages, head_dim)`` each.
-    """
-    return launch.page_bounds(k_pages, page_table, page_lengths)
+    """Return minimum and maximum of each page's valid keys (clause BOUNDS-1)."""
+    return scores.page_bounds(k_pages, page_table, page_lengths)
 
 
-@custom_operator(
-    "sparse_dlm_attn_triton::page_scores",
-    "(Tensor q, Tensor lower, Tensor upper) -> Tensor",
-)
+@custom_operator("sparse_dlm_attn_triton::page_scores", "(Tensor q, Tensor lower, Tensor upper) -> Tensor")
 def page_scores(q: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
-    """Return the largest q.k that a page's box allows (clause SCORES-1).
-
-    Parameters
-    ----------
-    q : torch.Tensor
-        ``(batch, q_heads, tokens, head_dim)``.
-    lower, upper : torch.Tensor
-        As from `page_bounds`.
-
-    Returns
-    -------
-    torch.Tensor
-        float32 ``(batch, q_heads, tokens, pages)``.
-    """
-    return launch.page_scores(q, lower, upper)
+    """Return the largest q.k that a page's box allows, float32 ``(batch, q_heads, tokens, pages)`` (SCORES-1)."""
+    return scores.page_scores(q, lower, upper)
 
 
-@custom_operator(
-    "sparse_dlm_attn_triton::top_pages",
-    "(Tensor scores, Tensor count, Tensor eligible) -> Tensor",
-)
+@custom_operator("sparse_dlm_attn_triton::top_pages", "(Tensor scores, Tensor count, Tensor eligible) -> Tensor")
 def top_pages(scores: Tensor, count: Tensor, eligible: Tensor) -> Tensor:
-    """Return the mask of the ``count`` best eligible pages (clause TOP-1).
+    """Return the mask of the ``count`` best eligible pages (clause TOP-1), at most `select.MOST_RANKED` pages.
 
-    Parameters
-    ----------
-    scores : torch.Tensor
-        ``(..., pages)``, at most `launch.MOST_RANKED` pages.
-    count : torch.Tensor
-        Integers that broadcast to ``(...)``.
-    eligible : torch.Tensor
-        bool, broadcasts to the shape of ``scores``.
-
-    Returns
-    -------
-    torch.Tensor
-        bool, like ``scores``.
+    Integers ``count`` broadcast to ``scores.shape[:-1]``, and bool ``eligible`` to ``scores.shape``.
     """
-    return launch.top_pages(scores, count, eligible)
-
-
-@custom_operator(
-    "sparse_dlm_attn_triton::attend_pages",
-    f"(Tensor q, {CONTEXT}, {CHOSEN}, float scale, bool ragged=False) -> (Tensor, Tensor)",
-)
-def attend_pages(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, page_lengths: Tensor, mask: Tensor,
-    span: int, active: Tensor, scale: float, ragged: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Attend to selected pages (clause ATTEND-1).
-
-    Parameters
-    ----------
-    q : torch.Tensor
-        ``(batch, q_heads, tokens, head_dim)``.
-    k_pages, v_pages, page_table, page_lengths
-        The context, see `page_bounds`.
-    mask : torch.Tensor
-        bool ``(batch, 1 or kv_heads or q_heads, spans, pages)``.
-    span : int
-        Rows that share a selection.
-    active : torch.Tensor
-        bool ``(batch, tokens)``.
-    scale : float
-        Factor on q.k.
-    ragged : bool
-        Whether programs take equal shares of all page lists together, for one more launch.
-
-    Returns
-    -------
-    tuple of torch.Tensor
-        ``out`` like ``q`` and float32 ``lse`` ``(batch, q_heads, tokens)``.
-    """
-    if q.shape[2] > launch.MOST_ROWS:
-        return full_sequence.attend_spans(
-            q, k_pages, v_pages, page_table, page_lengths, mask, span, active, scale
-        )
-    part = launch.Part(k_pages, v_pages, page_table, page_lengths, mask, span, active, q.shape[2])
-    return launch.attend(q, None, part, None, scale, ragged=ragged)[1:3]
-
-
-@custom_operator(
-    "sparse_dlm_attn_triton::attend_block",
-    "(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)",
-)
-def attend_block(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Attend within the block (clause BLOCK-1).
-
-    Parameters
-    ----------
-    q : torch.Tensor
-        ``(batch, q_heads, tokens, head_dim)``.
-    k, v : torch.Tensor
-        ``(batch, kv_heads, keys, head_dim)``.
-    scale : float
-        Factor on q.k.
-
-    Returns
-    -------
-    tuple of torch.Tensor
-        ``out`` like ``q`` and float32 ``lse`` ``(batch, q_heads, tokens)``.
-    """
-    return launch.attend(q, (k, v), None, None, scale)[1:3]
-
-
-@custom_operator(
-    "sparse_dlm_attn_triton::attend",
-    f"(Tensor q, Tensor k, Tensor v, {CONTEXT}, {CHOSEN}, float scale, {CACHED}, "
-    "bool ragged=False) -> (Tensor, Tensor, Tensor)",
-)
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor,
-    page_lengths: Tensor, mask: Tensor, span: int, active: Tensor, scale: float, cached_out: Tensor | None,
-    cached_lse: Tensor | None, ragged: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Run a whole pass (clause ATTEND-4); parameters as those of `attend_pages` and `attend_block`.
-
-    Parameters
-    ----------
-    q, k, v, k_pages, v_pages, page_table, page_lengths, mask, span, active, scale
-        See there.
-    cached_out, cached_lse : torch.Tensor or None
-        Context part of inactive rows; None counts as the empty set.
-    ragged : bool
-        As for `attend_pages`.
-
-    Returns
-    -------
-    tuple of torch.Tensor
-        The output, and ``out`` and ``lse`` of the context part.
-    """
-    part = launch.Part(k_pages, v_pages, page_table, page_lengths, mask, span, active, q.shape[2])
-    return launch.attend(q, (k, v), part, _cached(cached_out, cached_lse), scale, ragged=ragged)[:3]
-
-
-@custom_operator(
-    "sparse_dlm_attn_triton::attend_ranked",
-    f"(Tensor q, Tensor k, Tensor v, {CONTEXT}, Tensor lower, Tensor upper, Tensor? reference, "
-    f"SymInt? count, float? mass, SymInt budget, SymInt pages, str union, str keep, float scale, {CACHED}, "
-    "bool ragged=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def attend_ranked(
-    q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor,
-    page_lengths: Tensor, lower: Tensor, upper: Tensor, reference: Tensor | None, count: int | None,
-    mass: float | None, budget: int, pages: int, union: str, keep: str, scale: float,
-    cached_out: Tensor | None, cached_lse: Tensor | None, ragged: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Decide and run a whole pass by a rule (clause RANKED-1).
-
-    Parameters
-    ----------
-    q, k, v, k_pages, v_pages, page_table, page_lengths
-        As for `attend`.
-    lower, upper : torch.Tensor
-        As from `page_bounds`.
-    reference, count, mass, budget, pages, union, keep
-        The rule, see `sparse_dlm_attn.ranked.RankedPass`.
-    scale, cached_out, cached_lse, ragged
-        As for `attend`.
-
-    Returns
-    -------
-    tuple of torch.Tensor
-        Output, ``out`` and ``lse`` of the context part, active rows bool ``(batch, tokens)``, pages bool
-        ``(batch, kv_heads or q_heads, 1 or tokens, pages)``, kept queries (empty if nothing is kept).
-    """
-    # Copies, if there have to be any, before the first launch: later kernels read what a pass was given
-    # before they wait for the kernel in front of them.
-    q, k, v, lower, upper = map(launch.lined, (q, k, v, lower, upper))
-    reference = None if reference is None else launch.lined(reference)
-    paged = k_pages, v_pages, page_table.contiguous(), page_lengths.contiguous()
-    cached, rule = _cached(cached_out, cached_lse), (count, mass, budget, pages, union, keep)
-    plan = ranked_plan(q, k, v, paged, (lower, upper), reference, cached, rule, scale, ragged)
-    return plan.run(q, k, v, paged, (lower, upper), reference, cached)
+    return select.top_pages(scores, count, eligible)
 
 
 @custom_operator(
@@ -244,31 +73,77 @@ def attend_ranked(
 def pooled_scores(
     q: Tensor, k_pages: Tensor, page_table: Tensor, page_lengths: Tensor, span: int, scale: float,
     lse: Tensor | None = None,
-) -> Tensor:
-    """Return the mean softmax mass of each page over each span's rows (clause POOLED-1).
-
-    Parameters
-    ----------
-    q, k_pages, page_table, page_lengths, span, scale
-        As for `attend_pages`.
-    lse : torch.Tensor or None
-        float32 ``(batch, q_heads, tokens)``: what masses are shares of; None for the context's own.
-
-    Returns
-    -------
-    torch.Tensor
-        float32 ``(batch, q_heads, spans, pages)``.
-    """
+) -> Tensor:  # fmt: skip
+    """Return the mean softmax mass of each page over each span's rows (clause POOLED-1)."""
     return pooled.pooled_scores(q, k_pages, page_table, page_lengths, span, scale, lse)
 
 
-@pooled_scores.register_fake
-def _(
-    q: Tensor, k_pages: Tensor, page_table: Tensor, page_lengths: Tensor, span: int, scale: float,
-    lse: Tensor | None = None,
-) -> Tensor:
-    spans = (q.shape[2] + span - 1) // span
-    return q.new_empty((q.shape[0], q.shape[1], spans, page_table.shape[1]), dtype=torch.float32)
+@custom_operator(
+    "sparse_dlm_attn_triton::attend_pages",
+    f"(Tensor q, {CONTEXT}, {CHOSEN}, float scale, bool ragged=False) -> (Tensor, Tensor)",
+)
+def attend_pages(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, page_lengths: Tensor, mask: Tensor, span: int,
+    active: Tensor, scale: float, ragged: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attend to selected pages (clause ATTEND-1); return a state."""
+    if q.shape[2] > passes.MOST_ROWS:
+        return full_sequence.attend_spans(q, k_pages, v_pages, page_table, page_lengths, mask, span, active, scale)
+    part = Part(k_pages, v_pages, page_table, page_lengths, mask, span, active, q.shape[2])
+    return passes.attend(q, None, part, None, scale, ragged=ragged)[1:3]
+
+
+@custom_operator(
+    "sparse_dlm_attn_triton::attend_block", "(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)"
+)
+def attend_block(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attend within the block (clause BLOCK-1); return a state."""
+    return passes.attend(q, (k, v), None, None, scale)[1:3]
+
+
+@custom_operator(
+    "sparse_dlm_attn_triton::attend",
+    f"(Tensor q, Tensor k, Tensor v, {CONTEXT}, {CHOSEN}, float scale, {CACHED}, "
+    "bool ragged=False) -> (Tensor, Tensor, Tensor)",
+)
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, page_lengths: Tensor,
+    mask: Tensor, span: int, active: Tensor, scale: float, cached_out: Tensor | None, cached_lse: Tensor | None,
+    ragged: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Run a whole pass (clause ATTEND-4); return its output and the state of the context part.
+
+    The cached state is that of inactive rows; None counts as the empty set.
+    """
+    part = Part(k_pages, v_pages, page_table, page_lengths, mask, span, active, q.shape[2])
+    return passes.attend(q, (k, v), part, _cached(cached_out, cached_lse), scale, ragged=ragged)[:3]
+
+
+@custom_operator(
+    "sparse_dlm_attn_triton::attend_ranked",
+    f"(Tensor q, Tensor k, Tensor v, {CONTEXT}, Tensor lower, Tensor upper, Tensor? reference, "
+    f"SymInt? count, float? mass, SymInt budget, SymInt pages, str union, str keep, float scale, {CACHED}, "
+    "bool ragged=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def attend_ranked(
+    q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, page_lengths: Tensor,
+    lower: Tensor, upper: Tensor, reference: Tensor | None, count: int | None, mass: float | None, budget: int,
+    pages: int, union: str, keep: str, scale: float, cached_out: Tensor | None, cached_lse: Tensor | None,
+    ragged: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Decide and run a whole pass by a rule, that of a `sparse_dlm_attn.ranked.RankedPass` (clause RANKED-1).
+
+    Returns the output, the state of the context part, active rows, the mask of pages ``(batch, kv_heads or
+    q_heads, 1 or tokens, pages)``, and kept queries (empty if nothing is kept).
+    """
+    # Copies, if there have to be any, come before the first launch: later kernels read the inputs of a pass
+    # before they wait for the kernel in front of them.
+    q, k, v, lower, upper = map(last_contiguous, (q, k, v, lower, upper))
+    reference = None if reference is None else last_contiguous(reference)
+    paged = k_pages, v_pages, page_table.contiguous(), page_lengths.contiguous()
+    cached, rule = _cached(cached_out, cached_lse), (count, mass, budget, pages, union, keep)
+    plan = ranked_plan(q, k, v, paged, (lower, upper), reference, cached, rule, scale, ragged)
+    return plan.run(q, k, v, paged, (lower, upper), reference, cached)
 
 
 def _state_like(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -292,11 +167,16 @@ def _(scores: Tensor, count: Tensor, eligible: Tensor) -> Tensor:
     return scores.new_empty(scores.shape, dtype=torch.bool)
 
 
+@pooled_scores.register_fake
+def _(
+    q: Tensor, k_pages: Tensor, page_table: Tensor, page_lengths: Tensor, span: int, scale: float,
+    lse: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    spans = (q.shape[2] + span - 1) // span
+    return q.new_empty((q.shape[0], q.shape[1], spans, page_table.shape[1]), dtype=torch.float32)
+
+
 @attend_pages.register_fake
-def _(q: Tensor, *others: object) -> tuple[Tensor, Tensor]:
-    return _state_like(q)
-
-
 @attend_block.register_fake
 def _(q: Tensor, *others: object) -> tuple[Tensor, Tensor]:
     return _state_like(q)
@@ -309,14 +189,16 @@ def _(q: Tensor, *others: object) -> tuple[Tensor, Tensor, Tensor]:
 
 @attend_ranked.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor,
-    page_lengths: Tensor, lower: Tensor, upper: Tensor, reference: Tensor | None, count: int | None,
-    mass: float | None, budget: int, pages: int, union: str, keep: str, *others: object,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, page_lengths: Tensor,
+    lower: Tensor, upper: Tensor, reference: Tensor | None, count: int | None, mass: float | None, budget: int,
+    pages: int, union: str, keep: str, *others: object,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     (batch, q_heads, tokens, _), width = q.shape, page_table.shape[1]
     heads, spans = (lower.shape[1] if union == "kv_head" else q_heads), (tokens if union == "row" else 1)
     return (
-        q.new_empty(q.shape), *_state_like(q), q.new_empty((batch, tokens), dtype=torch.bool),
+        q.new_empty(q.shape),
+        *_state_like(q),
+        q.new_empty((batch, tokens), dtype=torch.bool),
         q.new_empty((batch, heads, spans, width), dtype=torch.bool),
         q.new_empty(0 if keep == "nothing" else q.shape),
     )

@@ -26,7 +26,7 @@ from sparse_dlm_attn.values import check_int
 __all__ = [
     "Entry", "Kind", "Machine", "Settings", "cache_file", "chosen", "epoch", "forced", "load", "make_room", "store",
     "use_tuned", "watched",
-]
+]  # fmt: skip
 
 FORMAT = 1
 WHAT = "tuned settings of backend 'triton'"
@@ -62,8 +62,9 @@ class Settings:
     least_m: int = 16
 
     def __post_init__(self) -> None:
-        ranges = {"block_n": (16, 256), "warps": (1, 16), "stages": (1, 8), "programs": (1, 65536),
-                  "least_m": (16, 128)}
+        ranges = {
+            "block_n": (16, 256), "warps": (1, 16), "stages": (1, 8), "programs": (1, 65536), "least_m": (16, 128)
+        }  # fmt: skip
         for name, (least, most) in ranges.items():
             value = check_int(name, getattr(self, name))
             if not least <= value <= most:
@@ -80,16 +81,8 @@ class Settings:
 class Kind:
     """What a launch is about: settings are kept for it.
 
-    Parameters
-    ----------
-    dtype : str
-        Of q, K and V.
-    head_dim, page_size, group, tokens : int
-        Channels, tokens a page, query heads a KV head, rows of the block. These have to be equal.
-    heads : int
-        Sequences x KV heads. The nearest one is taken.
-    context : int
-        Tokens that the pages of a sequence can hold. The nearest one is taken.
+    ``group`` is query heads a KV head, ``tokens`` the rows of the block, ``heads`` sequences x KV heads, ``context``
+    the tokens that the pages of a sequence can hold. The nearest heads and context are taken; the rest is exact.
     """
 
     dtype: str
@@ -130,13 +123,7 @@ class Machine:
 
     @classmethod
     def here(cls, device: Any = None) -> Machine:
-        """Return this machine.
-
-        Parameters
-        ----------
-        device : torch.device, optional
-            Default: the current GPU.
-        """
+        """Return this machine with a GPU, the current one by default."""
         import torch
 
         return cls(torch.cuda.get_device_name(device), _version("triton"), _digest())
@@ -144,19 +131,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Entry:
-    """Settings that were found, and what they bring.
-
-    Parameters
-    ----------
-    machine : Machine
-        Where.
-    kind : Kind
-        What for.
-    settings : Settings
-        The fastest that were tried.
-    default_us, tuned_us : float
-        Microseconds of a whole pass with the defaults and with these.
-    """
+    """The fastest settings of a machine and kind, with microseconds of a whole pass by default and with these."""
 
     machine: Machine
     kind: Kind
@@ -172,8 +147,11 @@ class Entry:
     def of(cls, record: dict[str, Any]) -> Entry:
         """Return what `as_dict` made a record of."""
         return cls(
-            Machine(**record["machine"]), Kind(**record["kind"]), Settings(**record["settings"]),
-            float(record["default_us"]), float(record["tuned_us"]),
+            Machine(**record["machine"]),
+            Kind(**record["kind"]),
+            Settings(**record["settings"]),
+            float(record["default_us"]),
+            float(record["tuned_us"]),
         )
 
 
@@ -249,22 +227,12 @@ _watching: list[list[Settings]] = []  # where a tuner looks for the defaults
 
 
 def use_tuned(device: Any = None) -> tuple[Entry, ...]:
-    """Use what was tuned for a GPU, in this process from now on.
-
-    Parameters
-    ----------
-    device : torch.device, optional
-        Default: the current GPU.
-
-    Returns
-    -------
-    tuple of Entry
-        What there is for it, with this Triton and these kernels.
+    """Use in this process what was tuned for a GPU, the current one by default; return it.
 
     Raises
     ------
     UnavailableError
-        If there is nothing.
+        If there is nothing for it with this Triton and these kernels.
     DataFileError
         If the file cannot be read.
     """
@@ -275,8 +243,8 @@ def use_tuned(device: Any = None) -> tuple[Entry, ...]:
         others = {entry.machine for entry in entries}
         known = "; ".join(f"{one.gpu} with Triton {one.triton}" for one in others) or "nothing"
         raise UnavailableError(
-            WHAT, [f"{path} holds none for {machine.gpu} with Triton {machine.triton} and these kernels, but "
-                   f"{known}"],
+            WHAT,
+            [f"{path} holds none for {machine.gpu} with Triton {machine.triton} and these kernels, but {known}"],
             "Run: sparse-dlm-attn tune (its options name your shape), or leave tuned out.",
         )
     _tuned[machine] = found
@@ -314,23 +282,16 @@ def epoch() -> int:
 
 
 def chosen(default: Settings, device: Any, dtype: Any, *sizes: int) -> Settings:
-    """Return the settings of a launch.
+    """Return the settings of a launch: ``default``, unless tuned ones were asked for.
 
     Parameters
     ----------
     default : Settings
         What was measured for shapes of its sort.
-    device : torch.device
-        Where it runs.
-    dtype : torch.dtype
+    device, dtype
         Of q, K and V.
     *sizes
         The other fields of `Kind`, in order.
-
-    Returns
-    -------
-    Settings
-        ``default``, unless tuned ones were asked for.
 
     Raises
     ------

@@ -1,18 +1,19 @@
-"""Sizes of the tiles in which whole-sequence kernels work, chosen from the shape alone."""
+"""Tiles of the whole-sequence kernels, chosen from the shape alone, and the tensor descriptors that load them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-import triton
 
-__all__ = ["LOG2_E", "WIDE_ROOM", "Tile", "attend_tile", "padded_dim", "pooled_tile", "row_view"]
+from sparse_dlm_attn_triton.common import WIDE_TILE_BYTES, power_of_two
 
-LOG2_E = 1.4426950408889634
-LEAST = 16  # rows, tokens and channels of the smallest matrix product of a tensor core
-MOST_SPANS = 32  # spans that share a tile: one bit each
-WIDE_ROOM = 136 << 10  # bytes of shared memory for the widest tiles, which 99 KiB do not hold
+__all__ = ["Tile", "attend_tile", "can_describe", "descriptors", "pooled_tile"]
+
+MOST_SPANS = 32
+"""Most spans that share a tile: one bit each."""
+Tensor = torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -51,70 +52,35 @@ class Tile:
         return options if self.registers is None else {**options, "maxnreg": self.registers}
 
 
-def padded_dim(head_dim: int) -> int:
-    """Return the power of two, at least 16, to which channels are padded inside a kernel."""
-    return max(LEAST, int(triton.next_power_of_2(head_dim)))
-
-
 def _fit(tile: Tile, tokens: int, span: int) -> Tile:
     """Shrink a tile to the rows that there are, and to as many spans as fit its bits."""
-    rows = min(tile.rows, max(LEAST, triton.next_power_of_2(tokens)))
-    most = triton.next_power_of_2(MOST_SPANS * span)
-    if most > MOST_SPANS * span:
-        most //= 2
-    return replace(tile, rows=max(LEAST, min(rows, most)))
+    most = power_of_two(MOST_SPANS * span + 1) // 2  # the power of two below
+    return replace(tile, rows=max(16, min(tile.rows, power_of_two(tokens), most)))
 
 
-def attend_tile(
-    dtype: torch.dtype, head_dim: int, tokens: int, span: int, page_size: int, room: int
-) -> Tile:
-    """Choose the tile of block-sparse attention.
-
-    Parameters
-    ----------
-    dtype : torch.dtype
-        Of q, K and V.
-    head_dim : int
-        Channels a head.
-    tokens, span : int
-        Query rows of the block, and those that share a page list.
-    page_size : int
-        Tokens a page.
-    room : int
-        Bytes of shared memory that a program may use.
-    """
-    dim = padded_dim(head_dim)
-    if dtype == torch.float32:  # no tensor core computes it exactly enough: products are plain sums
-        return _fit(Tile(32 if dim <= 128 else 16, 16, 4, 2), tokens, span)
-    if dim > 128:
-        wide = span >= 128 and room >= WIDE_ROOM
-        return _fit(Tile(128 if wide else 64, 32, 8 if wide else 4, 2), tokens, span)
+def attend_tile(dtype: torch.dtype, head_dim: int, tokens: int, span: int, shared_bytes: int) -> Tile:
+    """Choose the tile of block-sparse attention, for a program that may use so many bytes of shared memory."""
+    wide = head_dim > 128
+    if dtype == torch.float32:  # tensor cores would round the inputs to tf32: products are plain sums
+        return _fit(Tile(16 if wide else 32, 16, 4, 2), tokens, span)
+    if wide:
+        large = span >= 128 and shared_bytes >= WIDE_TILE_BYTES
+        return _fit(Tile(128 if large else 64, 32, 8 if large else 4, 2), tokens, span)
     return _fit(Tile(64, 64, 4, 3 if span >= 128 else 2), tokens, span)
 
 
-def pooled_tile(dtype: torch.dtype, head_dim: int, tokens: int, span: int, page_size: int) -> Tile:
-    """Choose the tile of the selection sweep; parameters as those of `attend_tile`, any GPU has the room."""
-    dim = padded_dim(head_dim)
+def pooled_tile(dtype: torch.dtype, head_dim: int, tokens: int, span: int) -> Tile:
+    """Choose the tile of the selection sweep, which fits any GPU; parameters as those of `attend_tile`."""
+    wide = head_dim > 128
     if dtype == torch.float32:
-        return _fit(Tile(32 if dim <= 128 else 16, 32, 4, 2), tokens, span)
-    if dim > 128:
-        return _fit(Tile(64, 64, 4, 2), tokens, span)
-    return _fit(Tile(128, 128, 4, 2), tokens, span)
+        return _fit(Tile(16 if wide else 32, 32, 4, 2), tokens, span)
+    return _fit(Tile(64, 64, 4, 2) if wide else Tile(128, 128, 4, 2), tokens, span)
 
 
-def row_view(pages: torch.Tensor) -> tuple[torch.Tensor, int, int] | None:
-    """View pages as a matrix with a token a row, for tensor descriptors.
+def _row_view(pages: Tensor) -> tuple[Tensor, int, int] | None:
+    """View pages as a matrix with a token a row; return it with the rows from page to page and head to head.
 
-    Parameters
-    ----------
-    pages : torch.Tensor
-        ``(num_pages, kv_heads, page_size, head_dim)``.
-
-    Returns
-    -------
-    tuple or None
-        ``(rows, head_dim)`` in the same memory, and the rows from one page and from one head to the
-        next; None if the memory is not laid out so, or if its rows do not lie on 16 bytes.
+    None if the memory is not laid out so, or if its rows do not lie on 16 bytes.
     """
     count, heads, page_size, head_dim = pages.shape
     of_page, of_head, of_token, of_channel = pages.stride()
@@ -129,3 +95,29 @@ def row_view(pages: torch.Tensor) -> tuple[torch.Tensor, int, int] | None:
     if rows >= 2**31:  # coordinates are 32 bits wide
         return None
     return pages.as_strided((rows, head_dim), (head_dim, 1)), of_page, of_head
+
+
+def can_describe(k_pages: Tensor, v_pages: Tensor, tile: Tile) -> bool:
+    """Return whether tensor descriptors can load tiles of these pages on their GPU."""
+    if k_pages.device.type != "cuda" or torch.cuda.get_device_capability(k_pages.device) < (9, 0):
+        return False
+    if k_pages.dtype == torch.float32 or k_pages.shape[2] % tile.tokens:
+        return False
+    return _row_view(k_pages) is not None and _row_view(v_pages) is not None
+
+
+def descriptors(k_pages: Tensor, v_pages: Tensor, tile: Tile) -> tuple[Any, Any, tuple[int, int], tuple[int, int]]:
+    """Return tensor descriptors of K and V, if the tile asks for them, and the row strides of page and head."""
+    if not tile.tma:
+        return k_pages, v_pages, (0, 0), (0, 0)
+    k_view, v_view = _row_view(k_pages), _row_view(v_pages)
+    if k_view is None or v_view is None or k_pages.shape[2] % tile.tokens:
+        raise ValueError(
+            "tile.tma: needs pages whose tokens lie side by side in memory, rows on 16 bytes, and "
+            f"tile.tokens ({tile.tokens}) that divides page_size ({k_pages.shape[2]}); use tma=False."
+        )
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    block = [tile.tokens, power_of_two(k_pages.shape[3])]
+    k_tiles, v_tiles = (TensorDescriptor.from_tensor(view[0], block) for view in (k_view, v_view))
+    return k_tiles, v_tiles, k_view[1:], v_view[1:]

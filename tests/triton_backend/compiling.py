@@ -1,34 +1,37 @@
-"""Compile the Triton backend's kernels for a GPU that need not be there; prints what came of it as JSON.
+"""Compile the Triton backend's kernels for GPUs that need not be there; prints what came of it as JSON.
 
-    python tests/triton_backend/compiling.py CAPABILITY SHARED_BYTES [PROBLEM...]
+    python tests/triton_backend/compiling.py '{"CAPABILITY": ["PROBLEM", ...], ...}'
 
-A process of its own: under TRITON_INTERPRET, as the other tests run, nothing is compiled. Launches are real
-up to the last step, where the kernel with its arguments is compiled instead of run.
+A process of its own: under TRITON_INTERPRET, as the other tests run, nothing is compiled. Launches are real up to
+the last step: Triton's own binder specialises the arguments, and the kernel is compiled instead of run.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import re
 import sys
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
+from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from sparse_dlm_attn_bench.shape import Shape
-from sparse_dlm_attn_triton import common, full_sequence, launch, launch_decisions
+from sparse_dlm_attn_triton import common
 from sparse_dlm_attn_triton.full_sequence import attend_spans
 from sparse_dlm_attn_triton.pooled import pooled_scores
-from sparse_dlm_attn_triton.ranked_pass import ranked_plan
+from sparse_dlm_attn_triton.ranked import ranked_plan
+from sparse_dlm_attn_triton.scores import page_bounds
+from sparse_dlm_attn_triton.select import top_pages
 
-TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16",
-         torch.int8: "i8", torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1"}
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+"""Bytes of shared memory that a program may use: A100, H100 and H200, B200, and the GeForce cards since 8.6."""
 
 
 def empty(dtype: str, *sizes: int) -> torch.Tensor:
@@ -49,14 +52,22 @@ def a_pass(shape: Shape, own: bool = False, ragged: bool = False, rows: int = 5)
     ranked_plan(q, k, k, pages, bounds, q, cached, rule, 0.1, ragged).run(q, k, k, pages, bounds, q, cached)
 
 
-def a_sequence(dtype: str, head_dim: int, page_size: int, tokens: int = 1024, heads: int = 2) -> None:
-    """Launch what a whole sequence takes: the choice, and attention over it."""
-    pages = tokens // page_size
+def a_sequence(dtype: str, head_dim: int, page_size: int, choose: bool = True) -> None:
+    """Launch attention of a whole sequence over selected pages, and the choice of these before it."""
+    tokens, heads, pages = 1024, 2, 1024 // page_size
     q, table = empty(dtype, 1, heads, tokens, head_dim), empty("int32", 1, pages)
     pool = empty(dtype, pages, heads, page_size, head_dim)
-    pooled_scores(q, pool, table, table, page_size, 0.1, None)
+    if choose:
+        pooled_scores(q, pool, table, table, page_size, 0.1, None)
     mask = empty("bool", 1, heads, pages, pages)
     attend_spans(q, pool, pool, table, table, mask, page_size, empty("bool", 1, tokens), 0.1)
+
+
+def metadata() -> None:
+    """Launch the operators that stand alone."""
+    table, scores = empty("int32", 2, 1024), empty("float32", 2, 16384)
+    page_bounds(empty("bfloat16", 1024, 2, 256, 256), table, table)
+    top_pages(scores, empty("int32", 2), empty("bool", 2, 16384))
 
 
 PROBLEMS: dict[str, Callable[[], None]] = {
@@ -64,84 +75,68 @@ PROBLEMS: dict[str, Callable[[], None]] = {
     "page 64, 64 lists": partial(a_pass, Shape(batch=8)),
     "page 64, 64 lists, 32 rows": partial(a_pass, Shape(batch=8, tokens=32), rows=32),
     "page 64, ragged": partial(a_pass, Shape(batch=8), ragged=True),
-    "page 64, own pages": partial(a_pass, Shape(), own=True),
-    "page 16": partial(a_pass, Shape(page_size=16)),
-    "page 16, own pages": partial(a_pass, Shape(page_size=16), own=True),
     "head size 256": partial(a_pass, Shape(head_dim=256)),
-    "head size 256, own pages": partial(a_pass, Shape(head_dim=256), own=True),
     "head size 256, 32 rows": partial(a_pass, Shape(head_dim=256, tokens=32), rows=32),
-    "float32": partial(a_pass, Shape(dtype="float32")),
     "float32, own pages": partial(a_pass, Shape(dtype="float32"), own=True),
-    "float32, head size 256, 32 rows": partial(
-        a_pass, Shape(dtype="float32", head_dim=256, tokens=32), rows=32
+    "float32, head size 256, own pages, ragged": partial(
+        a_pass, Shape(batch=2, dtype="float32", head_dim=256), own=True, ragged=True
     ),
-    "float32, head size 256, own pages": partial(a_pass, Shape(dtype="float32", head_dim=256), own=True),
-    "sequence, span 128": partial(a_sequence, "bfloat16", 128, 128),
-    "sequence, span 32": partial(a_sequence, "bfloat16", 128, 32),
+    "metadata": metadata,
+    "sequence, span 128": partial(a_sequence, "bfloat16", 128, 128, choose=False),
+    "spans together": partial(a_sequence, "bfloat16", 64, 32, choose=False),
     "sequence, head size 256": partial(a_sequence, "bfloat16", 256, 128),
-    "sequence, float32, head size 256": partial(a_sequence, "float32", 256, 32),
 }
 
 
-def launches(problem: Callable[[], None]) -> list[tuple[JITFunction[Any], Call]]:
-    """Return the kernels that a problem launches, and with what."""
-    calls: list[tuple[JITFunction[Any], Call]] = []
+class Driver:
+    """A GPU that is not there, as far as Triton's launches ask for it."""
 
-    def run(self: JITFunction[Any], *given: Any, grid: Any, warmup: bool, **named: Any) -> None:
-        calls.append((self, (given, named)))
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+        self.utils = SimpleNamespace(get_device_properties=lambda device: {"max_shared_mem": SHARED[capability]})
 
-    real = JITFunction.run
-    JITFunction.run = run
-    try:
-        problem()
-    finally:
-        JITFunction.run = real
-    return calls
+    def get_current_target(self) -> GPUTarget:
+        """Return what to compile for."""
+        return self.target
 
+    def get_current_device(self) -> int:
+        """Return the number of the only device."""
+        return 0
 
-def source(kernel: JITFunction[Any], call: Call) -> tuple[ASTSource, dict[str, Any]]:
-    """Return what the compiler gets for a launch, as Triton makes it of the arguments, and its options."""
-    given, named = call
-    values = dict(zip(kernel.arg_names, given, strict=False))
-    values |= {name: value for name, value in named.items() if name in kernel.arg_names}
-    signature: dict[str, str] = {}
-    constants, attributes = {}, {}
-    for place, parameter in enumerate(kernel.params):
-        value = values[parameter.name]
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if parameter.is_constexpr or value is None or (
-            whole and value == 1 and not parameter.do_not_specialize
-        ):
-            signature[parameter.name], constants[parameter.name] = "constexpr", value
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[parameter.name] = "*" + TYPES[value.dtype]
-        else:
-            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-        if isinstance(value, torch.Tensor) or (
-            whole and value % 16 == 0 and not parameter.do_not_specialize
-        ):
-            attributes[(place,)] = [["tt.divisibility", 16]]
-    options = {name: value for name, value in named.items() if name not in kernel.arg_names}
-    return ASTSource(kernel, signature, constants, attributes), options
+    def get_current_stream(self, device: int) -> int:
+        """Return the number of the only stream."""
+        return 0
 
 
-def main(capability: int, shared: int, names: list[str]) -> None:
-    """Compile the kernels of some problems."""
-    common.chained = lambda device: capability >= 90
-    for module in (full_sequence, launch, launch_decisions):
-        module.shared_memory = lambda device: shared
-    found: dict[str, dict[str, Any]] = {}
-    for name in names or PROBLEMS:
-        for kernel, call in launches(PROBLEMS[name]):
-            made, options = source(kernel, call)
-            compiled = compile(made, target=GPUTarget("cuda", capability, 32), options=options)
-            waits = re.findall(r"async_wait[^\n]*\{num = (\d+)", compiled.asm["ttgir"])
-            key = f"{name}: {kernel.__name__}"
+def compiled(request: tuple[str, list[str]]) -> dict[str, dict[str, Any]]:
+    """Return shared memory and waits for copies of the kernels of some problems, each distinct kernel once."""
+    capability, names = int(request[0]), request[1]
+    driver.set_active(Driver(capability))
+    common.uses_pdl = lambda device: capability >= 90
+    run, found, seen = JITFunction.run, {}, set()
+
+    def warm_up(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        if id(kernel) not in seen:
+            seen.add(id(kernel))
+            waits = re.findall(r"async_wait[^\n]*\{num = (\d+)", kernel.asm["ttgir"])
+            key = f"{name}: {self.__name__}"
             assert key not in found, f"{key} is launched twice: one of them would be lost"
-            found[key] = {"shared": compiled.metadata.shared, "waits": [int(number) for number in waits]}
-    print(json.dumps(found))
+            found[key] = {"shared": kernel.metadata.shared, "waits": [int(number) for number in waits]}
+
+    JITFunction.run = warm_up
+    for name in names:
+        PROBLEMS[name]()
+    return found
+
+
+def main() -> None:
+    """Compile for one capability after the other, each in a process that begins with no plans and no kernels."""
+    requests = json.loads(sys.argv[1])
+    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+        results = pool.map(compiled, requests.items(), chunksize=1)
+    print(json.dumps(dict(zip(requests, results, strict=True))))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
+    main()

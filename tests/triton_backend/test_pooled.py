@@ -21,8 +21,13 @@ REFERENCE = get_backend("reference")
 
 
 def problem(
-    tokens: int, page: int, lengths: list[list[int]], dim: int = 16, heads: tuple[int, int] = (2, 2),
-    dtype: str = "float32", seed: int = 0,
+    tokens: int,
+    page: int,
+    lengths: list[list[int]],
+    dim: int = 16,
+    heads: tuple[int, int] = (2, 2),
+    dtype: str = "float32",
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Queries and pages on the host; NaN behind a page's length, wild entries of absent pages."""
     torch.manual_seed(seed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from sparse_dlm_attn_bench import tuning  # noqa: E402
 from sparse_dlm_attn_bench.gate import WrongResultError  # noqa: E402
 from sparse_dlm_attn_bench.layer import layers  # noqa: E402
 from sparse_dlm_attn_bench.shape import Shape  # noqa: E402
-from sparse_dlm_attn_triton import TritonBackend, launch, settings  # noqa: E402
+from sparse_dlm_attn_triton import TritonBackend, common, settings  # noqa: E402
 from sparse_dlm_attn_triton.settings import Entry, Kind, Machine, Settings  # noqa: E402
 
 HERE = Machine("a GPU", "3.6.0", "abc")
@@ -48,10 +47,10 @@ def entry(kind: Kind = KIND, machine: Machine = HERE, **values: int) -> Entry:
     return Entry(machine, kind, Settings(**values), 30.0, 20.0)
 
 
-@pytest.mark.parametrize("values", [
-    {"block_n": 48}, {"block_n": 8}, {"warps": 3}, {"warps": 32}, {"stages": 0}, {"programs": 0},
-    {"least_m": 256},
-])
+@pytest.mark.parametrize(
+    "values",
+    [{"block_n": 48}, {"block_n": 8}, {"warps": 3}, {"warps": 32}, {"stages": 0}, {"programs": 0}, {"least_m": 256}],
+)
 def test_values_that_no_kernel_takes_are_refused(values: dict[str, int]) -> None:
     with pytest.raises(InvalidArgumentError) as caught:
         Settings(**values)
@@ -82,9 +81,7 @@ def test_a_file_of_something_else_is_said_and_kept(file: Path, text: str | bytes
     assert file.read_bytes() == data
 
 
-def test_the_file_lies_in_the_users_cache_unless_it_is_named(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_file_lies_in_the_users_cache_unless_it_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("SDA_TRITON_SETTINGS", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert settings.cache_file() == tmp_path / "sparse_dlm_attn" / "triton.json"
@@ -107,8 +104,9 @@ def test_a_launch_gets_its_default_unless_tuned_settings_were_asked_for(file: Pa
 
 
 def test_the_nearest_batch_and_context_are_taken_and_nothing_else(file: Path) -> None:
-    settings.store(file, [entry(stages=1), entry(replace(KIND, context=4096), stages=2),
-                          entry(replace(KIND, heads=64), stages=4)])
+    settings.store(
+        file, [entry(stages=1), entry(replace(KIND, context=4096), stages=2), entry(replace(KIND, heads=64), stages=4)]
+    )
     settings.use_tuned()
     for heads, context, stages in ((8, 32768, 1), (8, 8192, 2), (48, 65536, 4), (1, 1, 2)):
         asked = replace(KIND, heads=heads, context=context)
@@ -119,9 +117,9 @@ def test_the_nearest_batch_and_context_are_taken_and_nothing_else(file: Path) ->
     assert "sparse-dlm-attn tune --dtype bfloat16 --head-dim 64" in str(caught.value)
 
 
-@pytest.mark.parametrize("machine", [
-    None, replace(HERE, gpu="another"), replace(HERE, triton="3.5.0"), replace(HERE, kernels="old"),
-])
+@pytest.mark.parametrize(
+    "machine", [None, replace(HERE, gpu="another"), replace(HERE, triton="3.5.0"), replace(HERE, kernels="old")]
+)
 def test_what_was_tuned_elsewhere_is_not_used(file: Path, machine: Machine | None) -> None:
     if machine is not None:
         settings.store(file, [entry(machine=machine)])
@@ -132,12 +130,12 @@ def test_what_was_tuned_elsewhere_is_not_used(file: Path, machine: Machine | Non
 def test_tuned_is_an_option_of_the_backend() -> None:
     with pytest.raises(InvalidTypeError, match="tuned must be a bool or None"):
         TritonBackend(tuned=1)  # type: ignore[arg-type]
-    if launch.INTERPRETED:
+    if common.INTERPRETED:
         with pytest.raises(InvalidArgumentError, match="tuned must be False under TRITON_INTERPRET"):
             get_backend("triton:tuned=true")
 
 
-@pytest.mark.skipif(not launch.INTERPRETED, reason="tests/gpu has this one for GPUs")
+@pytest.mark.skipif(not common.INTERPRETED, reason="tests/gpu has this one for GPUs")
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_settings_reach_the_kernel_and_change_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = Shape(context=64, tokens=3, q_heads=4, kv_heads=2, head_dim=16, page_size=16, dtype="float32")
@@ -194,9 +192,3 @@ def test_the_search_keeps_to_its_limit_and_to_the_default_where_nothing_is_gaine
 def test_defaults_that_do_not_run_are_an_error() -> None:
     with pytest.raises(WrongResultError):
         tuning.search(Settings(warps=8), 100, 40, clock)
-
-
-def test_records_say_everything() -> None:
-    record = json.loads(json.dumps(entry().as_dict()))
-    assert Entry.of(record) == entry()
-    assert set(tuning.CANDIDATES) == set(Settings().as_dict())
