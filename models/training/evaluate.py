@@ -13,9 +13,9 @@ import torch
 from layout import TILE, Layout, Rows, block_training_rows, decoding_rows, full_rows
 from torch_model import PackedModel, rope_tables
 
-from sparse_dlm_attn_tiny import retrieval
-from sparse_dlm_attn_tiny.config import MASK_ID
-from sparse_dlm_attn_tiny.records import text_before_stop
+from sparse_dlm_attn_small_model import retrieval
+from sparse_dlm_attn_small_model.config import MASK_ID
+from sparse_dlm_attn_small_model.records import text_before_stop
 
 TOKENS_PER_PASS = 2
 FIRST_SEED = 10_000

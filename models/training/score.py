@@ -15,9 +15,9 @@ from layout import TILE
 from safetensors import safe_open
 from torch_model import PackedModel
 
-from sparse_dlm_attn_tiny import retrieval
-from sparse_dlm_attn_tiny.config import TinyConfig
-from sparse_dlm_attn_tiny.records import text_before_stop
+from sparse_dlm_attn_small_model import retrieval
+from sparse_dlm_attn_small_model.config import TinyConfig
+from sparse_dlm_attn_small_model.records import text_before_stop
 
 
 def load_model(path: Path) -> PackedModel:

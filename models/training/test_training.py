@@ -13,8 +13,8 @@ from evaluate import make_layout
 from layout import TILE, Rows, _tiles, block_training_rows, decoding_rows, full_rows
 from torch_model import PackedModel, initial_weights
 
-from sparse_dlm_attn_tiny import retrieval
-from sparse_dlm_attn_tiny.config import MASK_ID, TinyConfig
+from sparse_dlm_attn_small_model import retrieval
+from sparse_dlm_attn_small_model.config import MASK_ID, TinyConfig
 
 LENGTHS = (256, 128, 256)
 CPU = torch.device("cpu")

@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from layout import Layout
 from torch.nn.attention.flex_attention import flex_attention
 
-from sparse_dlm_attn_tiny.config import TinyConfig, weight_shapes
+from sparse_dlm_attn_small_model.config import TinyConfig, weight_shapes
 
 Weights = dict[str, torch.Tensor]
 LAYER_WEIGHTS = [

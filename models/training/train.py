@@ -22,8 +22,8 @@ from optimizer import Optimizer
 from safetensors.torch import save_file
 from torch_model import PackedModel, initial_weights
 
-from sparse_dlm_attn_tiny import retrieval
-from sparse_dlm_attn_tiny.config import TinyConfig, parameter_count
+from sparse_dlm_attn_small_model import retrieval
+from sparse_dlm_attn_small_model.config import TinyConfig, parameter_count
 
 HALF_ROW = 49152
 WARM_UP_STEPS = 200

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from sparse_dlm_attn import InvalidArgumentError
-from sparse_dlm_attn_tiny import plots
-from sparse_dlm_attn_tiny.commands import report
-from sparse_dlm_attn_tiny.comparison import DecodeSettings, PolicyResult, PolicyScore, agreement
-from sparse_dlm_attn_tiny.evaluate import Evaluation, evaluate
-from sparse_dlm_attn_tiny.policy_choice import DEFAULT_POLICIES, choose_policies, choose_policy
-from sparse_dlm_attn_tiny.records import PassRecord, TrafficTotal
+from sparse_dlm_attn_small_model import plots
+from sparse_dlm_attn_small_model.commands import report
+from sparse_dlm_attn_small_model.comparison import DecodeSettings, PolicyResult, PolicyScore, agreement
+from sparse_dlm_attn_small_model.evaluate import Evaluation, evaluate
+from sparse_dlm_attn_small_model.policy_choice import DEFAULT_POLICIES, choose_policies, choose_policy
+from sparse_dlm_attn_small_model.records import PassRecord, TrafficTotal
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,12 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton", reason="the Triton backend needs Triton")
 
 from sparse_dlm_attn import PassInfo, PrefixAttention, UnavailableError, get_backend  # noqa: E402
-from sparse_dlm_attn_bench.break_even import measure_context  # noqa: E402
-from sparse_dlm_attn_bench.layer import layers, runner  # noqa: E402
-from sparse_dlm_attn_bench.peers import DENSE, dense_peers  # noqa: E402
-from sparse_dlm_attn_bench.shape import Shape  # noqa: E402
-from sparse_dlm_attn_bench.sparse_peers import SPARSE, Chosen, sparse_peers  # noqa: E402
-from sparse_dlm_attn_bench.tuning import tune_shape  # noqa: E402
+from sparse_dlm_attn_benchmarks.break_even import measure_context  # noqa: E402
+from sparse_dlm_attn_benchmarks.layer import layers, runner  # noqa: E402
+from sparse_dlm_attn_benchmarks.peers import DENSE, dense_peers  # noqa: E402
+from sparse_dlm_attn_benchmarks.shape import Shape  # noqa: E402
+from sparse_dlm_attn_benchmarks.sparse_peers import SPARSE, Chosen, sparse_peers  # noqa: E402
+from sparse_dlm_attn_benchmarks.tuning import tune_shape  # noqa: E402
 from sparse_dlm_attn_triton import TritonBackend, settings  # noqa: E402
 
 SHAPE = Shape(batch=2, context=8192, page_size=64)

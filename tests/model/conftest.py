@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from sparse_dlm_attn.arrays import to_numpy
-from sparse_dlm_attn_tiny.config import MASK_ID, TinyConfig, weight_shapes
-from sparse_dlm_attn_tiny.model import TinyModel
+from sparse_dlm_attn_small_model.config import MASK_ID, TinyConfig, weight_shapes
+from sparse_dlm_attn_small_model.model import TinyModel
 
 SMALL = TinyConfig(layers=3, width=32, query_heads=4, kv_heads=2, head_dim=8, hidden=48, max_context=512)
 

@@ -5,9 +5,9 @@ import pytest
 
 from sparse_dlm_attn import Context, InvalidArgumentError, PassInfo, PrefixAttention
 from sparse_dlm_attn_reference import ReferenceBackend
-from sparse_dlm_attn_tiny.cache import KVCache
-from sparse_dlm_attn_tiny.config import TinyConfig
-from sparse_dlm_attn_tiny.model import TinyModel
+from sparse_dlm_attn_small_model.cache import KVCache
+from sparse_dlm_attn_small_model.config import TinyConfig
+from sparse_dlm_attn_small_model.model import TinyModel
 
 CONFIG = TinyConfig(layers=2, kv_heads=2, head_dim=8)
 PAGE_SIZES = [1, 5, 16, 64]

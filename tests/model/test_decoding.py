@@ -10,11 +10,11 @@ import pytest
 
 from sparse_dlm_attn import InvalidArgumentError
 from sparse_dlm_attn.arrays import to_numpy
-from sparse_dlm_attn_tiny.cache import KVCache
-from sparse_dlm_attn_tiny.config import MASK_ID
-from sparse_dlm_attn_tiny.decoding import decode_blocks, decode_together
-from sparse_dlm_attn_tiny.model import TinyModel
-from sparse_dlm_attn_tiny.records import Decoded, PassRecord
+from sparse_dlm_attn_small_model.cache import KVCache
+from sparse_dlm_attn_small_model.config import MASK_ID
+from sparse_dlm_attn_small_model.decoding import decode_blocks, decode_together
+from sparse_dlm_attn_small_model.model import TinyModel
+from sparse_dlm_attn_small_model.records import Decoded, PassRecord
 
 POLICIES = [
     "dense", "sliding-window:window=32", "streaming-llm:sinks=16,window=32", "quest:budget=32",

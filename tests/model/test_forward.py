@@ -8,11 +8,11 @@ import pytest
 
 from sparse_dlm_attn import InvalidArgumentError, PassInfo, PrefixAttention
 from sparse_dlm_attn.arrays import to_numpy
-from sparse_dlm_attn_tiny import model as model_module
-from sparse_dlm_attn_tiny.cache import KVCache
-from sparse_dlm_attn_tiny.config import MASK_ID
-from sparse_dlm_attn_tiny.model import TinyModel
-from sparse_dlm_attn_tiny.weights import load_weights
+from sparse_dlm_attn_small_model import model as model_module
+from sparse_dlm_attn_small_model.cache import KVCache
+from sparse_dlm_attn_small_model.config import MASK_ID
+from sparse_dlm_attn_small_model.model import TinyModel
+from sparse_dlm_attn_small_model.weights import load_weights
 
 
 def kv_of(cache: KVCache) -> list[np.ndarray]:

@@ -10,10 +10,10 @@ import pytest
 from sparse_dlm_attn import PassInfo, PrefixAttention, SparseAttentionError
 from sparse_dlm_attn.arrays import to_numpy
 from sparse_dlm_attn.policies.dense import Dense
-from sparse_dlm_attn_tiny.cache import KVCache
-from sparse_dlm_attn_tiny.config import MASK_ID
-from sparse_dlm_attn_tiny.decoding import decode_full_sequence
-from sparse_dlm_attn_tiny.model import TinyModel
+from sparse_dlm_attn_small_model.cache import KVCache
+from sparse_dlm_attn_small_model.config import MASK_ID
+from sparse_dlm_attn_small_model.decoding import decode_full_sequence
+from sparse_dlm_attn_small_model.model import TinyModel
 
 LENGTH, NEW = 30, 16
 EVERY = np.arange(LENGTH + NEW)

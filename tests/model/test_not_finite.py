@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from sparse_dlm_attn import InvalidArgumentError
-from sparse_dlm_attn_tiny.cache import KVCache
-from sparse_dlm_attn_tiny.config import STOP_BYTE
-from sparse_dlm_attn_tiny.decoding import decode_blocks, decode_full_sequence, decode_together
-from sparse_dlm_attn_tiny.model import TinyModel
-from sparse_dlm_attn_tiny.records import Decoded
-from sparse_dlm_attn_tiny.schedule import Schedule, confidences
+from sparse_dlm_attn_small_model.cache import KVCache
+from sparse_dlm_attn_small_model.config import STOP_BYTE
+from sparse_dlm_attn_small_model.decoding import decode_blocks, decode_full_sequence, decode_together
+from sparse_dlm_attn_small_model.model import TinyModel
+from sparse_dlm_attn_small_model.records import Decoded
+from sparse_dlm_attn_small_model.schedule import Schedule, confidences
 
 
 def blocks(**options: Any) -> Callable[[TinyModel, bytes], list[Decoded]]:

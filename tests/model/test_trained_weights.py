@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from sparse_dlm_attn_tiny.decoding import decode_blocks, decode_full_sequence
-from sparse_dlm_attn_tiny.model import TinyModel
-from sparse_dlm_attn_tiny.retrieval import answer_blocks, make_prompt
+from sparse_dlm_attn_small_model.decoding import decode_blocks, decode_full_sequence
+from sparse_dlm_attn_small_model.model import TinyModel
+from sparse_dlm_attn_small_model.retrieval import answer_blocks, make_prompt
 
 PROMPTS = 4
 

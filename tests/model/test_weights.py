@@ -9,9 +9,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from sparse_dlm_attn.errors import DataFileError
-from sparse_dlm_attn_tiny.config import weight_shapes
-from sparse_dlm_attn_tiny.model import TinyModel
-from sparse_dlm_attn_tiny.weights import load_weights
+from sparse_dlm_attn_small_model.config import weight_shapes
+from sparse_dlm_attn_small_model.model import TinyModel
+from sparse_dlm_attn_small_model.weights import load_weights
 
 Weights = dict[str, np.ndarray]
 Write = Callable[..., Path]

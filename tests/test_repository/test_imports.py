@@ -23,12 +23,12 @@ FOLDERS = {"reference", "backends", "conformance", "models", "integrations", "te
 ALLOWED = {
     "sparse_dlm_attn": set(),
     "reference/sparse_dlm_attn_reference": {"sparse_dlm_attn"},
-    "models/sparse_dlm_attn_tiny": {"sparse_dlm_attn"},
+    "models/sparse_dlm_attn_small_model": {"sparse_dlm_attn"},
     "conformance/sparse_dlm_attn_conformance": {"sparse_dlm_attn", "sparse_dlm_attn_reference"},
     "integrations/sparse_dlm_attn_transformers": {"sparse_dlm_attn", "sparse_dlm_attn_cuda_graphs"},
     # Times one backend against others, and tunes the Triton backend.
-    "benchmarks/sparse_dlm_attn_bench": {
-        "sparse_dlm_attn", "sparse_dlm_attn_folded", "sparse_dlm_attn_torch", "sparse_dlm_attn_triton",
+    "benchmarks/sparse_dlm_attn_benchmarks": {
+        "sparse_dlm_attn", "sparse_dlm_attn_flash", "sparse_dlm_attn_torch", "sparse_dlm_attn_triton",
     },
 }
 

@@ -27,7 +27,7 @@ def test_all_lists_every_public_name_once() -> None:
     assert sorted(sparse_dlm_attn.__all__) == sorted({*names, "__version__"} - modules)
 
 
-@pytest.mark.parametrize("package", ["sparse_dlm_attn", "sparse_dlm_attn_distributed", "sparse_dlm_attn_folded"])
+@pytest.mark.parametrize("package", ["sparse_dlm_attn", "sparse_dlm_attn_distributed", "sparse_dlm_attn_flash"])
 def test_what_a_package_exports_has_a_docstring_and_stands_in_the_api_reference(package: str) -> None:
     if package != "sparse_dlm_attn":
         pytest.importorskip("torch", reason="PyTorch is not installed")

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from sparse_dlm_attn_bench.shape import Shape
+from sparse_dlm_attn_benchmarks.shape import Shape
 from sparse_dlm_attn_triton import common
 from sparse_dlm_attn_triton.full_sequence import attend_spans
 from sparse_dlm_attn_triton.pooled import pooled_scores

@@ -21,10 +21,10 @@ from sparse_dlm_attn import (  # noqa: E402
     get_backend,
 )
 from sparse_dlm_attn.errors import DataFileError  # noqa: E402
-from sparse_dlm_attn_bench import tuning  # noqa: E402
-from sparse_dlm_attn_bench.gate import WrongResultError  # noqa: E402
-from sparse_dlm_attn_bench.layer import layers  # noqa: E402
-from sparse_dlm_attn_bench.shape import Shape  # noqa: E402
+from sparse_dlm_attn_benchmarks import tuning  # noqa: E402
+from sparse_dlm_attn_benchmarks.gate import WrongResultError  # noqa: E402
+from sparse_dlm_attn_benchmarks.layer import layers  # noqa: E402
+from sparse_dlm_attn_benchmarks.shape import Shape  # noqa: E402
 from sparse_dlm_attn_triton import TritonBackend, common, settings  # noqa: E402
 from sparse_dlm_attn_triton.settings import Entry, Kind, Machine, Settings  # noqa: E402
 
@@ -139,7 +139,7 @@ def test_tuned_is_an_option_of_the_backend() -> None:
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_settings_reach_the_kernel_and_change_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = Shape(context=64, tokens=3, q_heads=4, kv_heads=2, head_dim=16, page_size=16, dtype="float32")
-    monkeypatch.setattr("sparse_dlm_attn_bench.layer.COLD_BYTES", 1)
+    monkeypatch.setattr("sparse_dlm_attn_benchmarks.layer.COLD_BYTES", 1)
     backend = TritonBackend()
     one = layers(shape, backend, device="cpu")[0]
     attention = PrefixAttention("dense", backend)

@@ -1,0 +1,211 @@
+"""What both backends share: everything but the call of the kernel."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import Any
+
+import torch
+
+from sparse_dlm_attn import (
+    AttentionState,
+    Backend,
+    Context,
+    InvalidArgumentError,
+    InvalidTypeError,
+    PageBounds,
+    Selection,
+    UnavailableError,
+)
+from sparse_dlm_attn.arrays import compute_dtype, dtype_of_host
+from sparse_dlm_attn.checks import (
+    check_attend_block,
+    check_attend_pages,
+    check_context,
+    check_library,
+    check_page_scores,
+)
+from sparse_dlm_attn.operators import gather_pages, valid_tokens
+from sparse_dlm_attn.values import softmax_scale
+from sparse_dlm_attn_flash.folding import Pool, Requests, folded, full_pages, partial_pages, rows_of_lists
+
+__all__ = ["FoldedBackend", "check_gpu"]
+
+
+def check_gpu(backend: str, device: str) -> str:
+    """Return ``device``, the GPU that a library's kernels are to run on.
+
+    Parameters
+    ----------
+    backend : str
+        Name of the backend that asks.
+    device : str
+        "cuda" (PyTorch's current GPU) or "cuda:1" (that one).
+
+    Raises
+    ------
+    InvalidArgumentError
+        If it is something else, or a GPU that is not there.
+    UnavailableError
+        If there is no GPU.
+    """
+    kind, _, number = device.partition(":") if isinstance(device, str) else ("", "", "")
+    if kind != "cuda" or device == "cuda:" or (number and not number.isdecimal()):
+        raise InvalidArgumentError(
+            "device", "must be 'cuda' or 'cuda:N': these kernels run on GPUs", repr(device),
+            "Use backend 'torch' on a CPU.",
+        )
+    if not torch.cuda.is_available():
+        raise UnavailableError(
+            f"backend '{backend}'", ["no usable GPU was found"], "Use backend 'torch' on this machine."
+        )
+    if number and int(number) >= torch.cuda.device_count():
+        raise InvalidArgumentError(
+            "device", f"must name one of {torch.cuda.device_count()} GPUs, from cuda:0", repr(device)
+        )
+    return device
+
+
+class FoldedBackend(Backend):
+    """An existing kernel for paged attention, with page lists per head by head folding.
+
+    A subclass has a kernel: `run`. It plans on the host, so no pass can be captured in a CUDA graph.
+    """
+
+    device = "cuda"
+
+    @abstractmethod
+    def run(
+        self, q: torch.Tensor, pool: Pool, requests: Requests, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Call the kernel.
+
+        Parameters
+        ----------
+        q : torch.Tensor
+            ``(rows, head_dim)``: the rows of the requests, one after the other.
+        pool : Pool
+            Pages of one head.
+        requests : Requests
+            Which pages each run of rows attends to; at least one request, none without a page.
+        scale : float
+            Factor on q.k.
+
+        Returns
+        -------
+        tuple of torch.Tensor
+            ``out`` like ``q`` and float32 ``lse`` ``(rows,)``, natural log.
+        """
+
+    def asarray(self, values: Any, *, dtype: str | None = None) -> torch.Tensor:
+        if dtype is not None and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+            raise InvalidTypeError("dtype", "must be the name of a dtype of PyTorch", repr(dtype))
+        try:
+            dtype = dtype or dtype_of_host(values)
+            kind = getattr(torch, str(dtype)) if dtype is not None else None
+            if isinstance(values, torch.Tensor):
+                return values.detach().to(device=self.device, dtype=kind, copy=True)
+            return torch.tensor(values, dtype=kind, device=self.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InvalidTypeError(
+                "values", f"must be numbers that fit dtype {dtype or 'of their own'}", repr(values)[:80]
+            ) from error
+
+    def page_bounds(self, context: Context) -> PageBounds:
+        check_context(context)
+        self._check_place("context", context.k_pages)
+        keys = gather_pages(context.k_pages, context)
+        held, exists = valid_tokens(context)[:, None, :, :, None], context.exists[:, None, :, None]
+        sides = []
+        for beyond, reduced in ((math.inf, "amin"), (-math.inf, "amax")):
+            side = getattr(keys.masked_fill(~held, beyond), reduced)(dim=3)
+            sides.append(side.masked_fill(~exists, 0.0))
+        return PageBounds(*sides)
+
+    def page_scores(
+        self, q: torch.Tensor, bounds: PageBounds, *, active: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        check_page_scores(q, bounds, active)
+        self._check_place("q", q)
+        batch, q_heads, tokens, dim = q.shape
+        kv_heads, kind = bounds.lower.shape[1], compute_dtype(q)
+        rows = q.to(kind).reshape(batch, kv_heads, q_heads // kv_heads * tokens, dim)
+        scores = rows.clamp(min=0) @ bounds.upper.to(kind).transpose(-1, -2)
+        scores = scores + rows.clamp(max=0) @ bounds.lower.to(kind).transpose(-1, -2)
+        ranked: torch.Tensor = scores.reshape(batch, q_heads, tokens, bounds.lower.shape[2])
+        return ranked.to(torch.float32)
+
+    def attend_pages(
+        self, q: torch.Tensor, context: Context, selection: Selection, active: torch.Tensor, *,
+        scale: float | None = None,
+    ) -> AttentionState:
+        check_attend_pages(q, context, selection, active, scale)
+        self._check_place("q", q)
+        factor, pool = softmax_scale(context.head_dim, scale), folded(context, self.name)
+        lists = rows_of_lists(context, selection, active, q.shape[1])
+        states = []
+        full = full_pages(context, lists, pool)
+        if full is not None:
+            states.append(self._state(q, pool, full, factor))
+        rest = partial_pages(context, lists)
+        if rest is not None:
+            states.append(self._state(q, rest[1], rest[0], factor))
+        if not states:
+            return AttentionState.empty_like(q)
+        return states[0] if len(states) == 1 else self.merge(*states)
+
+    def attend_block(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None = None
+    ) -> AttentionState:
+        check_attend_block(q, k, v, scale)
+        self._check_place("q", q)
+        if 0 in k.shape or 0 in q.shape:
+            return AttentionState.empty_like(q)
+        batch, q_heads, tokens, dim = q.shape
+        kv_heads, keys = k.shape[1:3]
+        count, share = batch * kv_heads, q_heads // kv_heads * tokens
+        numbers = torch.arange(count + 1, dtype=torch.int32, device="cpu")
+        requests = Requests(
+            torch.arange(count * share, device=q.device), numbers * share,
+            numbers[:-1].to(q.device), numbers, numbers.new_full((count,), keys),
+        )
+        pool = Pool(k.reshape(count, keys, dim), v.reshape(count, keys, dim), 1, 0)
+        return self._state(q, pool, requests, softmax_scale(dim, scale))
+
+    def _state(self, q: torch.Tensor, pool: Pool, requests: Requests, scale: float) -> AttentionState:
+        """Run the kernel on the rows of the requests; all other rows are empty."""
+        flat = q.reshape(-1, q.shape[3])
+        given = flat[requests.rows].contiguous()
+        part, part_lse = self._checked(self.run(given, pool, requests, scale), given)
+        out = torch.zeros_like(flat).index_copy(0, requests.rows, part.to(q.dtype))
+        lse = torch.full((flat.shape[0],), -math.inf, dtype=torch.float32, device=q.device)
+        lse = lse.index_copy(0, requests.rows, part_lse.to(torch.float32))
+        return AttentionState(out.view(q.shape), lse.view(q.shape[:3]))
+
+    def _checked(self, result: Any, given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what `run` returned if it is what it owes: whoever writes a kernel may not have seen it."""
+        where, shape = f"run() of backend {self.name!r}", tuple(given.shape)
+        rule = f"must return tensors out {shape} and lse {shape[:1]}, a row each for those of q"
+        remedy = "Return (out, lse), lse with natural logarithm."
+        parts = result if isinstance(result, tuple | list) else [result]
+        if len(parts) != 2 or not all(isinstance(part, torch.Tensor) for part in parts):
+            raise InvalidTypeError(where, rule, ", ".join(type(part).__name__ for part in parts), remedy)
+        got = [tuple(part.shape) for part in parts]
+        if got != [shape, shape[:1]]:
+            raise InvalidArgumentError(where, rule, ", ".join(map(str, got)), remedy)
+        places = {str(part.device) for part in parts}
+        if places != {str(given.device)}:
+            raise InvalidArgumentError(
+                where, f"must return tensors on {given.device}, as q is", ", ".join(sorted(places)),
+                "Compute where the arguments lie.",
+            )
+        return parts[0], parts[1]
+
+    def _check_place(self, name: str, tensor: torch.Tensor) -> None:
+        check_library(name, tensor, torch.Tensor, self.name)
+        if tensor.device.type != torch.device(self.device).type:
+            raise InvalidArgumentError(
+                name, f"must be on device {self.device!r}, as this backend is", f"one on {tensor.device}",
+                f"Move it: tensor.to({self.device!r}).",
+            )
