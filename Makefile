@@ -52,6 +52,7 @@ bench: $(VENV)/.dev
 
 lint: $(VENV)/.dev types
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/numpydoc lint $$(find sparse_dlm_attn reference backends benchmarks/sparse_dlm_attn_benchmarks conformance \
 	  models/sparse_dlm_attn_small_model integrations -name '*.py')
 

@@ -35,17 +35,46 @@ SCALE = DIM**-0.5
 LIMITS = 1e-3, 1e-2  # of out, whose values are a few hundredths here, and of lse
 
 ATTEND_TILES = {
-    128: [Tile(128, 64, 8, 3), Tile(128, 64, 8, 4), Tile(128, 128, 8, 2), Tile(128, 64, 4, 3),
-          Tile(64, 64, 4, 3), Tile(64, 128, 4, 2), Tile(128, 32, 8, 4),
-          Tile(128, 64, 8, 3, tma=True), Tile(128, 64, 8, 4, tma=True), Tile(128, 128, 8, 2, tma=True),
-          Tile(64, 64, 4, 3, tma=True), Tile(128, 64, 8, 3, tma=True, warp_specialize=True)],
-    32: [Tile(32, 64, 4, 3), Tile(32, 32, 4, 3), Tile(32, 32, 2, 3), Tile(32, 128, 4, 2),
-         Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 128, 4, 2), Tile(64, 32, 4, 3),
-         Tile(64, 32, 4, 4, tma=True), Tile(64, 64, 4, 2, registers=168), Tile(128, 64, 8, 3),
-         Tile(128, 128, 8, 2), Tile(128, 32, 8, 4), Tile(128, 32, 8, 4, tma=True)],
+    128: [
+        Tile(128, 64, 8, 3),
+        Tile(128, 64, 8, 4),
+        Tile(128, 128, 8, 2),
+        Tile(128, 64, 4, 3),
+        Tile(64, 64, 4, 3),
+        Tile(64, 128, 4, 2),
+        Tile(128, 32, 8, 4),
+        Tile(128, 64, 8, 3, tma=True),
+        Tile(128, 64, 8, 4, tma=True),
+        Tile(128, 128, 8, 2, tma=True),
+        Tile(64, 64, 4, 3, tma=True),
+        Tile(128, 64, 8, 3, tma=True, warp_specialize=True),
+    ],
+    32: [
+        Tile(32, 64, 4, 3),
+        Tile(32, 32, 4, 3),
+        Tile(32, 32, 2, 3),
+        Tile(32, 128, 4, 2),
+        Tile(64, 64, 4, 3),
+        Tile(64, 64, 4, 2),
+        Tile(64, 128, 4, 2),
+        Tile(64, 32, 4, 3),
+        Tile(64, 32, 4, 4, tma=True),
+        Tile(64, 64, 4, 2, registers=168),
+        Tile(128, 64, 8, 3),
+        Tile(128, 128, 8, 2),
+        Tile(128, 32, 8, 4),
+        Tile(128, 32, 8, 4, tma=True),
+    ],
 }
-POOLED_TILES = [Tile(128, 128, 8, 2), Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(128, 64, 4, 3),
-                Tile(128, 128, 4, 2), Tile(64, 128, 4, 2), Tile(128, 64, 8, 2)]
+POOLED_TILES = [
+    Tile(128, 128, 8, 2),
+    Tile(128, 128, 8, 3),
+    Tile(128, 64, 8, 3),
+    Tile(128, 64, 4, 3),
+    Tile(128, 128, 4, 2),
+    Tile(64, 128, 4, 2),
+    Tile(128, 64, 8, 2),
+]
 
 
 def timed(call: Callable[[], Any], repeats: int) -> float:
@@ -84,8 +113,7 @@ class Problem:
         return f"{self.tokens // 1024}K/{self.size}{suffix}"
 
     def arguments(self) -> tuple[Any, ...]:
-        return (self.q, self.k_pages, self.v_pages, self.table, self.lengths, self.mask, self.size,
-                self.active, SCALE)
+        return (self.q, self.k_pages, self.v_pages, self.table, self.lengths, self.mask, self.size, self.active, SCALE)
 
     def keys(self) -> tuple[Any, ...]:
         return self.q, self.k_pages, self.table, self.lengths, self.size, SCALE
@@ -119,8 +147,7 @@ class Problem:
 
 
 def contend(
-    problem: Problem, name: str, call: Callable[[], Any], dense: bool, repeats: int,
-    rows: list[dict[str, Any]],
+    problem: Problem, name: str, call: Callable[[], Any], dense: bool, repeats: int, rows: list[dict[str, Any]]
 ) -> float | None:
     """Check and time one contender; report and return its milliseconds, or None with the reason."""
     row: dict[str, Any] = {"shape": problem.name(), "contender": name}
@@ -142,8 +169,11 @@ def contend(
     row["ms"] = timed(call, repeats)
     share = 1.0 if dense else float(problem.mask.float().mean())
     row["tflops"] = 4 * share * problem.tokens**2 * DIM * HEADS / row["ms"] / 1e9
-    print(f"  {name:34s} {row['ms']:9.3f} ms {row['tflops']:6.0f} TFLOP/s   error/limit {row['error']:.2f}"
-          f"   first call {compiled:.1f} s", flush=True)
+    print(
+        f"  {name:34s} {row['ms']:9.3f} ms {row['tflops']:6.0f} TFLOP/s   error/limit {row['error']:.2f}"
+        f"   first call {compiled:.1f} s",
+        flush=True,
+    )
     return float(row["ms"])
 
 
@@ -154,7 +184,7 @@ def small_gate() -> None:
         problem = Problem(2048, size)
         out, lse = attend_spans(*problem.arguments(), tile=tile)
         keys = problem.mask.repeat_interleave(size, 2).repeat_interleave(size, 3)
-        logits = (problem.q.float() @ problem.k.float().mT * SCALE)
+        logits = problem.q.float() @ problem.k.float().mT * SCALE
         listed = logits.masked_fill(~keys, -torch.inf)
         wanted = torch.softmax(listed, -1) @ problem.v.float()
         errors = [float((out.float() - wanted).abs().max()), float((lse - listed.logsumexp(-1)).abs().max())]
@@ -162,8 +192,11 @@ def small_gate() -> None:
         for given in (logits.logsumexp(-1), None):
             got = pooled_scores(*problem.keys(), given)
             errors.append(float((got - masses).abs().max()))
-        print(f"gate {size}/{size} tile {tile and (tile.rows, tile.tokens)}: out {errors[0]:.1e} "
-              f"lse {errors[1]:.1e} pooled {errors[2]:.1e} {errors[3]:.1e}", flush=True)
+        print(
+            f"gate {size}/{size} tile {tile and (tile.rows, tile.tokens)}: out {errors[0]:.1e} "
+            f"lse {errors[1]:.1e} pooled {errors[2]:.1e} {errors[3]:.1e}",
+            flush=True,
+        )
         if not (errors[0] < 5e-3 and errors[1] < 1e-4 and max(errors[2:]) < 1e-5):
             raise SystemExit("gate: our kernels differ from float32 attention")
 
@@ -172,6 +205,7 @@ def tune(
     what: str, tiles: list[Tile], call: Callable[[Tile], Any], workers: int, rows: list[dict[str, Any]]
 ) -> Tile | None:
     """Compile tiles side by side, time them one by one, print them best first; return the best."""
+
     def attempt(tile: Tile) -> str | None:
         try:
             call(tile)
@@ -188,15 +222,14 @@ def tune(
     for tile, failure in zip(tiles, failures, strict=True):
         if failure is None:
             found.append((timed(lambda tile=tile: call(tile), 7), tile))
-        rows.append({"what": what, **asdict(tile), "ms": found[-1][0] if failure is None else None,
-                     "failed": failure})
+        rows.append({"what": what, **asdict(tile), "ms": found[-1][0] if failure is None else None, "failed": failure})
     found.sort(key=lambda pair: pair[0])
     print(f"tune {what}: compiled {len(tiles)} in {spent:.0f} s", flush=True)
     for ms, tile in found:
-        flags = "".join((" tma" * tile.tma, " ws" * tile.warp_specialize,
-                         f" regs {tile.registers}" if tile.registers else ""))
-        print(f"  {ms:8.3f} ms  rows {tile.rows} keys {tile.tokens} warps {tile.warps} stages "
-              f"{tile.stages}{flags}")
+        flags = "".join(
+            (" tma" * tile.tma, " ws" * tile.warp_specialize, f" regs {tile.registers}" if tile.registers else "")
+        )
+        print(f"  {ms:8.3f} ms  rows {tile.rows} keys {tile.tokens} warps {tile.warps} stages {tile.stages}{flags}")
     for tile, failure in zip(tiles, failures, strict=True):
         if failure is not None:
             print(f"  failed    {tile}: {failure}")
@@ -232,13 +265,23 @@ def selection_pass(problem: Problem, lse: torch.Tensor, tile: Tile, dense_ms: fl
     extra = (torch.cuda.max_memory_allocated() - before) / 2**30
     del mask
     total = pooled_ms + top_ms + alone_ms
-    print(f"  selection: sweep {pooled_ms:.2f} ms, top pages {top_ms:.2f} ms, isolated sweep of the last "
-          f"1024 tokens {alone_ms:.2f} ms; {total / dense_ms:.2f} of a dense pass; peak extra memory "
-          f"{extra:.3f} GiB; relative error of masses {worst:.1e}", flush=True)
+    print(
+        f"  selection: sweep {pooled_ms:.2f} ms, top pages {top_ms:.2f} ms, isolated sweep of the last "
+        f"1024 tokens {alone_ms:.2f} ms; {total / dense_ms:.2f} of a dense pass; peak extra memory "
+        f"{extra:.3f} GiB; relative error of masses {worst:.1e}",
+        flush=True,
+    )
     if worst > 2e-2:
         raise SystemExit("selection: wrong masses")
-    return {"sweep_ms": pooled_ms, "top_ms": top_ms, "isolated_ms": alone_ms, "total_ms": total,
-            "dense_passes": total / dense_ms, "extra_gib": extra, "error": worst}
+    return {
+        "sweep_ms": pooled_ms,
+        "top_ms": top_ms,
+        "isolated_ms": alone_ms,
+        "total_ms": total,
+        "dense_passes": total / dense_ms,
+        "extra_gib": extra,
+        "error": worst,
+    }
 
 
 def schedule(dense: float, select: float, sparse: float, passes: int) -> tuple[float, int]:
@@ -261,9 +304,7 @@ class Frozen:
         return attend_spans(*self.problem.arguments(), tile=self.tile, lists=lists)
 
 
-def real_loop(
-    problem: Problem, dense: Callable[[], Any], sparse: Frozen, tile: Tile
-) -> dict[str, Any]:
+def real_loop(problem: Problem, dense: Callable[[], Any], sparse: Frozen, tile: Tile) -> dict[str, Any]:
     """Run the 16 passes of a short schedule for real: dense ones, the choice, frozen ones."""
     passes = 16
     warm = SparseD(skip=0.2).warmup_passes(passes)
@@ -284,10 +325,11 @@ def real_loop(
 
     run()
     ours, plain = timed(run, 1), timed(all_dense, 1)
-    print(f"  real loop of {passes} passes, {warm} dense: {ours:.0f} ms, all dense {plain:.0f} ms, "
-          f"{plain / ours:.2f}x", flush=True)
-    return {"passes": passes, "dense_passes": warm, "ms": ours, "all_dense_ms": plain,
-            "speedup": plain / ours}
+    print(
+        f"  real loop of {passes} passes, {warm} dense: {ours:.0f} ms, all dense {plain:.0f} ms, {plain / ours:.2f}x",
+        flush=True,
+    )
+    return {"passes": passes, "dense_passes": warm, "ms": ours, "all_dense_ms": plain, "speedup": plain / ours}
 
 
 def measure(problem: Problem, tiles: dict[str, Tile], repeats: int, quick: bool) -> dict[str, Any]:
@@ -316,15 +358,19 @@ def measure(problem: Problem, tiles: dict[str, Tile], repeats: int, quick: bool)
     fastest = min(known, key=lambda name: known[name])
     flex = [ms for name, ms in sparse.items() if name.startswith("FlexAttention Triton") and ms is not None]
     best = min((ms, name) for name, ms in sparse.items() if ms is not None)
-    print(f"  fastest dense {fastest} {known[fastest]:.2f} ms: ours {known[fastest] / sparse['ours']:.2f}x, "
-          f"best ({best[1]}) {known[fastest] / best[0]:.2f}x"
-          + (f"; ours over FlexAttention Triton {min(flex) / sparse['ours']:.2f}x" if flex else ""))
+    print(
+        f"  fastest dense {fastest} {known[fastest]:.2f} ms: ours {known[fastest] / sparse['ours']:.2f}x, "
+        f"best ({best[1]}) {known[fastest] / best[0]:.2f}x"
+        + (f"; ours over FlexAttention Triton {min(flex) / sparse['ours']:.2f}x" if flex else "")
+    )
     result |= {"fastest_dense": fastest, "best_sparse": best[1]}
     with_lse = peers.dense_with_lse(problem)
     choice = selection_pass(problem, with_lse()[1].reshape(1, HEADS, -1), tiles["pooled"], known[fastest])
     for passes in (128, 1024):
-        speedups = {name: schedule(known[fastest], choice["total_ms"], ms, passes)[0]
-                    for name, ms in (("ours", sparse["ours"]), (best[1], best[0]))}
+        speedups = {
+            name: schedule(known[fastest], choice["total_ms"], ms, passes)[0]
+            for name, ms in (("ours", sparse["ours"]), (best[1], best[0]))
+        }
         warm = schedule(1.0, 1.0, 1.0, passes)[1]
         print(f"  T={passes} ({warm} dense): " + ", ".join(f"{n} {s:.2f}x" for n, s in speedups.items()))
         result[f"T{passes}"] = speedups
@@ -342,33 +388,53 @@ def main() -> None:
     options = parser.parse_args()
     start = time.monotonic()
     torch._dynamo.config.recompile_limit = 64
-    versions = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
-                "triton": __import__("triton").__version__}
+    versions = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": __import__("triton").__version__,
+    }
     print(versions, flush=True)
     result: dict[str, Any] = {**versions, "tune": []}
     small_gate()
     for size in (128, 32):
         shapes = [16384] if options.quick else [16384, 65536]
         room = shared_memory(torch.device("cuda"))
-        tiles = {"attend": attend_tile(torch.bfloat16, DIM, 65536, size, room),
-                 "pooled": pooled_tile(torch.bfloat16, DIM, 65536, size)}
+        tiles = {
+            "attend": attend_tile(torch.bfloat16, DIM, 65536, size, room),
+            "pooled": pooled_tile(torch.bfloat16, DIM, 65536, size),
+        }
         if options.tune:
             problem = Problem(16384, size)
             sweep = (*problem.keys(), torch.full((1, HEADS, 16384), 12.0, device="cuda"))
             for what, found in (
-                ("attend", tune(f"attend 16K/{size}", ATTEND_TILES[size],
-                                lambda t, p=problem: attend_spans(*p.arguments(), tile=t), options.workers,
-                                result["tune"])),
-                ("pooled", tune(f"pooled 16K/{size}", POOLED_TILES,
-                                lambda t, s=sweep: pooled_scores(*s, tile=t), options.workers,
-                                result["tune"])),
+                (
+                    "attend",
+                    tune(
+                        f"attend 16K/{size}",
+                        ATTEND_TILES[size],
+                        lambda t, p=problem: attend_spans(*p.arguments(), tile=t),
+                        options.workers,
+                        result["tune"],
+                    ),
+                ),
+                (
+                    "pooled",
+                    tune(
+                        f"pooled 16K/{size}",
+                        POOLED_TILES,
+                        lambda t, s=sweep: pooled_scores(*s, tile=t),
+                        options.workers,
+                        result["tune"],
+                    ),
+                ),
             ):
                 tiles[what] = found or tiles[what]
         for tokens in shapes:
             for pattern in ("random", "neighbours") if size == 32 and tokens == shapes[-1] else ("random",):
                 problem = Problem(tokens, size, pattern)
-                result[problem.name()] = measure(problem, tiles, 5 if tokens > 16384 else 9,
-                                                 options.quick or tokens < shapes[-1])
+                result[problem.name()] = measure(
+                    problem, tiles, 5 if tokens > 16384 else 9, options.quick or tokens < shapes[-1]
+                )
                 options.out.write_text(json.dumps(result, indent=1))
                 del problem
                 torch.cuda.empty_cache()

@@ -40,15 +40,12 @@ def dense(problem: Any, quick: bool) -> Calls:
             continue
         calls[name] = functools.partial(_flash_attn, function, q, k, v)
     if not quick:
-        flex = torch.compile(importlib.import_module("torch.nn.attention.flex_attention").flex_attention,
-                             dynamic=False)
+        flex = torch.compile(importlib.import_module("torch.nn.attention.flex_attention").flex_attention, dynamic=False)
         calls["FlexAttention Triton"] = lambda: flex(q, k, v)
     return calls
 
 
-def _flash_attn(
-    function: Callable[..., Any], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-) -> torch.Tensor:
+def _flash_attn(function: Callable[..., Any], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     result = function(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     out: torch.Tensor = result[0] if isinstance(result, tuple) else result
     return out.transpose(1, 2)
@@ -59,9 +56,7 @@ def dense_with_lse(problem: Any) -> Callable[[], Any]:
     q, k, v = problem.q, problem.k, problem.v
     try:
         function = flash_attn_3().flash_attn_func
-        calls = functools.partial(
-            function, *(side.transpose(1, 2) for side in (q, k, v)), return_attn_probs=True
-        )
+        calls = functools.partial(function, *(side.transpose(1, 2) for side in (q, k, v)), return_attn_probs=True)
 
         def flash_3() -> Any:
             out, lse = calls()[:2]

@@ -40,7 +40,11 @@ from sparse_dlm_attn_triton.ranked import ranking_of
 from sparse_dlm_attn_triton.scores import page_scores
 
 SHAPES = (
-    Shape(context=16384), Shape(context=32768), Shape(), Shape(context=131072), Shape(batch=8),
+    Shape(context=16384),
+    Shape(context=32768),
+    Shape(),
+    Shape(context=131072),
+    Shape(batch=8),
     Shape(page_size=16),
 )
 MAGE = "mage:dense_layers=0,budget=1024"
@@ -63,9 +67,7 @@ def roofline(shape: Shape, density: float, metadata: bool, rate: float) -> float
     return read / rate * 1e6
 
 
-def kernels(
-    shape: Shape, made: list[Layer], policy: Any
-) -> tuple[dict[str, list[Callable[[], Any]]], list[Chosen]]:
+def kernels(shape: Shape, made: list[Layer], policy: Any) -> tuple[dict[str, list[Callable[[], Any]]], list[Chosen]]:
     """Return the stages of a ranked pass, each on every layer, and what they chose."""
     stages: dict[str, list[Callable[[], Any]]] = {"scores": [], "change, scores, select": [], "attend": []}
     chosen = []
@@ -73,9 +75,18 @@ def kernels(
         context, bounds = layer.context, (layer.context.bounds.lower, layer.context.bounds.upper)
         lengths, like = context.page_lengths, layer.q_next
         ranking = ranking_of(
-            like.device, like.dtype, layout(like), tuple(map(layout, bounds)), layout(layer.q), policy.active, None,
-            policy.budget, policy.budget // shape.page_size, "kv_head", True,
-        )  # fmt: skip
+            like.device,
+            like.dtype,
+            layout(like),
+            tuple(map(layout, bounds)),
+            layout(layer.q),
+            policy.active,
+            None,
+            policy.budget,
+            policy.budget // shape.page_size,
+            "kv_head",
+            True,
+        )
 
         def rank(layer: Layer = layer, ranking: Any = ranking, bounds: Any = bounds, lengths: Any = lengths) -> Any:
             return ranking.run(layer.q_next, bounds, lengths, layer.q)
@@ -83,17 +94,14 @@ def kernels(
         active, mask = rank()
         chosen.append(Chosen(layer, mask, active))
         part = Part(
-            context.k_pages, context.v_pages, context.page_table, lengths, mask, shape.tokens, active,
-            policy.active,
+            context.k_pages, context.v_pages, context.page_table, lengths, mask, shape.tokens, active, policy.active
         )
         cached = attend_pass(layer.q, (layer.k, layer.v), None, None, 1.0)[1:3]
 
         def attend(layer: Layer = layer, part: Any = part, cached: Any = cached) -> Any:
             return attend_pass(layer.q_next, (layer.k, layer.v), part, cached, 0.088, 1, layer.q)
 
-        stages["scores"].append(
-            lambda layer=layer, bounds=bounds: page_scores(layer.q_next, *bounds)
-        )
+        stages["scores"].append(lambda layer=layer, bounds=bounds: page_scores(layer.q_next, *bounds))
         stages["change, scores, select"].append(rank)
         stages["attend"].append(attend)
     return stages, chosen
@@ -108,14 +116,19 @@ def time_shape(
     sparse, density = budget_for(0.10, "losa", shape, backend, made[0])
     rows: list[Row] = []
 
-    def add(
-        name: str, kind: str, timing: Timing, density: float, policy: str = "", metadata: bool = False
-    ) -> None:
+    def add(name: str, kind: str, timing: Timing, density: float, policy: str = "", metadata: bool = False) -> None:
         floor = roofline(shape, density, metadata, rate)
-        rows.append({
-            "shape": str(shape), "name": name, "kind": kind, "density": density, "roofline_us": floor,
-            "policy": policy, **timing.as_dict(),
-        })  # fmt: skip
+        rows.append(
+            {
+                "shape": str(shape),
+                "name": name,
+                "kind": kind,
+                "density": density,
+                "roofline_us": floor,
+                "policy": policy,
+                **timing.as_dict(),
+            }
+        )
 
     some = made[: max(4, -(-COLD_BYTES // shape.cache_bytes))]
     for name, works in dense_peers(some, shape, peer_names).items():
@@ -123,8 +136,13 @@ def time_shape(
             print(f"{shape}: {name} is not here ({works})")
         else:
             add(name, "dense peer", measure(works, repeats), 1.0)
-    policies = {"dense": "dense", "losa": sparse, "quest": sparse.replace("losa:", "quest:first_pass=dense,"),
-                "mage": MAGE, "losa, never refreshed": "losa:active=0"}
+    policies = {
+        "dense": "dense",
+        "losa": sparse,
+        "quest": sparse.replace("losa:", "quest:first_pass=dense,"),
+        "mage": MAGE,
+        "losa, never refreshed": "losa:active=0",
+    }
     for name, policy in policies.items():
         read = relative_density(policy, backend, made[0])
         timing = measure([runner(policy, backend, layer) for layer in made], repeats)
@@ -174,11 +192,17 @@ def ragged_rows(shape: Shape, repeats: int) -> list[Row]:
         for ragged in (False, True):
             backend = TritonBackend(ragged=ragged)
             timing = measure([runner(policy, backend, layer) for layer in made], repeats)
-            rows.append({
-                "shape": f"{shape}, ragged", "name": f"{policy}{', ragged=true' * ragged}", "kind": "ragged",
-                "density": relative_density(policy, backend, made[0]), "policy": policy,
-                "of_roofline": None, **timing.as_dict(),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "shape": f"{shape}, ragged",
+                    "name": f"{policy}{', ragged=true' * ragged}",
+                    "kind": "ragged",
+                    "density": relative_density(policy, backend, made[0]),
+                    "policy": policy,
+                    "of_roofline": None,
+                    **timing.as_dict(),
+                }
+            )
     return rows
 
 
@@ -195,7 +219,7 @@ def print_rows(rows: list[Row]) -> None:
             *(f"{row[key]:.1f}" for key in ("alone_us", "chained_us", "plain_us")),
             *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
             "" if row["of_roofline"] is None else f"{row['of_roofline']:.0%}",
-        )  # fmt: skip
+        )
     Console(width=120).print(table)
 
 
@@ -225,10 +249,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON to write")
     parser.add_argument("--plot", type=Path, help="PNG to write")
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--shape", action="append", choices=[str(shape) for shape in SHAPES],
-                        help="shapes to time; default: all, and a ragged batch")
-    parser.add_argument("--peer", action="append", choices=sorted((*DENSE, *SPARSE)),
-                        help="peers to ask; default: all but the slow ones")
+    parser.add_argument(
+        "--shape",
+        action="append",
+        choices=[str(shape) for shape in SHAPES],
+        help="shapes to time; default: all, and a ragged batch",
+    )
+    parser.add_argument(
+        "--peer",
+        action="append",
+        choices=sorted((*DENSE, *SPARSE)),
+        help="peers to ask; default: all but the slow ones",
+    )
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("A CUDA GPU is needed; benchmarks/test_cpu.py times the CPU.")
@@ -251,11 +283,19 @@ def main() -> None:
         if any(row["kind"] == "dense peer" for row in found):
             whole[str(shape)] = blocks(found, shape)
             for block in whole[str(shape)]:
-                print(f"block of {block['passes']} passes, the first dense: {block['speedup']:.2f}x, "
-                      f"{block['share']:.0%} of its ceiling")
+                print(
+                    f"block of {block['passes']} passes, the first dense: {block['speedup']:.2f}x, "
+                    f"{block['share']:.0%} of its ceiling"
+                )
         torch.cuda.empty_cache()
-        written = {"device": device, "torch": torch.__version__, "triton": triton.__version__,
-                   "read_bytes_per_s": rate, "rows": rows, "blocks": whole}
+        written = {
+            "device": device,
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "read_bytes_per_s": rate,
+            "rows": rows,
+            "blocks": whole,
+        }
         options.out.write_text(json.dumps(written, indent=1), encoding="utf-8")
     if not options.shape:
         rows += (found := ragged_rows(Shape(batch=8), options.repeats))

@@ -47,11 +47,17 @@ def policy_of(name: str, context: int) -> str:
 def make_model(arguments: argparse.Namespace) -> Any:
     """Return a model of the wanted shape on the GPU, its weights random."""
     config = Qwen3Config(
-        vocab_size=arguments.vocabulary, hidden_size=arguments.hidden, intermediate_size=arguments.intermediate,
-        num_hidden_layers=arguments.layers, num_attention_heads=arguments.heads,
-        num_key_value_heads=arguments.kv_heads, head_dim=arguments.head_dim, max_position_embeddings=1 << 20,
-        attn_implementation="sdpa", dtype="bfloat16",
-    )  # fmt: skip
+        vocab_size=arguments.vocabulary,
+        hidden_size=arguments.hidden,
+        intermediate_size=arguments.intermediate,
+        num_hidden_layers=arguments.layers,
+        num_attention_heads=arguments.heads,
+        num_key_value_heads=arguments.kv_heads,
+        head_dim=arguments.head_dim,
+        max_position_embeddings=1 << 20,
+        attn_implementation="sdpa",
+        dtype="bfloat16",
+    )
     with torch.device("meta"):
         model = Qwen3ForCausalLM(config)
     model = model.to(torch.bfloat16).to_empty(device="cuda").eval()
@@ -180,6 +186,7 @@ def measure(run: Run, name: str, backend: str, floor: float) -> dict[str, Any]:
     row: dict[str, Any] = {"policy": policy, "backend": backend}
     cache = run.dynamic()
     with SparseAttention(model, policy, backend, page_size=arguments.page_size) as sparse, sparse.block():
+
         def step() -> Any:
             return run.step(cache)
 
@@ -258,8 +265,19 @@ def show(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     """Parse the command line and time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    numbers = {"layers": 36, "hidden": 4096, "intermediate": 12288, "heads": 32, "kv_heads": 8, "head_dim": 128,
-               "vocabulary": 151936, "tokens": 16, "page_size": 64, "passes": 8, "blocks": 3}
+    numbers = {
+        "layers": 36,
+        "hidden": 4096,
+        "intermediate": 12288,
+        "heads": 32,
+        "kv_heads": 8,
+        "head_dim": 128,
+        "vocabulary": 151936,
+        "tokens": 16,
+        "page_size": 64,
+        "passes": 8,
+        "blocks": 3,
+    }
     for name, value in numbers.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     parser.add_argument("--cases", default="1x16384,1x65536,8x65536")

@@ -74,9 +74,15 @@ def run(model: TinyModel, length: int, prompts: int) -> list[tuple[Row, PolicySc
             for row in rows_for(length):
                 choice = PolicyChoice(row.label, get_policy(row.policy), None, row.label)
                 decoded = decode_full_sequence(
-                    model, prompt.text, policy=choice.policy, block_length=BLOCK, steps=STEPS,
-                    new_tokens=answer_blocks(prompt.answer, BLOCK) * BLOCK, page_size=row.page_size,
-                    order=row.order, seed=seed,
+                    model,
+                    prompt.text,
+                    policy=choice.policy,
+                    block_length=BLOCK,
+                    steps=STEPS,
+                    new_tokens=answer_blocks(prompt.answer, BLOCK) * BLOCK,
+                    page_size=row.page_size,
+                    order=row.order,
+                    seed=seed,
                 )
                 results[row].append((task, PolicyResult.of(choice, decoded, prompt.answer)))
     return [(row, PolicyScore.of(found)) for row, found in results.items()]
@@ -85,9 +91,14 @@ def run(model: TinyModel, length: int, prompts: int) -> list[tuple[Row, PolicySc
 def cell(row: Row, length: int, score: PolicyScore) -> dict[str, Any]:
     """One line at one length, as JSON can say it."""
     return {
-        **row._asdict(), "length": length, "prompts": score.prompts, "exact": score.exact,
-        "tasks": {task: counts["exact"] for task, counts in score.tasks.items()}, "passes": score.passes,
-        "pair_share": score.everything.pair_share, "row_share": score.everything.row_share,
+        **row._asdict(),
+        "length": length,
+        "prompts": score.prompts,
+        "exact": score.exact,
+        "tasks": {task: counts["exact"] for task, counts in score.tasks.items()},
+        "passes": score.passes,
+        "pair_share": score.everything.pair_share,
+        "row_share": score.everything.row_share,
         "seconds": score.seconds,
     }
 
@@ -125,8 +136,12 @@ def main() -> None:
     cells = [cell(row, length, score) for length in given.lengths for row, score in run(model, length, given.prompts)]
     lines = [
         [
-            each["label"], str(each["length"]), f"{each['exact']}/{each['prompts']}",
-            *map(str, each["tasks"].values()), share_text(each["pair_share"]), share_text(each["row_share"]),
+            each["label"],
+            str(each["length"]),
+            f"{each['exact']}/{each['prompts']}",
+            *map(str, each["tasks"].values()),
+            share_text(each["pair_share"]),
+            share_text(each["row_share"]),
             f"{each['passes']:.1f}",
         ]
         for each in cells

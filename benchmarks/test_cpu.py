@@ -108,10 +108,18 @@ def test_evaluate_beside_the_reference(benchmark: Any) -> None:
 
     def run(backend: str) -> list[Any]:
         torch.set_num_threads(1)
-        return evaluate(Evaluation(
-            tasks=("single-key",), prompts=4, length=4096, seed=0, policies=("losa", "quest"),
-            budgets=(64, 256), backend=backend,
-        ), workers=1)
+        return evaluate(
+            Evaluation(
+                tasks=("single-key",),
+                prompts=4,
+                length=4096,
+                seed=0,
+                policies=("losa", "quest"),
+                budgets=(64, 256),
+                backend=backend,
+            ),
+            workers=1,
+        )
 
     answers = {}
     seconds: dict[str, list[float]] = {"reference": [], "torch": []}
@@ -126,5 +134,6 @@ def test_evaluate_beside_the_reference(benchmark: Any) -> None:
     ratio = medians["reference"] / medians["torch"]
     benchmark.extra_info.update(medians, ratio=ratio)
     benchmark.pedantic(run, args=("torch",), rounds=1)
-    print(f"\nevaluate: reference {medians['reference']:.1f} s, torch {medians['torch']:.1f} s; "
-          f"{ratio:.1f} times faster")  # no bar: most of it is reading the prompt, the same products in both
+    print(
+        f"\nevaluate: reference {medians['reference']:.1f} s, torch {medians['torch']:.1f} s; {ratio:.1f} times faster"
+    )  # no bar: most of it is reading the prompt, the same products in both

@@ -88,15 +88,21 @@ def losa_rows(shape: Shape, repeats: int, attempt: Callable[..., Any]) -> list[R
     def peer(name: str, works: list[Callable[[], Any]]) -> None:
         out = works[0]()[0].reshape(made[0].q_next.shape)
         error = relative_error(out, expected_dense(made[0])[0])  # compared already, to be let in
-        rows.append({"name": name, "kind": "dense", "read": 1.0, "error": error,
-                     **measure(works, repeats).as_dict()})
+        rows.append({"name": name, "kind": "dense", "read": 1.0, "error": error, **measure(works, repeats).as_dict()})
 
     def ours(path: str) -> None:
         backend = TorchBackend(device="cuda", attention=path)
         error = check_pass(policy, backend, made[0], shape)
         timing = measure([runner(policy, backend, layer) for layer in made], repeats)
-        rows.append({"name": f"{policy}, {path}", "kind": "ours", "error": error,
-                     "read": relative_density(policy, backend, made[0]), **timing.as_dict()})
+        rows.append(
+            {
+                "name": f"{policy}, {path}",
+                "kind": "ours",
+                "error": error,
+                "read": relative_density(policy, backend, made[0]),
+                **timing.as_dict(),
+            }
+        )
 
     for name, works in dense_peers(made[:4], shape, PEERS).items():
         if isinstance(works, str):
@@ -125,8 +131,15 @@ def sparsed_rows(repeats: int, attempt: Callable[..., Any]) -> list[Row]:
         if not error <= 1:
             raise WrongResultError(f"{name}: {error:.1f} times the limit on sampled rows")
         read = 1.0 if dense else float(problem.mask.float().mean())
-        rows.append({"name": name, "kind": "dense" if dense else "ours", "read": read, "error": error,
-                     **measure([call], repeats).as_dict()})
+        rows.append(
+            {
+                "name": name,
+                "kind": "dense" if dense else "ours",
+                "read": read,
+                "error": error,
+                **measure([call], repeats).as_dict(),
+            }
+        )
 
     def ours(path: str) -> None:
         backend = TorchBackend(device="cuda", attention=path)
@@ -173,8 +186,10 @@ def compilations() -> dict[str, int]:
         done += passes
     kernels, graphs = (after - first for after, first in zip(compiled(), before, strict=True))
     torch.cuda.synchronize()
-    print(f"{done} passes, context of {260 * 64 // 1024}K to {(260 + done) * 64 // 1024}K tokens: {kernels} "
-          f"kernels and {graphs} graphs compiled after the first block")
+    print(
+        f"{done} passes, context of {260 * 64 // 1024}K to {(260 + done) * 64 // 1024}K tokens: {kernels} "
+        f"kernels and {graphs} graphs compiled after the first block"
+    )
     if kernels or graphs:
         raise WrongResultError(f"{kernels} kernels and {graphs} graphs were compiled, wanted none")
     return {"passes": done, "kernels": kernels, "graphs": graphs}
@@ -203,11 +218,15 @@ def print_rows(rows: list[Row]) -> None:
     lines = []
     for row in rows:
         ratios = [row[f"speedup_{kind}"] for kind in ("alone", "chained", "plain")]
-        lines.append((
-            row["name"], f"{row['read']:.1%}",
-            *(f"{row[key]:.1f}" for key in ("alone_us", "chained_us", "plain_us")),
-            *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios), f"{row['error']:.1e}",
-        ))
+        lines.append(
+            (
+                row["name"],
+                f"{row['read']:.1%}",
+                *(f"{row[key]:.1f}" for key in ("alone_us", "chained_us", "plain_us")),
+                *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
+                f"{row['error']:.1e}",
+            )
+        )
     caption = "Microseconds; x: of the fastest dense contender."
     result_console().print(table((rows[0]["shape"],), figures, lines, caption))
 

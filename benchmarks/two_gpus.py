@@ -155,8 +155,10 @@ def compare(given: argparse.Namespace, tokens: int, policy: str, mesh: Any, say:
     own = [layer.passes(one, layer.local) for layer in layers]
     times = [microseconds(works, given.device) for works in (alone, together, own)]
     ratio = times[0] / times[1] if times[1] else 0.0
-    say(f"{policy:<20}{tokens:>10}{density:>9.3f}{times[0]:>10.1f}{times[1]:>10.1f}{ratio:>7.2f}x{times[2]:>10.1f}"
-        f"{sent / 1024:>10.0f}   {error:.1e}")
+    say(
+        f"{policy:<20}{tokens:>10}{density:>9.3f}{times[0]:>10.1f}{times[1]:>10.1f}{ratio:>7.2f}x{times[2]:>10.1f}"
+        f"{sent / 1024:>10.0f}   {error:.1e}"
+    )
     return True, ratio
 
 
@@ -173,10 +175,14 @@ def main() -> None:
             print(text, flush=True)
 
     card = torch.cuda.get_device_name() if on_gpu else "CPU"
-    say(f"{card} x {dist.get_world_size()}, torch {torch.__version__}, heads {given.heads[0]}/{given.heads[1]}, "
-        f"head dim {given.head_dim}, T={given.block}, B={given.batch}, page {given.page_size}")
-    say(f"{'policy':<20}{'tokens':>10}{'density':>9}{'one':>10}{'all':>10}{'':>8}{'own part':>10}{'KiB sent':>10}"
-        "   error")
+    say(
+        f"{card} x {dist.get_world_size()}, torch {torch.__version__}, heads {given.heads[0]}/{given.heads[1]}, "
+        f"head dim {given.head_dim}, T={given.block}, B={given.batch}, page {given.page_size}"
+    )
+    say(
+        f"{'policy':<20}{'tokens':>10}{'density':>9}{'one':>10}{'all':>10}{'':>8}{'own part':>10}{'KiB sent':>10}"
+        "   error"
+    )
     right = True
     for policy in given.policies:
         faster = []
@@ -185,8 +191,10 @@ def main() -> None:
             right &= good
             faster += [tokens] if ratio > 1.0 else []
         if on_gpu:
-            say(f"{policy}: {dist.get_world_size()} GPUs are faster than one at "
-                f"{', '.join(map(str, faster)) or 'none'} of these lengths")
+            say(
+                f"{policy}: {dist.get_world_size()} GPUs are faster than one at "
+                f"{', '.join(map(str, faster)) or 'none'} of these lengths"
+            )
     sys.stdout.flush()
     dist.barrier()
     os._exit(0 if right else 1)  # graphs that hold NCCL kernels can make the ordinary end hang

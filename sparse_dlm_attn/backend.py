@@ -18,8 +18,18 @@ from sparse_dlm_attn.values import AttentionState, PageBounds
 __all__ = ["Backend"]
 
 OPERATORS = (
-    "page_bounds", "extend_bounds", "page_scores", "pooled_scores", "top_pages",
-    "query_change", "largest_changes", "attend_pages", "attend_block", "merge", "reuse", "attend",
+    "page_bounds",
+    "extend_bounds",
+    "page_scores",
+    "pooled_scores",
+    "top_pages",
+    "query_change",
+    "largest_changes",
+    "attend_pages",
+    "attend_block",
+    "merge",
+    "reuse",
+    "attend",
     "attend_ranked",
 )
 
@@ -222,9 +232,7 @@ class Backend(ABC):
         """
         return operators.query_change(q, q_reference)
 
-    def largest_changes(
-        self, change: Array, *, count: int | None = None, mass: float | None = None
-    ) -> Array:
+    def largest_changes(self, change: Array, *, count: int | None = None, mass: float | None = None) -> Array:
         """Return the rows that changed most, bool ``(batch, tokens)`` (clauses CHANGE-2, CHANGE-3).
 
         Parameters

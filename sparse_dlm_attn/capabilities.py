@@ -28,9 +28,7 @@ class Problem:
     def of(cls, q: Array, context: Context) -> Problem:
         """Describe queries ``(batch, q_heads, tokens, head_dim)`` over ``context``."""
         _, q_heads, tokens, head_dim = shape_of(q)
-        return cls(
-            dtype_name(q), head_dim, context.page_size, q_heads, context.kv_heads, tokens, device_kind(q)
-        )
+        return cls(dtype_name(q), head_dim, context.page_size, q_heads, context.kv_heads, tokens, device_kind(q))
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,8 @@ class Capabilities:
             )
         if problem.kv_heads < 1 or problem.q_heads % problem.kv_heads:
             raise InvalidArgumentError(
-                "problem.q_heads", "must be a multiple of kv_heads, itself at least 1",
+                "problem.q_heads",
+                "must be a multiple of kv_heads, itself at least 1",
                 f"q_heads {problem.q_heads}, kv_heads {problem.kv_heads}",
             )
         checks: list[tuple[str, Any, tuple[Any, ...] | None]] = [

@@ -51,7 +51,8 @@ def check_library(name: str, value: Array, kind: type, backend: str) -> None:
     """Raise unless ``value``, an array, is of the library that a backend computes with."""
     if not isinstance(value, kind):
         raise InvalidTypeError(
-            name, f"must be a {kind.__module__}.{kind.__qualname__}, as backend {backend!r} computes with",
+            name,
+            f"must be a {kind.__module__}.{kind.__qualname__}, as backend {backend!r} computes with",
             f"a {type(value).__module__}.{type(value).__qualname__}",
             "Convert it with the backend's asarray().",
         )
@@ -62,7 +63,9 @@ def check_context(context: object) -> None:
     """Raise unless ``context`` is a `Context`, none of whose arrays records gradients."""
     if not isinstance(context, Context):
         raise InvalidTypeError(
-            "context", "must be a Context", type(context).__name__,
+            "context",
+            "must be a Context",
+            type(context).__name__,
             "Build one with Context.from_dense(k, v, page_size).",
         )
     _check_no_gradient("context.k_pages", context.k_pages)
@@ -71,9 +74,7 @@ def check_context(context: object) -> None:
         _check_no_gradient("context.bounds", context.bounds.lower, context.bounds.upper)
 
 
-def check_operand(
-    name: str, value: Array, axes: tuple[int | str, ...], dtypes: tuple[str, ...] = FLOATS
-) -> None:
+def check_operand(name: str, value: Array, axes: tuple[int | str, ...], dtypes: tuple[str, ...] = FLOATS) -> None:
     """Raise unless ``value`` is an array of this form (see `check_array`) that records no gradient.
 
     What is recorded would be kept alive from pass to pass, and nothing here has a derivative.
@@ -85,8 +86,10 @@ def check_operand(
 def _check_no_gradient(name: str, *arrays: Array) -> None:
     if any(map(records_gradient, arrays)):
         raise InvalidArgumentError(
-            name, "must not require a gradient where gradients are recorded: sparse attention serves "
-            "inference and has no derivative", "requires_grad=True",
+            name,
+            "must not require a gradient where gradients are recorded: sparse attention serves "
+            "inference and has no derivative",
+            "requires_grad=True",
             "Run the model under torch.no_grad() or torch.inference_mode(), or detach it.",
         )
 
@@ -98,7 +101,8 @@ def check_queries(q: Array, context: Context) -> None:
     batch, q_heads, _, head_dim = shape_of(q)
     if head_dim != context.head_dim or dtype_name(q) != dtype_name(context.k_pages):
         raise InvalidArgumentError(
-            "context.k_pages", f"must have head_dim {head_dim} and dtype {dtype_name(q)}, as q has",
+            "context.k_pages",
+            f"must have head_dim {head_dim} and dtype {dtype_name(q)}, as q has",
             f"head_dim {context.head_dim}, dtype {dtype_name(context.k_pages)}",
         )
     if context.batch != batch:
@@ -110,9 +114,7 @@ def check_queries(q: Array, context: Context) -> None:
 def check_query_heads(q_heads: int, kv_heads: int) -> None:
     """Raise unless the query heads make whole groups."""
     if kv_heads == 0 or q_heads == 0 or q_heads % kv_heads:
-        raise InvalidArgumentError(
-            "q", f"must have a multiple of kv_heads={kv_heads} query heads", f"{q_heads} heads"
-        )
+        raise InvalidArgumentError("q", f"must have a multiple of kv_heads={kv_heads} query heads", f"{q_heads} heads")
 
 
 def check_active(active: Array, q: Array) -> None:
@@ -122,9 +124,7 @@ def check_active(active: Array, q: Array) -> None:
 
 
 @once_a_form
-def check_attend_pages(
-    q: Array, context: Context, selection: Selection, active: Array, scale: float | None
-) -> None:
+def check_attend_pages(q: Array, context: Context, selection: Selection, active: Array, scale: float | None) -> None:
     """Check the arguments of `attend_pages`."""
     check_queries(q, context)
     if not isinstance(selection, Selection):
@@ -180,16 +180,16 @@ def check_extend_bounds(context: Context, bounds: PageBounds, from_page: int) ->
     held = shape_of(bounds.lower)[2]
     if held < from_page:
         raise InvalidArgumentError(
-            "bounds", f"must hold the first from_page={from_page} pages", f"{held} pages",
+            "bounds",
+            f"must hold the first from_page={from_page} pages",
+            f"{held} pages",
             "Begin at an earlier page, or make them with page_bounds(context).",
         )
     check_same_place("bounds.lower", bounds.lower, "context.k_pages", context.k_pages)
 
 
 @once_a_form
-def check_pooled_scores(
-    q: Array, context: Context, span: int, scale: float | None, lse: Array | None = None
-) -> None:
+def check_pooled_scores(q: Array, context: Context, span: int, scale: float | None, lse: Array | None = None) -> None:
     """Check the arguments of `pooled_scores`."""
     check_queries(q, context)
     check_int("span", span, 1)
@@ -222,9 +222,7 @@ def check_page_count(count: int | Array, shape: tuple[int, ...]) -> None:
 
 def _check_broadcasts(name: str, shape: tuple[int, ...], target: tuple[int, ...]) -> None:
     tail = target[len(target) - len(shape) :]
-    if len(shape) > len(target) or any(
-        size not in (1, wanted) for size, wanted in zip(shape, tail, strict=True)
-    ):
+    if len(shape) > len(target) or any(size not in (1, wanted) for size, wanted in zip(shape, tail, strict=True)):
         raise InvalidArgumentError(name, f"must broadcast to shape {target}", f"shape {shape}")
 
 
@@ -313,7 +311,8 @@ def check_rows_are_tokens(q: Array, context: Context) -> None:
     tokens = to_numpy(context.tokens)
     if (tokens != q.shape[2]).any():
         raise InvalidArgumentError(
-            "context", f"must hold exactly the block's {int(q.shape[2])} tokens where k and v are None",
+            "context",
+            f"must hold exactly the block's {int(q.shape[2])} tokens where k and v are None",
             f"{tokens.tolist()} tokens",
         )
 
@@ -330,7 +329,8 @@ def check_queries_fit(q: Array, context: Context) -> None:
     batch, q_heads, tokens, head_dim = shape_of(q)
     if head_dim != context.head_dim or dtype_name(q) != dtype_name(context.k_pages):
         raise InvalidArgumentError(
-            "context.k_pages", f"must have head_dim {head_dim} and dtype {dtype_name(q)}, as q has",
+            "context.k_pages",
+            f"must have head_dim {head_dim} and dtype {dtype_name(q)}, as q has",
             f"head_dim {context.head_dim}, dtype {dtype_name(context.k_pages)}",
         )
     if context.batch != batch:

@@ -85,15 +85,16 @@ class Context:
         if self.bounds is not None:
             if not isinstance(self.bounds, PageBounds):
                 raise InvalidTypeError(
-                    "bounds", "must be PageBounds or None", type(self.bounds).__name__,
+                    "bounds",
+                    "must be PageBounds or None",
+                    type(self.bounds).__name__,
                     "Make them with a backend's page_bounds(context).",
                 )
             shape = (self.batch, self.kv_heads, self.pages, self.head_dim)
             check_array("bounds.lower", self.bounds.lower, shape, (dtype_name(self.k_pages),))
         if 0 in (self.kv_heads, self.page_size, self.head_dim):
             raise InvalidArgumentError(
-                "k_pages", "must have at least one KV head, token and channel a page",
-                f"shape {shape_of(self.k_pages)}",
+                "k_pages", "must have at least one KV head, token and channel a page", f"shape {shape_of(self.k_pages)}"
             )
         object.__setattr__(self, "version", check_int("version", self.version))
         self._check_placement()
@@ -111,8 +112,10 @@ class Context:
             strides = strides_of(array)
             if strides is not None and strides[-1] != 1 and self.head_dim > 1 and 0 not in shape_of(array):
                 raise InvalidArgumentError(
-                    name, "must be contiguous in its last axis (channels)",
-                    f"a stride of {strides[-1]} elements", "Copy it into contiguous memory.",
+                    name,
+                    "must be contiguous in its last axis (channels)",
+                    f"a stride of {strides[-1]} elements",
+                    "Copy it into contiguous memory.",
                 )
 
     @property
@@ -267,19 +270,16 @@ class Context:
             raise InvalidTypeError("page_size", "must be an int of at least 1 token", repr(page_size))
         page_size = int(page_size)
         if not 1 <= page_size < 2**31:
-            raise InvalidArgumentError(
-                "page_size", "must be at least 1 token and less than 2**31", page_size
-            )
+            raise InvalidArgumentError("page_size", "must be at least 1 token and less than 2**31", page_size)
         if valid is not None:
             if lengths is not None:
-                raise InvalidArgumentError(
-                    "lengths", "must be None together with valid, which says the same", "both"
-                )
+                raise InvalidArgumentError("lengths", "must be None together with valid, which says the same", "both")
             shifted = shifted_pages(k, v, page_size, check_valid(valid, (batch, tokens)))
             return cls(*shifted, version=version)
         if tokens % page_size:
             raise InvalidArgumentError(
-                "k", f"must have a multiple of page_size={page_size} tokens, since a view cannot pad",
+                "k",
+                f"must have a multiple of page_size={page_size} tokens, since a view cannot pad",
                 f"{tokens} tokens",
                 f"Allocate {-(-tokens // page_size) * page_size} tokens and pass lengths=, "
                 "or choose a page_size that divides the capacity, or pass valid=.",
@@ -290,10 +290,7 @@ class Context:
         offsets = xp.arange(pages, dtype=xp.int32, device=k.device)
         table = xp.astype(first[:, None] + offsets[None, :], xp.int32)
         page_lengths = _page_lengths(xp, lengths, batch, pages, page_size, k.device)
-        return cls(
-            _paged_view("k", k, page_size), _paged_view("v", v, page_size), table, page_lengths,
-            version=version,
-        )
+        return cls(_paged_view("k", k, page_size), _paged_view("v", v, page_size), table, page_lengths, version=version)
 
     def check_contents(self) -> None:
         """Check the values of table and lengths; reads them, so it synchronises with a device.
@@ -309,15 +306,15 @@ class Context:
         if bad.any():
             where = tuple(int(i) for i in np.argwhere(bad)[0])
             raise InvalidArgumentError(
-                "page_lengths", f"must lie in 0..page_size = 0..{self.page_size}",
-                f"{lengths[where]} at {where}",
+                "page_lengths", f"must lie in 0..page_size = 0..{self.page_size}", f"{lengths[where]} at {where}"
             )
         bad = to_numpy(self.resident) & ((table < 0) | (table >= self.k_pages.shape[0]))
         if bad.any():
             where = tuple(int(i) for i in np.argwhere(bad)[0])
             raise InvalidArgumentError(
-                "page_table", f"must point into 0..num_pages-1 = 0..{self.k_pages.shape[0] - 1} "
-                "where page_lengths > 0", f"{table[where]} at {where}",
+                "page_table",
+                f"must point into 0..num_pages-1 = 0..{self.k_pages.shape[0] - 1} where page_lengths > 0",
+                f"{table[where]} at {where}",
             )
         if self.page_segments is not None:
             segments = to_numpy(self.page_segments)
@@ -325,14 +322,13 @@ class Context:
             if bad.any():
                 where = tuple(int(i) for i in np.argwhere(bad)[0])
                 raise InvalidArgumentError(
-                    "page_segments", "must be 0 prompt, 1 generated or 2 suffix where page_lengths > 0",
+                    "page_segments",
+                    "must be 0 prompt, 1 generated or 2 suffix where page_lengths > 0",
                     f"{segments[where]} at {where}",
                 )
 
 
-def _page_lengths(
-    xp: Any, lengths: Any, batch: int, pages: int, page_size: int, device: Any
-) -> Array:
+def _page_lengths(xp: Any, lengths: Any, batch: int, pages: int, page_size: int, device: Any) -> Array:
     """Split sequence lengths into page lengths, all pages full but the last one."""
     if lengths is None:
         return xp.full((batch, pages), page_size, dtype=xp.int32, device=device)
@@ -346,9 +342,7 @@ def _page_lengths(
     if is_readable(lengths):
         host = to_numpy(lengths)
         if ((host < 0) | (host > pages * page_size)).any():
-            raise InvalidArgumentError(
-                "lengths", f"must lie in 0..tokens = 0..{pages * page_size}", host.tolist()
-            )
+            raise InvalidArgumentError("lengths", f"must lie in 0..tokens = 0..{pages * page_size}", host.tolist())
     starts = xp.arange(pages, dtype=xp.int32, device=device) * page_size
     return xp.astype(xp.clip(lengths[:, None] - starts[None, :], 0, page_size), xp.int32)
 
@@ -359,25 +353,25 @@ def _paged_view(name: str, dense: Array, page_size: int) -> Array:
     pages = tokens // page_size
     strides = strides_of(dense)
     if 0 in (batch, kv_heads, tokens):  # nothing to view, so no layout to ask for
-        return namespace(dense).zeros(
-            (0, kv_heads, page_size, head_dim), dtype=dense.dtype, device=dense.device
-        )
+        return namespace(dense).zeros((0, kv_heads, page_size, head_dim), dtype=dense.dtype, device=dense.device)
     if batch == 1 or strides is None:
         if batch != 1:
             raise InvalidTypeError(
-                name, "must be a NumPy array or PyTorch tensor to view several sequences as pages",
-                type(dense).__name__, "Pass one sequence at a time or build Context from pages.",
+                name,
+                "must be a NumPy array or PyTorch tensor to view several sequences as pages",
+                type(dense).__name__,
+                "Pass one sequence at a time or build Context from pages.",
             )
         xp = namespace(dense)
-        return xp.permute_dims(
-            xp.reshape(dense[0, ...], (kv_heads, pages, page_size, head_dim)), (1, 0, 2, 3)
-        )
+        return xp.permute_dims(xp.reshape(dense[0, ...], (kv_heads, pages, page_size, head_dim)), (1, 0, 2, 3))
     sequence, head, token, channel = strides
     page = page_size * token
     if sequence != kv_heads * pages * page or head != pages * page:
         raise InvalidArgumentError(
-            name, "must be contiguous in its batch, head and token axes to be viewed as pages",
-            f"strides {strides}", "Call it on the contiguous cache, not on a slice of it.",
+            name,
+            "must be contiguous in its batch, head and token axes to be viewed as pages",
+            f"strides {strides}",
+            "Call it on the contiguous cache, not on a slice of it.",
         )
     shape = ((batch - 1) * kv_heads * pages + pages, kv_heads, page_size, head_dim)
     return strided_view(dense, shape, (page, head, token, channel))

@@ -105,9 +105,7 @@ class Decoder:
     @memories.setter
     def memories(self, memories: Sequence[LayerMemory | None]) -> None:
         if len(memories) != self.layers:
-            raise InvalidArgumentError(
-                "memories", f"must hold one for each of {self.layers} layers", len(memories)
-            )
+            raise InvalidArgumentError("memories", f"must hold one for each of {self.layers} layers", len(memories))
         self._memories = list(memories)
 
     def recorded_pass(self, memories: Sequence[LayerMemory | None], info: PassInfo) -> DecoderPass:
@@ -129,9 +127,7 @@ class Decoder:
         other.memories, other.current = memories, DecoderPass(other, info)
         return other.current
 
-    def start_block(
-        self, contexts: Sequence[Context] | None = None, *, total_passes: int | None = None
-    ) -> None:
+    def start_block(self, contexts: Sequence[Context] | None = None, *, total_passes: int | None = None) -> None:
         """Begin a block.
 
         Parameters
@@ -158,7 +154,9 @@ class Decoder:
         """Return the contexts of a block that may begin now, none for None; raise as `start_block` does."""
         if self._running:
             raise CallOrderError(
-                "start_block()", "must not be called while a block is under way", repr(self),
+                "start_block()",
+                "must not be called while a block is under way",
+                repr(self),
                 "Call finish_block() first.",
             )
         if contexts is None:
@@ -167,7 +165,9 @@ class Decoder:
             iterator = iter(contexts)
         except TypeError:
             raise InvalidTypeError(
-                "contexts", "must be a list of Contexts, one for each layer", type(contexts).__name__,
+                "contexts",
+                "must be a list of Contexts, one for each layer",
+                type(contexts).__name__,
                 "Pass [context] * num_layers where layers share one.",
             ) from None
         given = tuple(iterator)  # apart: an error of the caller's own generator is not ours
@@ -175,9 +175,7 @@ class Decoder:
             if not isinstance(context, Context):
                 raise InvalidTypeError("contexts", "must hold Contexts", type(context).__name__)
         if len(given) != self.layers:
-            raise InvalidArgumentError(
-                "contexts", f"must hold one for each of {self.layers} layers", len(given)
-            )
+            raise InvalidArgumentError("contexts", f"must hold one for each of {self.layers} layers", len(given))
         return given
 
     def next_pass(
@@ -226,20 +224,31 @@ class Decoder:
             )
         if self.current is not None and self.current.missing:
             raise CallOrderError(
-                "next_pass()", "must be called after every layer of the pass before has run",
+                "next_pass()",
+                "must be called after every layer of the pass before has run",
                 f"layers {list(self.current.missing)} missing",
                 "Run them, or call finish_block() to give the block up.",
             )
-        info = PassInfo(self._passes if index is None else index, is_save, decoded, total_passes=self._total,
-                        window=window, window_index=window_index, planned=planned,
-                        planned_order=planned_order, num_layers=self.layers)
+        info = PassInfo(
+            self._passes if index is None else index,
+            is_save,
+            decoded,
+            total_passes=self._total,
+            window=window,
+            window_index=window_index,
+            planned=planned,
+            planned_order=planned_order,
+            num_layers=self.layers,
+        )
         newly = None
         if decoded is not None:
             before = decoded if self._decoded is None else self._decoded
             if shape_of(decoded) != shape_of(before):
                 raise InvalidArgumentError(
-                    "decoded", f"must have shape {shape_of(before)}, as in the pass before",
-                    f"shape {shape_of(decoded)}", "Call finish_block() before a block of other rows.",
+                    "decoded",
+                    f"must have shape {shape_of(before)}, as in the pass before",
+                    f"shape {shape_of(decoded)}",
+                    "Call finish_block() before a block of other rows.",
                 )
             check_same_place("decoded", decoded, "decoded in the pass before", before)
             newly = decoded & ~before
@@ -282,7 +291,9 @@ class Decoder:
         """
         if self.current is not None and self.current.missing:
             raise CallOrderError(
-                "reorder()", "must be called between passes", f"layers {list(self.current.missing)} missing",
+                "reorder()",
+                "must be called between passes",
+                f"layers {list(self.current.missing)} missing",
                 "Run them, or call finish_block() to give the block up.",
             )
         memories = [memory and memory.reorder(indices) for memory in self._memories]
@@ -301,8 +312,14 @@ class Decoder:
         self._memories = [None] * self.layers
 
     def _attend(
-        self, step: DecoderPass, layer: int, q: Array, k: Array | None, v: Array | None,
-        context: Context | None, scale: float | None,
+        self,
+        step: DecoderPass,
+        layer: int,
+        q: Array,
+        k: Array | None,
+        v: Array | None,
+        context: Context | None,
+        scale: float | None,
     ) -> Array:
         if step is not self.current:
             raise CallOrderError("a pass", "must be the current one", repr(step), "Call next_pass().")
@@ -315,7 +332,5 @@ class Decoder:
             if self._contexts is None:
                 raise InvalidArgumentError("context", "must be given here or to start_block()", "None")
             context = self._contexts[layer]
-        out, self._memories[layer] = self.attention(
-            q, k, v, context, self._memories[layer], info, scale=scale
-        )
+        out, self._memories[layer] = self.attention(q, k, v, context, self._memories[layer], info, scale=scale)
         return out

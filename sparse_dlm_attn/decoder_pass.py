@@ -92,7 +92,8 @@ class DecoderPass:
         """What each layer read, once all have run and while the block lasts."""
         if self.decoder.current is not self or self.missing:
             raise CallOrderError(
-                "traffic", "is known when all layers of the pass have run, until the next pass starts",
+                "traffic",
+                "is known when all layers of the pass have run, until the next pass starts",
                 f"layers {list(self.missing)} missing" if self.missing else "the pass is over",
                 "Look at it before next_pass() and finish_block().",
             )
@@ -100,9 +101,7 @@ class DecoderPass:
             return self._read()
         return tuple(memory.traffic for memory in self.decoder.memories if memory is not None)
 
-    def replayed(
-        self, memories: Sequence[LayerMemory | None], traffic: Callable[[], tuple[Traffic, ...]]
-    ) -> None:
+    def replayed(self, memories: Sequence[LayerMemory | None], traffic: Callable[[], tuple[Traffic, ...]]) -> None:
         """Take note that all layers have run without a call: a graph was replayed that had recorded them.
 
         Parameters
@@ -118,8 +117,9 @@ class DecoderPass:
             If this pass is over, or some layer has run.
         """
         if self.decoder.current is not self or self._ran:
-            raise CallOrderError("replayed()", "must be called once for the pass under way", repr(self),
-                "Call next_pass().")
+            raise CallOrderError(
+                "replayed()", "must be called once for the pass under way", repr(self), "Call next_pass()."
+            )
         self.decoder.memories = tuple(memories)
         self._ran, self._read = set(range(self.decoder.layers)), traffic
 

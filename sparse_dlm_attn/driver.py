@@ -5,15 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from sparse_dlm_attn.arrays import (
-    Array,
-    copy_of,
-    is_host,
-    is_readable,
-    namespace,
-    shape_of,
-    without_autocast,
-)
+from sparse_dlm_attn.arrays import Array, copy_of, is_host, is_readable, namespace, shape_of, without_autocast
 from sparse_dlm_attn.backend import Backend
 from sparse_dlm_attn.capabilities import Problem
 from sparse_dlm_attn.checks import check_block, check_rows, check_rows_are_tokens, check_whole_sequence
@@ -76,9 +68,7 @@ class PrefixAttention:
         self._forms = Forms()
         kind = type(self.policy)
         self._computes_all = kind.computed_tokens is PrefixAttentionPolicy.computed_tokens
-        self._fused = (
-            kind.reuse is PrefixAttentionPolicy.reuse and kind.merge is PrefixAttentionPolicy.merge
-        )
+        self._fused = kind.reuse is PrefixAttentionPolicy.reuse and kind.merge is PrefixAttentionPolicy.merge
         overridden = type(self.backend).attend_ranked is not Backend.attend_ranked
         self._ranks = isinstance(self.policy, RulePolicy) and self.policy.states_rules and overridden
 
@@ -152,9 +142,7 @@ class PrefixAttention:
             state = self.policy.reuse(inputs, active, fresh)
             out = self.policy.merge(inputs, state, AttentionState.empty_like(q))
         elif self._fused:
-            out, state = self.backend.attend(
-                q, k, v, context, selection, active, inputs.cached, scale=scale
-            )
+            out, state = self.backend.attend(q, k, v, context, selection, active, inputs.cached, scale=scale)
         else:
             fresh = self.backend.attend_pages(q, context, selection, active, scale=scale)
             state = self.policy.reuse(inputs, active, fresh)
@@ -170,7 +158,13 @@ class PrefixAttention:
         if ranked is None:
             return None
         result = operators.attend_ranked(
-            inputs.q, k, v, inputs.context, operators.page_bounds(inputs.context), ranked, inputs.cached,
+            inputs.q,
+            k,
+            v,
+            inputs.context,
+            operators.page_bounds(inputs.context),
+            ranked,
+            inputs.cached,
             scale=inputs.scale,
         )
         inputs = changed(inputs, state=result.state, kept=result.kept)
@@ -185,14 +179,30 @@ class PrefixAttention:
         # Before the traffic is counted: a policy that freezes a selection scores pages here.
         remembered = self.policy.remember(inputs, active, selection)
         traffic = Traffic(
-            selection, active, int(inputs.q.shape[1]), context.kv_heads, context.page_lengths,
-            context.token_bytes, operators.metadata_reads, operators.key_reads,
+            selection,
+            active,
+            int(inputs.q.shape[1]),
+            context.kv_heads,
+            context.page_lengths,
+            context.token_bytes,
+            operators.metadata_reads,
+            operators.key_reads,
         )
         segments = context.page_segments
         return LayerMemory(
-            self.policy, info.layer, context.version, context.page_size, _kept(context.page_table),
-            _kept(context.page_lengths), None if segments is None else _kept(segments), inputs.state,
-            remembered, operators.bounds, selection, active, traffic,
+            self.policy,
+            info.layer,
+            context.version,
+            context.page_size,
+            _kept(context.page_table),
+            _kept(context.page_lengths),
+            None if segments is None else _kept(segments),
+            inputs.state,
+            remembered,
+            operators.bounds,
+            selection,
+            active,
+            traffic,
         )
 
     def _active(self, inputs: PassInputs[Any]) -> Array:
@@ -207,8 +217,14 @@ class PrefixAttention:
         return active & computed
 
     def _checked(
-        self, q: Array, k: Array | None, v: Array | None, context: Context, memory: LayerMemory | None,
-        info: PassInfo | None, scale: float | None,
+        self,
+        q: Array,
+        k: Array | None,
+        v: Array | None,
+        context: Context,
+        memory: LayerMemory | None,
+        info: PassInfo | None,
+        scale: float | None,
     ) -> PassInfo:
         """Check everything that can be checked before a kernel is launched."""
         if info is None:
@@ -230,9 +246,7 @@ class PrefixAttention:
             check_memory(self.policy, q, context, memory, info, read)
         return info
 
-    def _check_problem(
-        self, q: Array, k: Array | None, v: Array | None, context: Context, scale: float | None
-    ) -> None:
+    def _check_problem(self, q: Array, k: Array | None, v: Array | None, context: Context, scale: float | None) -> None:
         """Check what depends on forms alone, and ask the backend whether it computes them."""
         if k is None and v is None:
             check_whole_sequence(q, context)
@@ -243,8 +257,7 @@ class PrefixAttention:
             raise UnsupportedError(self.backend.name, reasons)
 
     def _inputs(
-        self, q: Array, context: Context, memory: LayerMemory | None, info: PassInfo, scale: float | None,
-        whole: bool,
+        self, q: Array, context: Context, memory: LayerMemory | None, info: PassInfo, scale: float | None, whole: bool
     ) -> tuple[PassInputs[Any], RecordingOperators]:
         """Assemble what the policy sees, without anything that a restart must not see."""
         if memory is None:
@@ -273,9 +286,7 @@ class PrefixAttention:
                 xp.where(rows[..., None], xp.zeros_like(memory.state.out), memory.state.out),
                 xp.where(rows, -math.inf, memory.state.lse),
             )
-        inputs = PassInputs(
-            operators.as_backend(), q, context, policy_memory, cached, info, restarts, scale, whole
-        )
+        inputs = PassInputs(operators.as_backend(), q, context, policy_memory, cached, info, restarts, scale, whole)
         return inputs, operators
 
 

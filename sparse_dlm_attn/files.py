@@ -49,8 +49,10 @@ def read_text(source: str, limit: int, *, argument: str = "--prompt") -> bytes:
         raise InvalidArgumentError(argument, "must hold at least 1 byte", f"{name}, which is empty")
     if len(data) > limit:
         raise InvalidArgumentError(
-            argument, f"must be at most {limit} bytes, so that it fits the model's context",
-            f"{name}, which is longer", "Shorten the text.",
+            argument,
+            f"must be at most {limit} bytes, so that it fits the model's context",
+            f"{name}, which is longer",
+            "Shorten the text.",
         )
     try:
         data.decode("utf-8")
@@ -100,9 +102,7 @@ def check_target(path: Path, argument: str) -> None:
         if target.is_dir():
             raise DataFileError(f"{argument}: {str(path)!r} is a directory. Name a file in it.")
         if not special and not target.parent.is_dir():
-            raise DataFileError(
-                f"{argument}: the directory of {str(path)!r} does not exist. Create it first."
-            )
+            raise DataFileError(f"{argument}: the directory of {str(path)!r} does not exist. Create it first.")
     except DataFileError:
         raise
     except OSError as error:  # a name that is too long, links that go in a circle

@@ -14,13 +14,7 @@ from sparse_dlm_attn.pass_info import PassInfo
 from sparse_dlm_attn.policy import PrefixAttentionPolicy, certain
 from sparse_dlm_attn.selection import Selection
 from sparse_dlm_attn.traffic import Traffic
-from sparse_dlm_attn.values import (
-    AttentionState,
-    PageBounds,
-    check_sequences,
-    short_repr,
-    take_sequences,
-)
+from sparse_dlm_attn.values import AttentionState, PageBounds, check_sequences, short_repr, take_sequences
 
 __all__ = ["LayerMemory", "check_memory"]
 
@@ -116,8 +110,7 @@ class LayerMemory:
 
 
 def check_memory(
-    policy: PrefixAttentionPolicy[Any], q: Array, context: Context, memory: LayerMemory, info: PassInfo,
-    read: bool,
+    policy: PrefixAttentionPolicy[Any], q: Array, context: Context, memory: LayerMemory, info: PassInfo, read: bool
 ) -> None:
     """Refuse memory of another policy, layer, batch, block or context (clause MEMORY-2).
 
@@ -186,11 +179,17 @@ def _plainly_continues(
         return False
     held = memory.state.out
     return (
-        memory.policy is policy and memory.layer == info.layer and memory.version == context.version
-        and type(held) is type(q) and held.shape == q.shape and held.dtype == q.dtype and held.device == q.device
-        and memory.traffic.kv_heads == context.kv_heads and memory.page_size == context.page_size
+        memory.policy is policy
+        and memory.layer == info.layer
+        and memory.version == context.version
+        and type(held) is type(q)
+        and held.shape == q.shape
+        and held.dtype == q.dtype
+        and held.device == q.device
+        and memory.traffic.kv_heads == context.kv_heads
+        and memory.page_size == context.page_size
         and memory.page_lengths.shape == context.page_lengths.shape
-    )  # fmt: skip
+    )
 
 
 def _type_name(array: Array) -> str:
@@ -198,8 +197,7 @@ def _type_name(array: Array) -> str:
 
 
 def _changed_context(
-    policy: PrefixAttentionPolicy[Any], context: Context, memory: LayerMemory, info: PassInfo, starts: bool,
-    read: bool,
+    policy: PrefixAttentionPolicy[Any], context: Context, memory: LayerMemory, info: PassInfo, starts: bool, read: bool
 ) -> str:
     """Say how a context is not that of a running block, or does not continue that of the block before.
 

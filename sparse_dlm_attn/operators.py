@@ -48,9 +48,7 @@ LEAST_ROWS = 16
 """Rows for which a part of a context is sized, so that a long block does not cut it into single pages."""
 
 
-def extend_bounds(
-    backend: Backend, context: Context, bounds: PageBounds, from_page: int
-) -> PageBounds:
+def extend_bounds(backend: Backend, context: Context, bounds: PageBounds, from_page: int) -> PageBounds:
     """See :meth:`sparse_dlm_attn.Backend.extend_bounds`."""
     check_extend_bounds(context, bounds, from_page)
     fresh = backend.page_bounds(context.pages_from(from_page))
@@ -100,9 +98,7 @@ def query_change(q: Array, q_reference: Array) -> Array:
 def check_change_rule(count: int | None, mass: float | None) -> None:
     """Raise unless exactly one of ``count`` and ``mass`` is given and in range."""
     if (count is None) == (mass is None):
-        raise InvalidArgumentError(
-            "count/mass", "must be given one at a time", f"count={count}, mass={mass}"
-        )
+        raise InvalidArgumentError("count/mass", "must be given one at a time", f"count={count}, mass={mass}")
     if count is not None:
         check_int("count", count, 0)
     if mass is not None:
@@ -153,9 +149,7 @@ def merge(*states: AttentionState) -> AttentionState:
         share = (weights[index, ...] / xp.where(empty, 1.0, total))[..., None]
         # A state without weight may hold NaN or inf, and 0 x NaN is NaN (clause MERGE-4).
         out = out + share * xp.where(share == 0, 0.0, xp.astype(state.out, dtype))
-    return AttentionState(
-        xp.astype(out, states[0].out.dtype), xp.astype(merged_lse, xp.float32)
-    )
+    return AttentionState(xp.astype(out, states[0].out.dtype), xp.astype(merged_lse, xp.float32))
 
 
 def reuse(active: Array, fresh: AttentionState, cached: AttentionState) -> AttentionState:
@@ -163,9 +157,7 @@ def reuse(active: Array, fresh: AttentionState, cached: AttentionState) -> Atten
     check_reuse(active, fresh, cached)
     xp = namespace(fresh.out)
     rows = active[:, None, :]
-    return AttentionState(
-        xp.where(rows[..., None], fresh.out, cached.out), xp.where(rows, fresh.lse, cached.lse)
-    )
+    return AttentionState(xp.where(rows[..., None], fresh.out, cached.out), xp.where(rows, fresh.lse, cached.lse))
 
 
 def gather_pages(pages: Array, context: Context) -> Array:
@@ -251,7 +243,10 @@ def _page_parts(context: Context, q: Array) -> Iterator[Context]:
     for start in range(0, context.pages, pages):
         columns = slice(start, min(start + pages, context.pages))
         yield replace(
-            context, page_table=context.page_table[:, columns], page_segments=None, bounds=None,
+            context,
+            page_table=context.page_table[:, columns],
+            page_segments=None,
+            bounds=None,
             page_lengths=context.page_lengths[:, columns],
         )
 

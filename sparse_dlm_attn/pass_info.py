@@ -83,9 +83,7 @@ class PassInfo:
         if self.num_layers < 1:
             raise InvalidArgumentError("num_layers", "must be at least 1", self.num_layers)
         if not 0 <= self.layer < self.num_layers:
-            raise InvalidArgumentError(
-                "layer", f"must be in 0..num_layers-1 = 0..{self.num_layers - 1}", self.layer
-            )
+            raise InvalidArgumentError("layer", f"must be in 0..num_layers-1 = 0..{self.num_layers - 1}", self.layer)
         if self.total_passes is not None and self.total_passes < 1:
             raise InvalidArgumentError("total_passes", "must be at least 1 or None", self.total_passes)
 

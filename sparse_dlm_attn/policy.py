@@ -114,9 +114,7 @@ class PassInputs(Generic[MemoryT]):
         value = self.info.is_save
         return value if isinstance(value, bool) else self.info.of_sequences("is_save", self.q)
 
-    def rows_where(
-        self, condition: bool | Array, rows: Callable[[], Array], otherwise: Callable[[], Array]
-    ) -> Array:
+    def rows_where(self, condition: bool | Array, rows: Callable[[], Array], otherwise: Callable[[], Array]) -> Array:
         """Return ``rows()`` for sequences where ``condition`` holds, else ``otherwise()``.
 
         Both give arrays ``(batch, ...)`` of one shape. Either side is computed only if some sequence
@@ -231,9 +229,7 @@ class PrefixAttentionPolicy(ABC, Generic[MemoryT]):
         past a page's length (clause POLICY-4).
         """
 
-    def reuse(
-        self, inputs: PassInputs[MemoryT], active: Array, fresh: AttentionState
-    ) -> AttentionState:
+    def reuse(self, inputs: PassInputs[MemoryT], active: Array, fresh: AttentionState) -> AttentionState:
         """Return the context part of every row: fresh where active, else from earlier passes.
 
         Law: with all rows active it returns ``fresh`` (clause POLICY-5).
@@ -242,18 +238,14 @@ class PrefixAttentionPolicy(ABC, Generic[MemoryT]):
             return fresh
         return inputs.ops.reuse(active, fresh, inputs.cached)
 
-    def merge(
-        self, inputs: PassInputs[MemoryT], context_state: AttentionState, block_state: AttentionState
-    ) -> Array:
+    def merge(self, inputs: PassInputs[MemoryT], context_state: AttentionState, block_state: AttentionState) -> Array:
         """Return the attention output ``(batch, q_heads, tokens, head_dim)``.
 
         Law: if every row read all pages in this pass, it equals one softmax over context and block.
         """
         return inputs.ops.merge(context_state, block_state).out
 
-    def remember(
-        self, inputs: PassInputs[MemoryT], active: Array, selection: Selection
-    ) -> MemoryT | None:
+    def remember(self, inputs: PassInputs[MemoryT], active: Array, selection: Selection) -> MemoryT | None:
         """Return what this layer's next pass needs, a frozen value; the default is nothing.
 
         ``inputs.state`` is the pass's context part. After a dense pass its LSE spares

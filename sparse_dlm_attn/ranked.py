@@ -16,21 +16,12 @@ from sparse_dlm_attn.errors import InvalidArgumentError, InvalidTypeError
 from sparse_dlm_attn.forms import once_a_form
 from sparse_dlm_attn.operators import check_change_rule
 from sparse_dlm_attn.selection import Selection
-from sparse_dlm_attn.values import (
-    AttentionState,
-    PageBounds,
-    check_array,
-    check_int,
-    short_repr,
-    softmax_scale,
-)
+from sparse_dlm_attn.values import AttentionState, PageBounds, check_array, check_int, short_repr, softmax_scale
 
 if TYPE_CHECKING:
     from sparse_dlm_attn.backend import Backend
 
-__all__ = [
-    "RankedPass", "RankedResult", "affordable_pages", "check_ranked_pass", "kept_queries", "united",
-]
+__all__ = ["RankedPass", "RankedResult", "affordable_pages", "check_ranked_pass", "kept_queries", "united"]
 
 Union = Literal["kv_head", "query_head", "row"]
 Keep = Literal["nothing", "queries", "active_queries"]
@@ -80,15 +71,11 @@ class RankedPass:
         check_int("pages", self.pages, 0)
         for name, choices in (("union", get_args(Union)), ("keep", get_args(Keep))):
             if getattr(self, name) not in choices:
-                raise InvalidArgumentError(
-                    name, f"must be one of {', '.join(choices)}", repr(getattr(self, name))
-                )
+                raise InvalidArgumentError(name, f"must be one of {', '.join(choices)}", repr(getattr(self, name)))
         if self.reference is not None:
             check_change_rule(self.count, self.mass)
         elif (self.count, self.mass) != (None, None) or self.keep == "active_queries":
-            raise InvalidArgumentError(
-                "reference", "must be given with count, mass or keep='active_queries'", "None"
-            )
+            raise InvalidArgumentError("reference", "must be given with count, mass or keep='active_queries'", "None")
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,8 +106,14 @@ class RankedResult:
 
 
 def check_ranked_pass(
-    q: Array, k: Array, v: Array, context: Context, bounds: PageBounds, ranked: RankedPass,
-    cached: AttentionState | None, scale: float | None,
+    q: Array,
+    k: Array,
+    v: Array,
+    context: Context,
+    bounds: PageBounds,
+    ranked: RankedPass,
+    cached: AttentionState | None,
+    scale: float | None,
 ) -> None:
     """Check the arguments of `attend_ranked`."""
     if not isinstance(ranked, RankedPass):
@@ -130,8 +123,14 @@ def check_ranked_pass(
 
 @once_a_form
 def _check_operands(
-    q: Array, k: Array, v: Array, context: Context, bounds: PageBounds, reference: Array | None,
-    cached: AttentionState | None, scale: float | None,
+    q: Array,
+    k: Array,
+    v: Array,
+    context: Context,
+    bounds: PageBounds,
+    reference: Array | None,
+    cached: AttentionState | None,
+    scale: float | None,
 ) -> None:
     check_block(q, k, v, context)
     check_page_scores(q, bounds)
@@ -159,8 +158,7 @@ def affordable_pages(context: Context, budget: int, pages: int) -> Array:
     xp = namespace(context.page_lengths)
     tokens, budget = context.tokens, min(budget, context.pages * context.page_size)  # any int is legal
     return xp.where(
-        tokens <= budget, xp.full_like(tokens, context.pages),
-        xp.full_like(tokens, min(pages, context.pages)),
+        tokens <= budget, xp.full_like(tokens, context.pages), xp.full_like(tokens, min(pages, context.pages))
     )
 
 
@@ -206,8 +204,15 @@ def kept_queries(q: Array, active: Array, keep: Keep, reference: Array | None) -
 
 
 def attend_ranked(
-    ops: Backend, q: Array, k: Array, v: Array, context: Context, bounds: PageBounds, ranked: RankedPass,
-    cached: AttentionState | None, scale: float | None,
+    ops: Backend,
+    q: Array,
+    k: Array,
+    v: Array,
+    context: Context,
+    bounds: PageBounds,
+    ranked: RankedPass,
+    cached: AttentionState | None,
+    scale: float | None,
 ) -> RankedResult:
     """Run a ranked pass operator by operator: the definition of it."""
     check_ranked_pass(q, k, v, context, bounds, ranked, cached, scale)
@@ -221,7 +226,8 @@ def attend_ranked(
     rows = active[:, None, :, None]
     scores = ops.page_scores(q, bounds, active=active)
     own = ops.top_pages(
-        scores, affordable_pages(context, ranked.budget, ranked.pages)[:, None, None],
+        scores,
+        affordable_pages(context, ranked.budget, ranked.pages)[:, None, None],
         eligible=context.exists[:, None, None, :] & rows,
     )
     selection = united(own & rows, context.kv_heads, ranked.union)

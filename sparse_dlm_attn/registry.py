@@ -137,9 +137,7 @@ def get_backend(backend: str | Backend, **options: Any) -> Backend:
     return _build("backend", BACKEND_GROUP, Backend, backend, options)  # type: ignore[no-any-return]
 
 
-def get_policy(
-    policy: str | PrefixAttentionPolicy[Any], **parameters: Any
-) -> PrefixAttentionPolicy[Any]:
+def get_policy(policy: str | PrefixAttentionPolicy[Any], **parameters: Any) -> PrefixAttentionPolicy[Any]:
     """Return a policy by name.
 
     Parameters
@@ -176,7 +174,8 @@ def _plugins(kind: str, group: str) -> dict[str, Plugin]:
         other = found.setdefault(entry.name, plugin)
         if other.target != plugin.target:
             found[entry.name] = dataclasses.replace(
-                other, target=f"{other.target} | {plugin.target}",
+                other,
+                target=f"{other.target} | {plugin.target}",
                 distribution=f"{other.distribution} and {plugin.distribution}",
             )
     return dict(sorted(found.items()))
@@ -225,9 +224,7 @@ def _distribution(entry: EntryPoint) -> str:
 def _build(kind: str, group: str, base: type, name: Any, options: dict[str, Any]) -> Any:
     if isinstance(name, base):
         if options:
-            raise InvalidTypeError(
-                kind, f"must be a name when options are given ({', '.join(options)})", "an instance"
-            )
+            raise InvalidTypeError(kind, f"must be a name when options are given ({', '.join(options)})", "an instance")
         return name
     if not isinstance(name, str):
         raise InvalidTypeError(kind, f"must be a name or a {base.__name__}", type(name).__name__)
@@ -250,12 +247,15 @@ def _build(kind: str, group: str, base: type, name: Any, options: dict[str, Any]
         raise UnavailableError(f"{kind} {name!r}", [str(error)], "Install what is missing.") from error
     except (Exception, SystemExit) as error:
         raise InvalidTypeError(
-            f"{kind} {name!r}", "must be constructible with these options",
+            f"{kind} {name!r}",
+            "must be constructible with these options",
             f"{options or 'no options'}: {type(error).__name__}: {error}",
         ) from error
     if not isinstance(built, base):
         raise InvalidTypeError(
-            f"{kind} {name!r}", f"must give a {base.__name__}", type(built).__name__,
+            f"{kind} {name!r}",
+            f"must give a {base.__name__}",
+            type(built).__name__,
             f"Derive the class from sparse_dlm_attn.{base.__name__}.",
         )
     return built
@@ -270,7 +270,9 @@ def _find(kind: str, group: str, name: str) -> Any:
     if plugin is not None:
         if " | " in plugin.target:
             raise InvalidArgumentError(
-                kind, "must be registered by one distribution", f"{name!r} by {plugin.distribution}",
+                kind,
+                "must be registered by one distribution",
+                f"{name!r} by {plugin.distribution}",
                 f"Ask for one of {plugin.target} by 'module:attr', or uninstall the other.",
             )
         return plugin.load()
@@ -284,14 +286,14 @@ def _find(kind: str, group: str, name: str) -> Any:
             raise _unparsed(kind, name, head) from error
     if colon and head in _plugins(kind, group):
         raise _unparsed(kind, name, head)
-    raise UnknownNameError(
-        kind, name, _plugins(kind, group), f"A {kind} of your own is named 'module:attr'."
-    )
+    raise UnknownNameError(kind, name, _plugins(kind, group), f"A {kind} of your own is named 'module:attr'.")
 
 
 def _unparsed(kind: str, name: str, head: str) -> InvalidArgumentError:
     return InvalidArgumentError(
-        kind, "must be written name:key=value,key=value", repr(name),
+        kind,
+        "must be written name:key=value,key=value",
+        repr(name),
         f"{head!r} is registered; its parameters: `sparse-dlm-attn {_plural(kind)} {head}`.",
     )
 
@@ -363,9 +365,7 @@ def split_parameters(kind: str, text: str) -> tuple[str, dict[str, Any]]:
     for item in tail.split(","):
         key, equals, value = item.partition("=")
         if not equals or not key.strip() or not value.strip():
-            raise InvalidArgumentError(
-                kind, "must be written name:key=value,key=value", repr(text)
-            )
+            raise InvalidArgumentError(kind, "must be written name:key=value,key=value", repr(text))
         if key.strip() in parameters:
             raise InvalidArgumentError(kind, "must give each parameter once", repr(text))
         parameters[key.strip()] = _literal(value.strip())

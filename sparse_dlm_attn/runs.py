@@ -31,8 +31,10 @@ def check_valid(valid: Array, shape: tuple[int, int]) -> HostArray:
     check_array("valid", valid, shape, ("bool", "bool_"))
     if not is_host(valid):
         raise InvalidTypeError(
-            "valid", "must be in host memory, since it decides how many pages there are",
-            f"an array on {valid.device}", "Copy it once a block: valid.cpu().",
+            "valid",
+            "must be in host memory, since it decides how many pages there are",
+            f"an array on {valid.device}",
+            "Copy it once a block: valid.cpu().",
         )
     return to_numpy(valid)
 
@@ -54,9 +56,7 @@ def largest_page_size(valid: HostArray, page_size: int) -> int:
     return page_size
 
 
-def shifted_pages(
-    k: Array, v: Array, page_size: int, valid: HostArray
-) -> tuple[Array, Array, Array, Array]:
+def shifted_pages(k: Array, v: Array, page_size: int, valid: HostArray) -> tuple[Array, Array, Array, Array]:
     """View the valid tokens of a dense cache as pages.
 
     Parameters
@@ -82,14 +82,15 @@ def shifted_pages(
     jump = _tokens_between_sequences("k", k)
     if jump != _tokens_between_sequences("v", v):
         raise InvalidArgumentError(
-            "v", "must be laid out as k is", f"strides {strides_of(v)} beside {strides_of(k)}",
-            "Make both contiguous.",
+            "v", "must be laid out as k is", f"strides {strides_of(v)} beside {strides_of(k)}", "Make both contiguous."
         )
     overhang = _overhang(valid, page_size, jump)
     if overhang > 0:
         raise InvalidArgumentError(
-            "page_size", "must not exceed the tokens at the end of the last sequence: a page would reach "
-            "behind the end of the memory", f"{page_size}, {overhang} too many",
+            "page_size",
+            "must not exceed the tokens at the end of the last sequence: a page would reach "
+            "behind the end of the memory",
+            f"{page_size}, {overhang} too many",
             f"Use page_size={largest_page_size(valid, page_size)}, put a longer sequence last, or leave "
             f"room for {overhang} tokens behind it.",
         )
@@ -107,8 +108,10 @@ def shifted_pages(
     count = max(listed) // step + 1 if listed else 0
     xp = namespace(k)
     return (
-        _view(k, count, page_size, step), _view(v, count, page_size, step),
-        xp.asarray(table, device=k.device), xp.asarray(lengths, device=k.device),
+        _view(k, count, page_size, step),
+        _view(v, count, page_size, step),
+        xp.asarray(table, device=k.device),
+        xp.asarray(lengths, device=k.device),
     )
 
 
@@ -139,8 +142,10 @@ def _tokens_between_sequences(name: str, dense: Array) -> int:
     strides = strides_of(dense)
     if strides is None:
         raise InvalidTypeError(
-            name, "must be a NumPy array or PyTorch tensor to be viewed where tokens begin",
-            type(dense).__name__, "Pass lengths= instead of valid=, one sequence at a time.",
+            name,
+            "must be a NumPy array or PyTorch tensor to be viewed where tokens begin",
+            type(dense).__name__,
+            "Pass lengths= instead of valid=, one sequence at a time.",
         )
     sequence, head, token, _ = strides
     batch, heads, tokens, _ = shape_of(dense)
@@ -153,8 +158,10 @@ def _tokens_between_sequences(name: str, dense: Array) -> int:
     backwards = batch > 1 and sequence < token * tokens and sequence != 0
     if tokens and (uneven or backwards):
         raise InvalidArgumentError(
-            name, "must have a batch stride that is a multiple of its token stride to be viewed as pages",
-            f"strides {strides}", "Call it on the contiguous cache.",
+            name,
+            "must have a batch stride that is a multiple of its token stride to be viewed as pages",
+            f"strides {strides}",
+            "Call it on the contiguous cache.",
         )
     return sequence // token if tokens else 0
 

@@ -78,7 +78,8 @@ class Selection:
         # Not ``in``, which a compiler that keeps sizes symbolic takes for a comparison of symbols.
         if not any(self.heads == heads for heads in (1, context.kv_heads, q_heads)):
             raise InvalidArgumentError(
-                "selection.mask", f"must have 1, kv_heads={context.kv_heads} or q_heads={q_heads} heads",
+                "selection.mask",
+                f"must have 1, kv_heads={context.kv_heads} or q_heads={q_heads} heads",
                 f"{self.heads} heads",
             )
         wanted = (batch, self.heads, spans, context.pages)
@@ -96,9 +97,7 @@ class Selection:
         forms: one entry, one a KV head, one a query head.
         """
         if check_int("q_heads", q_heads, 1) % max(self.heads, 1) or self.heads == 0:
-            raise InvalidArgumentError(
-                "q_heads", f"must be a multiple of the selection's {self.heads} heads", q_heads
-            )
+            raise InvalidArgumentError("q_heads", f"must be a multiple of the selection's {self.heads} heads", q_heads)
         xp = namespace(self.mask)
         return xp.repeat(self.mask, q_heads // self.heads, axis=1)
 
@@ -113,9 +112,7 @@ class Selection:
         """Return ``span``, cut to the block: a span may be longer, and memory must not follow it."""
         spans = int(self.mask.shape[2])
         if spans != -(-check_int("tokens", tokens, 0) // self.span):
-            raise InvalidArgumentError(
-                "tokens", f"must fill the selection's {spans} spans of {self.span} rows", tokens
-            )
+            raise InvalidArgumentError("tokens", f"must fill the selection's {spans} spans of {self.span} rows", tokens)
         return min(self.span, max(tokens, 1))
 
     def rows_of_spans(self, active: Array) -> Array:
@@ -209,8 +206,9 @@ class Selection:
         _check_context(context)
         if (int(self.mask.shape[0]), self.pages) != (context.batch, context.pages):
             raise InvalidArgumentError(
-                "context", f"must have the selection's {int(self.mask.shape[0])} sequences of {self.pages} "
-                "pages", f"{context.batch} sequences of {context.pages} pages",
+                "context",
+                f"must have the selection's {int(self.mask.shape[0])} sequences of {self.pages} pages",
+                f"{context.batch} sequences of {context.pages} pages",
             )
         check_same_place("context", context.page_lengths, "selection.mask", self.mask)
         mask = to_numpy(self.mask & context.exists[:, None, None, :])
@@ -221,7 +219,8 @@ class Selection:
             sizes = lengths[position[0]][listed]
             if (sizes[:-1] != context.page_size).any():
                 raise InvalidArgumentError(
-                    "context.page_lengths", "must be full except for the last listed page, to be CSR",
+                    "context.page_lengths",
+                    "must be full except for the last listed page, to be CSR",
                     f"lengths {sizes.tolist()} in list {position}",
                 )
             indices.extend(table[position[0]][listed].tolist())
@@ -240,8 +239,9 @@ class Selection:
         lines = [head]
         for h in range(min(heads, 8)):
             for s in range(min(spans, 8)):
-                cells = [mask[0, h, s, c * pages // columns : (c + 1) * pages // columns].mean()
-                         for c in range(columns)]
+                cells = [
+                    mask[0, h, s, c * pages // columns : (c + 1) * pages // columns].mean() for c in range(columns)
+                ]
                 lines.append(f"  head {h} span {s} |{''.join(' .:#'[int(cell * 3)] for cell in cells)}|")
         return "\n".join(lines)
 
@@ -249,6 +249,8 @@ class Selection:
 def _check_context(context: object) -> None:
     if not isinstance(context, Context):
         raise InvalidTypeError(
-            "context", "must be a Context", type(context).__name__,
+            "context",
+            "must be a Context",
+            type(context).__name__,
             "Build one with Context.from_dense(k, v, page_size).",
         )

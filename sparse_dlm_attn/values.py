@@ -15,16 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from sparse_dlm_attn.arrays import (
-    Array,
-    device_of,
-    dtype_name,
-    is_array,
-    is_readable,
-    namespace,
-    shape_of,
-    to_numpy,
-)
+from sparse_dlm_attn.arrays import Array, device_of, dtype_name, is_array, is_readable, namespace, shape_of, to_numpy
 from sparse_dlm_attn.errors import InvalidArgumentError, InvalidTypeError
 from sparse_dlm_attn.forms import once_a_form, with_one_form
 
@@ -46,9 +37,7 @@ T = TypeVar("T")
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
-def check_array(
-    name: str, value: Array, axes: tuple[int | str, ...], dtypes: tuple[str, ...] = FLOATS
-) -> None:
+def check_array(name: str, value: Array, axes: tuple[int | str, ...], dtypes: tuple[str, ...] = FLOATS) -> None:
     """Raise unless ``value`` is an array of the given axes and dtypes.
 
     Parameters
@@ -71,7 +60,9 @@ def check_array(
     """
     if not is_array(value):
         raise InvalidTypeError(
-            name, f"must be an array of shape {_written(axes)}", type(value).__name__,
+            name,
+            f"must be an array of shape {_written(axes)}",
+            type(value).__name__,
             "Convert it with the backend's asarray().",
         )
     shape = shape_of(value)
@@ -80,9 +71,7 @@ def check_array(
     ):
         raise InvalidArgumentError(name, f"must have shape {_written(axes)}", f"shape {shape}")
     if dtype_name(value) not in dtypes:
-        raise InvalidTypeError(
-            name, f"must have dtype {' or '.join(dtypes)}", f"dtype {dtype_name(value)}"
-        )
+        raise InvalidTypeError(name, f"must have dtype {' or '.join(dtypes)}", f"dtype {dtype_name(value)}")
 
 
 def _written(axes: tuple[int | str, ...]) -> str:
@@ -111,7 +100,8 @@ def check_same_place(name: str, value: Array, like_name: str, like: Array) -> No
     """Raise unless two arrays are of one library and lie on one device."""
     if device_of(value) != device_of(like) or namespace(value) is not namespace(like):
         raise InvalidArgumentError(
-            name, f"must be a {type(like).__name__} on device {device_of(like)}, as {like_name} is",
+            name,
+            f"must be a {type(like).__name__} on device {device_of(like)}, as {like_name} is",
             f"a {type(value).__name__} on {device_of(value)}",
         )
 
@@ -167,8 +157,10 @@ def take_sequences(value: Any, indices: Array) -> Any:
     if value is None or isinstance(value, str | Real):
         return value
     raise InvalidTypeError(
-        "memory", "must hold arrays (batch, ...), numbers, names, dataclasses or tuples to be reordered",
-        type(value).__name__, "Give the policy a reorder() of its own.",
+        "memory",
+        "must hold arrays (batch, ...), numbers, names, dataclasses or tuples to be reordered",
+        type(value).__name__,
+        "Give the policy a reorder() of its own.",
     )
 
 
@@ -209,8 +201,7 @@ class _ShortRepr(reprlib.Repr):
         if is_dataclass(x):
             if level <= 0:
                 return f"{name}(...)"
-            shown = (f"{each.name}={self.repr1(getattr(x, each.name), level - 1)}"
-                     for each in fields(x) if each.repr)
+            shown = (f"{each.name}={self.repr1(getattr(x, each.name), level - 1)}" for each in fields(x) if each.repr)
             return f"{name}({', '.join(shown)})"
         return repr(x) if x is None or isinstance(x, bool | int | float) else f"<{name}>"
 

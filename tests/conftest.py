@@ -32,15 +32,11 @@ def toy_layer() -> Callable[..., Any]:
 
         def forward(self, x: Any, context: Any, memory: Any, info: Any) -> Any:
             batch, tokens, _ = x.shape
-            q, k, v = (
-                rows(x).view(batch, tokens, -1, self.head_dim).transpose(1, 2) for rows in self.rows
-            )
+            q, k, v = (rows(x).view(batch, tokens, -1, self.head_dim).transpose(1, 2) for rows in self.rows)
             out, memory = self.attention(q, k, v, context, memory, info)
             return self.last(out.transpose(1, 2).reshape(batch, tokens, -1)), memory
 
-    def make(
-        policy: Any, backend: Any, *, dim: int = 64, heads: int = 4, kv_heads: int = 2, head_dim: int = 16
-    ) -> Any:
+    def make(policy: Any, backend: Any, *, dim: int = 64, heads: int = 4, kv_heads: int = 2, head_dim: int = 16) -> Any:
         torch.manual_seed(0)
         return ToyLayer(policy, backend, dim, heads, kv_heads, head_dim).requires_grad_(False)
 

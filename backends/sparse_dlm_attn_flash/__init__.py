@@ -9,8 +9,7 @@ try:
     import torch  # noqa: F401
 except ImportError as error:
     raise UnavailableError(
-        "backends 'flash-attn' and 'flashinfer'", [str(error)],
-        "Install PyTorch: pip install 'sparse_dlm_attn[torch]'.",
+        "backends 'flash-attn' and 'flashinfer'", [str(error)], "Install PyTorch: pip install 'sparse_dlm_attn[torch]'."
     ) from error
 
 from sparse_dlm_attn_flash.backend import FoldedBackend

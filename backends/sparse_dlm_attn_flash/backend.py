@@ -53,7 +53,9 @@ def check_gpu(backend: str, device: str) -> str:
     kind, _, number = device.partition(":") if isinstance(device, str) else ("", "", "")
     if kind != "cuda" or device == "cuda:" or (number and not number.isdecimal()):
         raise InvalidArgumentError(
-            "device", "must be 'cuda' or 'cuda:N': these kernels run on GPUs", repr(device),
+            "device",
+            "must be 'cuda' or 'cuda:N': these kernels run on GPUs",
+            repr(device),
             "Use backend 'torch' on a CPU.",
         )
     if not torch.cuda.is_available():
@@ -76,9 +78,7 @@ class FoldedBackend(Backend):
     device = "cuda"
 
     @abstractmethod
-    def run(
-        self, q: torch.Tensor, pool: Pool, requests: Requests, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(self, q: torch.Tensor, pool: Pool, requests: Requests, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Call the kernel.
 
         Parameters
@@ -123,9 +123,7 @@ class FoldedBackend(Backend):
             sides.append(side.masked_fill(~exists, 0.0))
         return PageBounds(*sides)
 
-    def page_scores(
-        self, q: torch.Tensor, bounds: PageBounds, *, active: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def page_scores(self, q: torch.Tensor, bounds: PageBounds, *, active: torch.Tensor | None = None) -> torch.Tensor:
         check_page_scores(q, bounds, active)
         self._check_place("q", q)
         batch, q_heads, tokens, dim = q.shape
@@ -137,7 +135,12 @@ class FoldedBackend(Backend):
         return ranked.to(torch.float32)
 
     def attend_pages(
-        self, q: torch.Tensor, context: Context, selection: Selection, active: torch.Tensor, *,
+        self,
+        q: torch.Tensor,
+        context: Context,
+        selection: Selection,
+        active: torch.Tensor,
+        *,
         scale: float | None = None,
     ) -> AttentionState:
         check_attend_pages(q, context, selection, active, scale)
@@ -167,8 +170,11 @@ class FoldedBackend(Backend):
         count, share = batch * kv_heads, q_heads // kv_heads * tokens
         numbers = torch.arange(count + 1, dtype=torch.int32, device="cpu")
         requests = Requests(
-            torch.arange(count * share, device=q.device), numbers * share,
-            numbers[:-1].to(q.device), numbers, numbers.new_full((count,), keys),
+            torch.arange(count * share, device=q.device),
+            numbers * share,
+            numbers[:-1].to(q.device),
+            numbers,
+            numbers.new_full((count,), keys),
         )
         pool = Pool(k.reshape(count, keys, dim), v.reshape(count, keys, dim), 1, 0)
         return self._state(q, pool, requests, softmax_scale(dim, scale))
@@ -197,7 +203,9 @@ class FoldedBackend(Backend):
         places = {str(part.device) for part in parts}
         if places != {str(given.device)}:
             raise InvalidArgumentError(
-                where, f"must return tensors on {given.device}, as q is", ", ".join(sorted(places)),
+                where,
+                f"must return tensors on {given.device}, as q is",
+                ", ".join(sorted(places)),
                 "Compute where the arguments lie.",
             )
         return parts[0], parts[1]
@@ -206,6 +214,8 @@ class FoldedBackend(Backend):
         check_library(name, tensor, torch.Tensor, self.name)
         if tensor.device.type != torch.device(self.device).type:
             raise InvalidArgumentError(
-                name, f"must be on device {self.device!r}, as this backend is", f"one on {tensor.device}",
+                name,
+                f"must be on device {self.device!r}, as this backend is",
+                f"one on {tensor.device}",
                 f"Move it: tensor.to({self.device!r}).",
             )

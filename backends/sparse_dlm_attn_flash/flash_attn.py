@@ -78,8 +78,11 @@ class FlashAttentionBackend(FoldedBackend):
         """Half precision on a GPU; plans on the host."""
         half = not build_flags(self.module).get("FLASHATTENTION_DISABLE_FP16", False)
         return Capabilities(
-            dtypes=("bfloat16", "float16") if half else ("bfloat16",), devices=("cuda",), deterministic=True,
-            plans_on_host=True, notes=f"{self.module}, pages {self.pages}.",
+            dtypes=("bfloat16", "float16") if half else ("bfloat16",),
+            devices=("cuda",),
+            deterministic=True,
+            plans_on_host=True,
+            notes=f"{self.module}, pages {self.pages}.",
         )
 
     def why_not(self, problem: Problem) -> list[str]:
@@ -101,9 +104,7 @@ class FlashAttentionBackend(FoldedBackend):
             return packed.attend_block(q, k, v, scale=scale)
         return super().attend_block(q, k, v, scale=scale)
 
-    def run(
-        self, q: torch.Tensor, pool: Pool, requests: Requests, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(self, q: torch.Tensor, pool: Pool, requests: Requests, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         call, splits = (packed_call if self.pages == "packed" else paged_call), self.num_splits
         if self.module == "flash_attn.cute" and torch.cuda.get_device_capability(q.device)[0] not in (10, 11):
             splits = 1
@@ -111,8 +112,7 @@ class FlashAttentionBackend(FoldedBackend):
 
 
 def packed_call(
-    function: Callable[..., Any], q: torch.Tensor, pool: Pool, requests: Requests, scale: float,
-    num_splits: int = 0,
+    function: Callable[..., Any], q: torch.Tensor, pool: Pool, requests: Requests, scale: float, num_splits: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Call ``flash_attn_varlen_func`` on copies of the selected tokens, packed without gaps."""
     lengths = requests.lengths(pool.k.shape[1])
@@ -135,14 +135,20 @@ def packed_call(
     if "num_splits" in known:  # their own default, 1, leaves most of a GPU idle at a small batch
         options["num_splits"] = num_splits
     result = function(
-        q[:, None], keys, values, cu_seqlens_q=requests.row_starts.to(q.device),
-        cu_seqlens_k=starts.to(q.device), max_seqlen_q=int(requests.row_starts.diff().max()),
-        max_seqlen_k=int(lengths.max()), **options,
+        q[:, None],
+        keys,
+        values,
+        cu_seqlens_q=requests.row_starts.to(q.device),
+        cu_seqlens_k=starts.to(q.device),
+        max_seqlen_q=int(requests.row_starts.diff().max()),
+        max_seqlen_k=int(lengths.max()),
+        **options,
     )
     out, lse = _with_lse(result)
     if lse.shape != (1, q.shape[0]):
         raise UnavailableError(
-            "backend 'flash-attn'", [f"this version returns log-sum-exps of shape {tuple(lse.shape)}"],
+            "backend 'flash-attn'",
+            [f"this version returns log-sum-exps of shape {tuple(lse.shape)}"],
             "Upgrade it: pip install -U flash-attn (2.6 or newer).",
         )
     again = lse[0].isinf()
@@ -154,8 +160,7 @@ def packed_call(
 
 
 def paged_call(
-    function: Callable[..., Any], q: torch.Tensor, pool: Pool, requests: Requests, scale: float,
-    num_splits: int = 0,
+    function: Callable[..., Any], q: torch.Tensor, pool: Pool, requests: Requests, scale: float, num_splits: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Call ``flash_attn_with_kvcache`` with a block table; rows of a request are padded to the most."""
     counts = requests.row_starts.diff().long()
@@ -167,9 +172,14 @@ def paged_call(
     if "num_splits" in known:
         options["num_splits"] = num_splits
     result = function(
-        padded[:, :, None], pool.k[:, :, None], pool.v[:, :, None],
-        cache_seqlens=requests.lengths(pool.k.shape[1]).to(q.device), softmax_scale=scale, causal=False,
-        return_softmax_lse=True, **options,
+        padded[:, :, None],
+        pool.k[:, :, None],
+        pool.v[:, :, None],
+        cache_seqlens=requests.lengths(pool.k.shape[1]).to(q.device),
+        softmax_scale=scale,
+        causal=False,
+        return_softmax_lse=True,
+        **options,
     )
     out, lse = _with_lse(result)
     out, lse = out[:, :, 0][inside], lse[:, 0][inside]
@@ -177,7 +187,12 @@ def paged_call(
 
 
 def _unhidden(
-    q: torch.Tensor, pool: Pool, requests: Requests, scale: float, out: torch.Tensor, lse: torch.Tensor,
+    q: torch.Tensor,
+    pool: Pool,
+    requests: Requests,
+    scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor,
     hidden: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute anew the rows that are ``hidden``, bool ``(rows,)``: among them those of an infinite LSE.
@@ -205,8 +220,7 @@ def _unhidden(
 def _with_lse(result: Any) -> tuple[torch.Tensor, torch.Tensor]:
     if not isinstance(result, tuple) or len(result) < 2 or result[1] is None:
         raise UnavailableError(
-            "backend 'flash-attn'", ["this version returns no log-sum-exp"],
-            "Upgrade it: pip install -U flash-attn.",
+            "backend 'flash-attn'", ["this version returns no log-sum-exp"], "Upgrade it: pip install -U flash-attn."
         )
     return result[0], result[1]
 
@@ -242,7 +256,8 @@ def _installed(wanted: str, modules: tuple[str, ...]) -> tuple[str, Callable[...
             continue
         return name, function
     raise UnavailableError(
-        "backend 'flash-attn'", reasons,
+        "backend 'flash-attn'",
+        reasons,
         "Install flash-attn for your GPU and PyTorch: pip install flash-attn (version 2), fa3_fwd (3) or "
         "flash-attn-4 (4); or use backend 'torch'.",
     )

@@ -67,13 +67,15 @@ class FlashInferBackend(FoldedBackend):
     def capabilities(self) -> Capabilities:
         """Half precision and the head sizes that its kernels are made for; plans on the host."""
         return Capabilities(
-            dtypes=("bfloat16", "float16"), devices=("cuda",), head_dims=(64, 128, 256), deterministic=True,
-            plans_on_host=True, notes=f"{self.kernel} kernels, compiled on first use.",
+            dtypes=("bfloat16", "float16"),
+            devices=("cuda",),
+            head_dims=(64, 128, 256),
+            deterministic=True,
+            plans_on_host=True,
+            notes=f"{self.kernel} kernels, compiled on first use.",
         )
 
-    def run(
-        self, q: torch.Tensor, pool: Pool, requests: Requests, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(self, q: torch.Tensor, pool: Pool, requests: Requests, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         workspace = torch.empty(self.workspace, dtype=torch.uint8, device=q.device)
         wrapper = self.library.BatchPrefillWithPagedKVCacheWrapper(workspace, "HND", backend=self.kernel)
         return paged_call(wrapper, q, pool, requests, scale)
@@ -84,9 +86,18 @@ def paged_call(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Plan and run a wrapper made for layout "HND"; its log-sum-exp has base 2."""
     wrapper.plan(
-        requests.row_starts, requests.page_starts, requests.pages, requests.last_lengths,
-        num_qo_heads=1, num_kv_heads=1, head_dim_qk=q.shape[1], page_size=pool.k.shape[1], causal=False,
-        sm_scale=scale, q_data_type=q.dtype, kv_data_type=pool.k.dtype,
+        requests.row_starts,
+        requests.page_starts,
+        requests.pages,
+        requests.last_lengths,
+        num_qo_heads=1,
+        num_kv_heads=1,
+        head_dim_qk=q.shape[1],
+        page_size=pool.k.shape[1],
+        causal=False,
+        sm_scale=scale,
+        q_data_type=q.dtype,
+        kv_data_type=pool.k.dtype,
     )
     out, lse = wrapper.run(q[:, None], (pool.k[:, None], pool.v[:, None]), return_lse=True)
     return out[:, 0], lse[:, 0] * math.log(2.0)

@@ -96,9 +96,9 @@ def folded(context: Context, backend: str) -> Pool:
     if k.numel() == 0:
         return Pool(k.reshape(0, size, dim), v.reshape(0, size, dim), heads, 1)
     if k.stride() != v.stride():
-        raise UnsupportedError(backend, [
-            f"k_pages and v_pages have different strides ({k.stride()}, {v.stride()}); allocate both alike"
-        ])
+        raise UnsupportedError(
+            backend, [f"k_pages and v_pages have different strides ({k.stride()}, {v.stride()}); allocate both alike"]
+        )
     page, head, token, _ = k.stride()
     page, head = (page if count > 1 else 0), (head if heads > 1 else 0)
     unit = math.gcd(page, head) or size * token
@@ -136,15 +136,16 @@ def rows_of_lists(
 Lists = list[tuple[int, int, torch.Tensor, torch.Tensor]]
 
 
-def _requests(
-    rows: list[torch.Tensor], pages: list[torch.Tensor], last: list[int], device: torch.device
-) -> Requests:
+def _requests(rows: list[torch.Tensor], pages: list[torch.Tensor], last: list[int], device: torch.device) -> Requests:
     def starts(parts: list[torch.Tensor]) -> torch.Tensor:
         sizes = torch.tensor([0, *(part.numel() for part in parts)], device="cpu")
         return sizes.cumsum(0).to(torch.int32)
 
     return Requests(
-        torch.cat(rows).to(device), starts(rows), torch.cat(pages).to(device, torch.int32), starts(pages),
+        torch.cat(rows).to(device),
+        starts(rows),
+        torch.cat(pages).to(device, torch.int32),
+        starts(pages),
         torch.tensor(last, dtype=torch.int32, device="cpu"),
     )
 

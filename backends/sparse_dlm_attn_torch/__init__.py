@@ -103,18 +103,18 @@ class TorchBackend(Backend):
             devices=(self._device.type,),
             head_dims=block_sparse.HEAD_DIMS if block_sparse_only else None,
             page_sizes=(block_sparse.TILE,) if block_sparse_only else None,
-            deterministic=True, batch_invariant=False,
-            notes=f"device={self.device}, attention={attention}, dense={dense}; computes in float32 or "
-            "float64.",
+            deterministic=True,
+            batch_invariant=False,
+            notes=f"device={self.device}, attention={attention}, dense={dense}; computes in float32 or float64.",
         )
 
     def why_not(self, problem: Problem) -> list[str]:
         """Return every reason against a problem, with what to do about it; empty if it is supported."""
         kind = self._device.type
         reasons = [
-            f"{reason}; move the tensors to {self.device!r} or make the backend with "
-            f"device={problem.device!r}"
-            if reason.startswith("device ") and problem.device in ("cpu", "cuda") else reason
+            f"{reason}; move the tensors to {self.device!r} or make the backend with device={problem.device!r}"
+            if reason.startswith("device ") and problem.device in ("cpu", "cuda")
+            else reason
             for reason in self.capabilities.why_not(problem)
         ]
         if self.attention == "flex" and kind == "cuda":
@@ -174,29 +174,35 @@ class TorchBackend(Backend):
         self._check_place("context", context.k_pages)
         return PageBounds(*ops.page_bounds(context.k_pages, context.page_table, context.page_lengths))
 
-    def page_scores(
-        self, q: torch.Tensor, bounds: PageBounds, *, active: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def page_scores(self, q: torch.Tensor, bounds: PageBounds, *, active: torch.Tensor | None = None) -> torch.Tensor:
         check_page_scores(q, bounds, active)
         self._check_place("q", q)
         scores: torch.Tensor = ops.page_scores(q, bounds.lower, bounds.upper, active)
         return scores
 
     def pooled_scores(
-        self, q: torch.Tensor, context: Context, *, span: int, scale: float | None = None,
+        self,
+        q: torch.Tensor,
+        context: Context,
+        *,
+        span: int,
+        scale: float | None = None,
         lse: torch.Tensor | None = None,
     ) -> torch.Tensor:
         check_pooled_scores(q, context, span, scale, lse)
         self._check_place("q", q)
         scores: torch.Tensor = ops.pooled_scores(
-            q, context.k_pages, context.page_table, context.page_lengths, min(span, max(q.shape[2], 1)),
-            softmax_scale(q.shape[3], scale), lse,
+            q,
+            context.k_pages,
+            context.page_table,
+            context.page_lengths,
+            min(span, max(q.shape[2], 1)),
+            softmax_scale(q.shape[3], scale),
+            lse,
         )
         return scores
 
-    def top_pages(
-        self, scores: torch.Tensor, count: int | torch.Tensor, *, eligible: torch.Tensor
-    ) -> torch.Tensor:
+    def top_pages(self, scores: torch.Tensor, count: int | torch.Tensor, *, eligible: torch.Tensor) -> torch.Tensor:
         check_top_pages(scores, count, eligible)
         self._check_place("scores", scores)
         if not isinstance(count, torch.Tensor):  # any int is legal, but not in every integer dtype
@@ -284,7 +290,11 @@ class TorchBackend(Backend):
                 change = self.query_change(q, ranked_pass.reference)
                 active = self.largest_changes(change, count=ranked_pass.count, mass=ranked_pass.mass)
             mask = metadata.ranked_pages(
-                q, bounds.lower, bounds.upper, active, context.exists,
+                q,
+                bounds.lower,
+                bounds.upper,
+                active,
+                context.exists,
                 affordable_pages(context, ranked_pass.budget, ranked_pass.pages),
                 ranked_pass.union == "query_head",
             )
@@ -298,8 +308,7 @@ class TorchBackend(Backend):
         return "matmul" if self.dense == "auto" else self.dense
 
     def _chosen(
-        self, q: torch.Tensor, context: Context, selection: Selection, active: torch.Tensor,
-        scale: float | None,
+        self, q: torch.Tensor, context: Context, selection: Selection, active: torch.Tensor, scale: float | None
     ) -> tuple[Any, ...]:
         """Return the context, the selection and the way, as the custom operators take them."""
         head_dim = context.head_dim
@@ -309,8 +318,15 @@ class TorchBackend(Backend):
             hint = "attention='masked' computes it"
             raise UnsupportedError(self.name, [f"{reason}; {hint}" for reason in reasons])
         return (
-            context.k_pages, context.v_pages, context.page_table, context.page_lengths, selection.mask,
-            min(selection.span, max(q.shape[2], 1)), active, softmax_scale(head_dim, scale), path,
+            context.k_pages,
+            context.v_pages,
+            context.page_table,
+            context.page_lengths,
+            selection.mask,
+            min(selection.span, max(q.shape[2], 1)),
+            active,
+            softmax_scale(head_dim, scale),
+            path,
         )
 
     def _check_place(self, name: str, tensor: torch.Tensor) -> None:
@@ -319,6 +335,8 @@ class TorchBackend(Backend):
         place = tensor.device
         if place.type != self._device.type or self._device.index not in (None, place.index):
             raise InvalidArgumentError(
-                name, f"must be on device {self.device!r}, as this backend is", f"one on {place}",
+                name,
+                f"must be on device {self.device!r}, as this backend is",
+                f"one on {place}",
                 f"Move it: tensor.to({self.device!r}), or make the backend with device={str(place)!r}.",
             )

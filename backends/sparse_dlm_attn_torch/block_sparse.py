@@ -21,9 +21,7 @@ from sparse_dlm_attn_torch import flex
 from sparse_dlm_attn_torch.layout import Lists, lists_of, wanted_pages
 from sparse_dlm_attn_torch.states import keep_active, merged
 
-__all__ = [
-    "attend_pages", "check_installed", "flash_attn_listed", "of_tiles", "why_not",
-]
+__all__ = ["attend_pages", "check_installed", "flash_attn_listed", "of_tiles", "why_not"]
 
 TILE = 128
 LARGEST = 1e37
@@ -39,7 +37,8 @@ def check_installed() -> None:
         importlib.import_module("flash_attn.cute")
     except (ImportError, AttributeError, OSError, RuntimeError) as error:
         raise UnavailableError(
-            "backend 'torch' with attention='block-sparse'", [f"flash_attn.cute: {error}"],
+            "backend 'torch' with attention='block-sparse'",
+            [f"flash_attn.cute: {error}"],
             "Install flash-attn 4 (pip install flash-attn-4), or use attention='flex'.",
         ) from error
 
@@ -65,8 +64,15 @@ def why_not(dtype: str, head_dim: int, page_size: int) -> list[str]:
 
 
 def attend_pages(
-    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, page_table: torch.Tensor,
-    page_lengths: torch.Tensor, mask: torch.Tensor, span: int, active: torch.Tensor, scale: float,
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    page_lengths: torch.Tensor,
+    mask: torch.Tensor,
+    span: int,
+    active: torch.Tensor,
+    scale: float,
 ) -> Pair:
     """Attend to selected pages (clause ATTEND-1); arguments and results as those of path "gather".
 
@@ -113,8 +119,14 @@ def _compiled(function: Any, form: tuple[Any, ...], *arguments: Any) -> Any:
 
 
 def _joined(
-    out: torch.Tensor, lse: torch.Tensor, listed: torch.Tensor, masked_out: torch.Tensor,
-    masked_lse: torch.Tensor, masked: torch.Tensor, dead: torch.Tensor | None, active: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    listed: torch.Tensor,
+    masked_out: torch.Tensor,
+    masked_lse: torch.Tensor,
+    masked: torch.Tensor,
+    dead: torch.Tensor | None,
+    active: torch.Tensor,
 ) -> Pair:
     """Merge the states of whole and of masked pages, of active rows alone.
 
@@ -226,30 +238,48 @@ def _in_order(pages: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor) -
 
 
 def _partial_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: torch.Tensor, counts: torch.Tensor,
-    inside: torch.Tensor, chosen: torch.Tensor, span: int, lengths: torch.Tensor, scale: float,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lists: torch.Tensor,
+    counts: torch.Tensor,
+    inside: torch.Tensor,
+    chosen: torch.Tensor,
+    span: int,
+    lengths: torch.Tensor,
+    scale: float,
 ) -> Pair:
     """Run FlexAttention over tiles that need a mask; see `_masked_pages`."""
     last = chosen.shape[2] - 1
 
-    def mask_mod(
-        b: torch.Tensor, h: torch.Tensor, query: torch.Tensor, key: torch.Tensor
-    ) -> torch.Tensor:
+    def mask_mod(b: torch.Tensor, h: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         # It says all that the lists say: where the function is not compiled they are ignored.
         page = key // TILE
         of_row = chosen[b, h, torch.clamp(query // span, max=last), page] & inside[b, h, query // TILE, page]
         return of_row & (key % TILE < lengths[b, page])
 
     mask = flex_attention.BlockMask.from_kv_blocks(
-        counts, lists, torch.zeros_like(counts), torch.zeros_like(lists), BLOCK_SIZE=(TILE, TILE),
-        mask_mod=mask_mod, seq_lengths=(q.shape[2], k.shape[2]), **flex.INDEX_OPTIONS,
+        counts,
+        lists,
+        torch.zeros_like(counts),
+        torch.zeros_like(lists),
+        BLOCK_SIZE=(TILE, TILE),
+        mask_mod=mask_mod,
+        seq_lengths=(q.shape[2], k.shape[2]),
+        **flex.INDEX_OPTIONS,
     )
     return flex.with_lse(q, k, v, mask, scale, None)
 
 
 def _masked_pages(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, inside: torch.Tensor, chosen: torch.Tensor, span: int,
-    lengths: torch.Tensor, scale: float,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    inside: torch.Tensor,
+    chosen: torch.Tensor,
+    span: int,
+    lengths: torch.Tensor,
+    scale: float,
 ) -> Pair:
     """Attend to pages that are not full, or that some rows of a tile selected and others did not.
 
@@ -277,9 +307,7 @@ def _masked_pages(
     return _compiled(_partial_attention, form, *arguments)  # type: ignore[no-any-return]
 
 
-def flash_attn_listed(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: Lists, scale: float
-) -> Pair:
+def flash_attn_listed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: Lists, scale: float) -> Pair:
     """Run flash-attn 4 itself over whole listed blocks of 128.
 
     Parameters
@@ -306,11 +334,18 @@ def flash_attn_listed(
     # Said outright: what it infers from the lengths may be another tile, and our numbers other keys.
     size = {"block_size": (TILE, TILE)} if "block_size" in getattr(tensors, "_fields", ()) else {}
     blocks = tensors(
-        mask_block_cnt=torch.zeros_like(counts), mask_block_idx=torch.zeros_like(pages),
-        full_block_cnt=counts, full_block_idx=pages, **size,
+        mask_block_cnt=torch.zeros_like(counts),
+        mask_block_idx=torch.zeros_like(pages),
+        full_block_cnt=counts,
+        full_block_idx=pages,
+        **size,
     )
     out, lse = interface._flash_attn_fwd(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), softmax_scale=scale,
-        block_sparse_tensors=blocks, return_lse=True,
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        softmax_scale=scale,
+        block_sparse_tensors=blocks,
+        return_lse=True,
     )[:2]
     return out.transpose(1, 2), lse

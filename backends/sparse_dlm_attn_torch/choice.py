@@ -23,8 +23,7 @@ def check_version() -> None:
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < OLDEST:
         raise UnavailableError(
-            "backend 'torch'", [f"PyTorch {torch.__version__} is older than 2.5"],
-            "Upgrade it: pip install -U torch.",
+            "backend 'torch'", [f"PyTorch {torch.__version__} is older than 2.5"], "Upgrade it: pip install -U torch."
         )
 
 
@@ -51,7 +50,8 @@ def check_device(device: object) -> torch.device:
         built = torch.version.cuda is not None
         reason = "no usable GPU was found" if built else f"PyTorch {torch.__version__} is built without CUDA"
         raise UnavailableError(
-            f"backend 'torch' on device {str(device)!r}", [reason],
+            f"backend 'torch' on device {str(device)!r}",
+            [reason],
             ("Check the driver with nvidia-smi" if built else "Install a CUDA build from pytorch.org")
             + ", or use device='cpu'.",
         )
@@ -75,20 +75,26 @@ def check_attention(attention: object, device: torch.device) -> Attention:
         names = ", ".join(get_args(Attention))
         raise InvalidArgumentError("attention", f"must be one of {names}", repr(attention))
     if attention == "gather" and device.type != "cpu":
-        raise UnsupportedError("torch", [
-            f"attention='gather' reads page indices on the host, so that on {device} every pass would wait "
-            "for the device; use attention='flex' or 'masked' there"
-        ])
+        raise UnsupportedError(
+            "torch",
+            [
+                f"attention='gather' reads page indices on the host, so that on {device} every pass would wait "
+                "for the device; use attention='flex' or 'masked' there"
+            ],
+        )
     if attention == "flex" and device.type == "cpu":
-        raise UnsupportedError("torch", [
-            "attention='flex' needs a GPU, because compiled FlexAttention returns no log-sum-exp on a CPU; "
-            "use attention='gather' or 'masked', or device='cuda'"
-        ])
+        raise UnsupportedError(
+            "torch",
+            [
+                "attention='flex' needs a GPU, because compiled FlexAttention returns no log-sum-exp on a CPU; "
+                "use attention='gather' or 'masked', or device='cuda'"
+            ],
+        )
     if attention == "block-sparse":
         if device.type == "cpu":
-            raise UnsupportedError("torch", [
-                "attention='block-sparse' needs a GPU, and device is cpu; use attention='gather' or 'masked'"
-            ])
+            raise UnsupportedError(
+                "torch", ["attention='block-sparse' needs a GPU, and device is cpu; use attention='gather' or 'masked'"]
+            )
         block_sparse.check_installed()
     return cast("Attention", attention)
 
@@ -107,8 +113,8 @@ def check_dense(dense: object, device: torch.device) -> Dense:
         raise InvalidArgumentError("dense", f"must be one of {', '.join(get_args(Dense))}", repr(dense))
     if dense == "flash":
         if device.type != "cuda":
-            raise UnsupportedError("torch", [
-                f"dense='flash' needs a GPU, and device is {device}; use dense='matmul' or device='cuda'"
-            ])
+            raise UnsupportedError(
+                "torch", [f"dense='flash' needs a GPU, and device is {device}; use dense='matmul' or device='cuda'"]
+            )
         dense_part.flash_attention()
     return cast("Dense", dense)

@@ -19,9 +19,7 @@ FLASH_MODULES = ("flash_attn_interface", "fa3_fwd_interface", "flash_attn.cute",
 """Where flash-attn 3, its wheel of the forward pass alone, 4 and 2 put ``flash_attn_func``."""
 
 
-def attend_dense(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def attend_dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend without a mask (clause BLOCK-1).
 
     Parameters
@@ -69,14 +67,13 @@ def flash_attention() -> tuple[str, Callable[..., Any]]:
         except (ImportError, AttributeError, OSError, RuntimeError) as error:  # built for another CUDA, too
             reasons.append(f"{name}: {error}")
     raise UnavailableError(
-        "backend 'torch' with dense='flash'", reasons,
+        "backend 'torch' with dense='flash'",
+        reasons,
         "Install flash-attn for your GPU and PyTorch (pip install flash-attn), or pass dense='matmul'.",
     )
 
 
-def attend_flash(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def attend_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend without a mask through flash-attn; arguments and results as `attend_dense`.
 
     Parameters
@@ -96,7 +93,8 @@ def attend_flash(
     result = function(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), **options)
     if not isinstance(result, tuple) or len(result) < 2 or result[1] is None:
         raise UnavailableError(
-            f"backend 'torch' with dense='flash' ({name})", ["this version returns no log-sum-exp"],
+            f"backend 'torch' with dense='flash' ({name})",
+            ["this version returns no log-sum-exp"],
             "Upgrade it: pip install -U flash-attn, or pass dense='matmul'.",
         )
     out, lse = result[:2]

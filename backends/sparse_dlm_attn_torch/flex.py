@@ -44,7 +44,8 @@ LARGEST_OFFSET = 2**31
 
 # Asked for here, because what is compiled cannot look them up.
 INDEX_OPTIONS: dict[str, Any] = {
-    name: False for name in ("compute_q_blocks",)  # lists that only a backward pass needs
+    name: False
+    for name in ("compute_q_blocks",)  # lists that only a backward pass needs
     if name in inspect.signature(flex_attention.BlockMask.from_kv_blocks).parameters
 }
 RETURNS_AUX = hasattr(flex_attention, "AuxRequest")
@@ -65,8 +66,10 @@ def why_not(dtype: str, head_dim: int, page_size: int) -> list[str]:
     """
     reasons = []
     if not INDEX_OPTIONS:
-        reasons.append(f"PyTorch {torch.__version__} cannot build a BlockMask from page lists alone, as "
-                       "attention='flex' needs (2.9 can)")
+        reasons.append(
+            f"PyTorch {torch.__version__} cannot build a BlockMask from page lists alone, as "
+            "attention='flex' needs (2.9 can)"
+        )
     if dtype == "float64":
         reasons.append("dtype float64 is not one of float32, float16, bfloat16 of attention='flex'")
     if page_size % TILE:
@@ -94,16 +97,22 @@ def why_not_pages(k_pages: torch.Tensor, v_pages: torch.Tensor) -> tuple[str, ..
             f"attention='flex' needs; their strides are {k_pages.stride()} and {v_pages.stride()}"
         )
     elif views[0].rows.numel() >= LARGEST_OFFSET:
-        reasons.append(
-            f"k_pages spans {views[0].rows.numel()} elements, attention='flex' addresses {LARGEST_OFFSET}"
-        )
+        reasons.append(f"k_pages spans {views[0].rows.numel()} elements, attention='flex' addresses {LARGEST_OFFSET}")
     return tuple(reasons)
 
 
 def attend_pages(
-    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, page_table: torch.Tensor,
-    page_lengths: torch.Tensor, mask: torch.Tensor, span: int, active: torch.Tensor, scale: float,
-    *, compiled: bool = True,
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    page_lengths: torch.Tensor,
+    mask: torch.Tensor,
+    span: int,
+    active: torch.Tensor,
+    scale: float,
+    *,
+    compiled: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend to selected pages (clause ATTEND-1); arguments and results as those of path "gather".
 
@@ -134,8 +143,13 @@ def attend_pages(
 
 
 def _whole_pages(
-    rows: torch.Tensor, lists: Lists, k_pages: torch.Tensor, v_pages: torch.Tensor,
-    page_table: torch.Tensor, scale: float, compiled: bool,
+    rows: torch.Tensor,
+    lists: Lists,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    scale: float,
+    compiled: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the state of lists of whole pages, ``(batch, spans, heads, rows, ...)``."""
     batch, spans, heads, length, head_dim = rows.shape
@@ -156,9 +170,14 @@ def _whole_pages(
     queries = queries[:, None].expand(entries, ways, tall, head_dim)
     grid = (-1, min(entries * ways, HEADS_AT_MOST))  # powers of two, so that the second divides the product
     out, lse = _flex(
-        queries.reshape(*grid, tall, head_dim), _tokens(keys, head_dim), _tokens(values, head_dim),
-        blocks.reshape(*grid, wide // ways).to(torch.int32), counts.reshape(grid).to(torch.int32),
-        k_pages.shape[2], scale, compiled,
+        queries.reshape(*grid, tall, head_dim),
+        _tokens(keys, head_dim),
+        _tokens(values, head_dim),
+        blocks.reshape(*grid, wide // ways).to(torch.int32),
+        counts.reshape(grid).to(torch.int32),
+        k_pages.shape[2],
+        scale,
+        compiled,
     )
     real = (slice(batch * spans * heads), slice(None), slice(length))
     out = out.reshape(entries, ways, tall, head_dim)[real].to(compute_dtype(rows))
@@ -196,9 +215,7 @@ def _tokens(rows: PageRows, head_dim: int) -> torch.Tensor:
     return rows.rows.view(1, 1, -1, head_dim)
 
 
-def every_slot(
-    b: torch.Tensor, h: torch.Tensor, query: torch.Tensor, key: torch.Tensor
-) -> torch.Tensor:
+def every_slot(b: torch.Tensor, h: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """Mask of whole pages; defined once, because a new function would be compiled anew.
 
     Not trivial either: FlexAttention's FLASH back end would then ignore lists and compute densely.
@@ -212,9 +229,7 @@ def every_slot(
 
 
 @functools.cache
-def kernel(
-    function: types.FunctionType, form: tuple[Any, ...], backend: Any = "inductor"
-) -> Callable[..., Any]:
+def kernel(function: types.FunctionType, form: tuple[Any, ...], backend: Any = "inductor") -> Callable[..., Any]:
     """Return a function compiled for one form, for this process; it compiles at its first call.
 
     Parameters
@@ -234,14 +249,27 @@ def kernel(
 
 
 def _listed_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: torch.Tensor, counts: torch.Tensor,
-    mask_mod: Callable[..., torch.Tensor], block: tuple[int, int], scale: float, options: Any,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lists: torch.Tensor,
+    counts: torch.Tensor,
+    mask_mod: Callable[..., torch.Tensor],
+    block: tuple[int, int],
+    scale: float,
+    options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend to the listed blocks; the mask is made in here, so that its length may be symbolic too."""
     none = torch.zeros_like(counts)
     mask = flex_attention.BlockMask.from_kv_blocks(
-        none, torch.zeros_like(lists), counts, lists, BLOCK_SIZE=block, mask_mod=mask_mod,
-        seq_lengths=(q.shape[2], k.shape[2]), **INDEX_OPTIONS,
+        none,
+        torch.zeros_like(lists),
+        counts,
+        lists,
+        BLOCK_SIZE=block,
+        mask_mod=mask_mod,
+        seq_lengths=(q.shape[2], k.shape[2]),
+        **INDEX_OPTIONS,
     )
     return with_lse(q, k, v, mask, scale, options)
 
@@ -271,7 +299,13 @@ def with_lse(
     """
     if RETURNS_AUX:
         out, aux = flex_attention.flex_attention(
-            q, k, v, block_mask=mask, scale=scale, enable_gqa=True, kernel_options=options,
+            q,
+            k,
+            v,
+            block_mask=mask,
+            scale=scale,
+            enable_gqa=True,
+            kernel_options=options,
             return_aux=flex_attention.AuxRequest(lse=True),
         )
         return out, aux.lse  # type: ignore[return-value]  # it was asked for
@@ -282,8 +316,14 @@ def with_lse(
 
 @torch.no_grad()  # whether gradients are recorded is part of what is compiled
 def _flex(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: torch.Tensor, counts: torch.Tensor,
-    page_size: int, scale: float, compiled: bool,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    blocks: torch.Tensor,
+    counts: torch.Tensor,
+    page_size: int,
+    scale: float,
+    compiled: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run FlexAttention.
 
@@ -323,17 +363,13 @@ def _flex(
     )
 
 
-def _mask_of(
-    blocks: torch.Tensor, counts: torch.Tensor, rows: int, page_size: int
-) -> Callable[..., torch.Tensor]:
+def _mask_of(blocks: torch.Tensor, counts: torch.Tensor, rows: int, page_size: int) -> Callable[..., torch.Tensor]:
     """Return the same selection as a `mask_mod`: the uncompiled function ignores block lists."""
     chosen = torch.zeros((*blocks.shape[:2], rows), dtype=torch.bool, device=blocks.device)
     real = torch.arange(blocks.shape[-1], device=blocks.device) < counts[..., None]
     chosen = chosen.scatter_reduce(-1, blocks.long(), real, reduce="amax")
 
-    def mask_mod(
-        b: torch.Tensor, h: torch.Tensor, query: torch.Tensor, key: torch.Tensor
-    ) -> torch.Tensor:
+    def mask_mod(b: torch.Tensor, h: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return chosen[b, h, key // page_size]
 
     return mask_mod

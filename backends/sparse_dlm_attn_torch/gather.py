@@ -23,8 +23,15 @@ ALIGNED = 64  # bytes: where PyTorch's allocator puts a tensor on a processor
 
 
 def attend_pages(
-    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, page_table: torch.Tensor,
-    page_lengths: torch.Tensor, mask: torch.Tensor, span: int, active: torch.Tensor, scale: float,
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    page_lengths: torch.Tensor,
+    mask: torch.Tensor,
+    span: int,
+    active: torch.Tensor,
+    scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend to selected pages (clause ATTEND-1).
 
@@ -132,7 +139,8 @@ class _Store:
         last_only = load.full_but_last(page_size)
         keys, values = (
             self._run(side, head, load.first, load.first + load.count)
-            if load.first is not None and last_only else self._copy(side, head, physical)
+            if load.first is not None and last_only
+            else self._copy(side, head, physical)
             for side in (0, 1)
         )
         if load.partial == 0:

@@ -57,8 +57,13 @@ class Load:
 
 
 def loads_of(
-    mask: torch.Tensor, used: torch.Tensor, page_table: torch.Tensor, page_lengths: torch.Tensor,
-    page_size: int, q_heads: int, kv_heads: int,
+    mask: torch.Tensor,
+    used: torch.Tensor,
+    page_table: torch.Tensor,
+    page_lengths: torch.Tensor,
+    page_size: int,
+    q_heads: int,
+    kv_heads: int,
 ) -> list[Load]:
     """Return what a selection loads; lists without a page are left out.
 
@@ -106,10 +111,18 @@ def loads_of(
             reads = of_unit.index_select(2, logical[part])
         first, last, breaks, partial, last_length = facts[unit]
         side_by_side = breaks == 0 and last - first + 1 == end - start
-        loads.append(Load(
-            b, slice(head * width, (head + 1) * width), physical[part], lengths[part],
-            first if side_by_side else None, partial, last_length, reads,
-        ))
+        loads.append(
+            Load(
+                b,
+                slice(head * width, (head + 1) * width),
+                physical[part],
+                lengths[part],
+                first if side_by_side else None,
+                partial,
+                last_length,
+                reads,
+            )
+        )
     return loads
 
 
@@ -131,7 +144,10 @@ def _facts(
     partial = physical.new_zeros(physical.shape[0] + 1, dtype=torch.int64)
     torch.cumsum(lengths < page_size, 0, out=partial[1:])
     columns = (
-        physical[first], physical[last], breaks[last] - breaks[first],
-        partial[places[1:]] - partial[places[:-1]], lengths[last],
+        physical[first],
+        physical[last],
+        breaks[last] - breaks[first],
+        partial[places[1:]] - partial[places[:-1]],
+        lengths[last],
     )
     return [tuple(row) for row in torch.stack([each.long() for each in columns], dim=1).tolist()]

@@ -20,8 +20,15 @@ CHUNK_BYTES = 32 << 20  # of keys in computing precision
 
 
 def attend_pages(
-    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, page_table: torch.Tensor,
-    page_lengths: torch.Tensor, mask: torch.Tensor, span: int, active: torch.Tensor, scale: float,
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    page_lengths: torch.Tensor,
+    mask: torch.Tensor,
+    span: int,
+    active: torch.Tensor,
+    scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend to selected pages (clause ATTEND-1); arguments and results as those of path "gather".
 
@@ -38,8 +45,12 @@ def attend_pages(
 
 
 def attend_lists(
-    rows: torch.Tensor, lists: Lists, k_pages: torch.Tensor, v_pages: torch.Tensor,
-    page_table: torch.Tensor, page_lengths: torch.Tensor,
+    rows: torch.Tensor,
+    lists: Lists,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    page_lengths: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend to page lists, chunk by chunk.
 
@@ -85,8 +96,12 @@ class _Pages:
     """Copies chunks of page lists, with everything zeroed that is no token."""
 
     def __init__(
-        self, k_pages: torch.Tensor, v_pages: torch.Tensor, page_table: torch.Tensor,
-        page_lengths: torch.Tensor, lists: Lists,
+        self,
+        k_pages: torch.Tensor,
+        v_pages: torch.Tensor,
+        page_table: torch.Tensor,
+        page_lengths: torch.Tensor,
+        lists: Lists,
     ) -> None:
         self.sides = ((k_pages, PageRows.view(k_pages)), (v_pages, PageRows.view(v_pages)))
         self.table, self.lengths, self.lists = page_table, page_lengths, lists
@@ -94,9 +109,7 @@ class _Pages:
         group = lists.heads // k_pages.shape[1]
         self.heads = torch.arange(lists.heads, device=k_pages.device)[:, None] // group
 
-    def chunk(
-        self, part: slice, dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def chunk(self, part: slice, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return keys, values ``(batch, spans, heads, tokens, head_dim)`` and which tokens are real."""
         listed = self.lists.pages[..., part]
         places = torch.arange(part.start, part.stop, device=listed.device)

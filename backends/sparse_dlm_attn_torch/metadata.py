@@ -55,8 +55,7 @@ def page_bounds(
 
 
 def _bounds_on_host(
-    k_pages: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor, lower: torch.Tensor,
-    upper: torch.Tensor,
+    k_pages: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor
 ) -> None:
     """Fill in the bounds of one sequence, whole pages where they lie and the others one by one."""
     at_once, size = pages_at_once(k_pages), k_pages.shape[2]
@@ -81,9 +80,7 @@ def pages_at_once(k_pages: torch.Tensor) -> int:
     return max(CHUNK_BYTES // size, 1)
 
 
-def gather_keys(
-    k_pages: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def gather_keys(k_pages: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Copy pages, ``(batch, pages, kv_heads, page_size, head_dim)``, and say which slots hold a token."""
     exists = lengths > 0
     physical = torch.where(exists, table, 0)
@@ -92,9 +89,7 @@ def gather_keys(
     return keys.view(*table.shape, *k_pages.shape[1:]), slots < lengths[..., None]
 
 
-def page_scores(
-    q: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor, active: torch.Tensor | None
-) -> torch.Tensor:
+def page_scores(q: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor, active: torch.Tensor | None) -> torch.Tensor:
     """Return ``relu(q) . upper + min(q, 0) . lower``, one pair of products a KV head (SCORES-1).
 
     On the host only active rows are multiplied, and the others get 0; on a device finding them would
@@ -133,9 +128,7 @@ def page_scores(
     return scores
 
 
-def _head_parts(
-    active: torch.Tensor, kv_heads: int, workers: int
-) -> list[tuple[int, torch.Tensor, slice]]:
+def _head_parts(active: torch.Tensor, kv_heads: int, workers: int) -> list[tuple[int, torch.Tensor, slice]]:
     """Divide sequences with active rows among threads: sequence, its active rows, some KV heads."""
     step = -(-kv_heads // (workers + 1))
     heads = [slice(first, min(first + step, kv_heads)) for first in range(0, kv_heads, step)]
@@ -196,8 +189,13 @@ def top_pages(scores: torch.Tensor, count: torch.Tensor, eligible: torch.Tensor)
 
 
 def ranked_pages(
-    q: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor, active: torch.Tensor, exists: torch.Tensor,
-    count: torch.Tensor, per_query_head: bool,
+    q: torch.Tensor,
+    lower: torch.Tensor,
+    upper: torch.Tensor,
+    active: torch.Tensor,
+    exists: torch.Tensor,
+    count: torch.Tensor,
+    per_query_head: bool,
 ) -> torch.Tensor:
     """Return the union of the best pages of active rows, on the host: `page_scores`, `top_pages` and a union.
 
@@ -230,7 +228,9 @@ def ranked_pages(
             queries = q[b : b + 1, heads.start * group : heads.stop * group].index_select(2, rows)
             scores = _scores(queries, lower[b : b + 1, heads], upper[b : b + 1, heads]).view(-1, pages)
             own = _top(
-                scores, count[b].long().expand(scores.shape[0]), exists[b].expand(scores.shape),
+                scores,
+                count[b].long().expand(scores.shape[0]),
+                exists[b].expand(scores.shape),
                 min(int(count[b]), pages),
             )
             united = own.view((heads.stop - heads.start) * lists, -1, pages).any(dim=1)
@@ -240,9 +240,7 @@ def ranked_pages(
     return mask
 
 
-def _top(
-    scores: torch.Tensor, count: torch.Tensor, eligible: torch.Tensor, most: int | None
-) -> torch.Tensor:
+def _top(scores: torch.Tensor, count: torch.Tensor, eligible: torch.Tensor, most: int | None) -> torch.Tensor:
     if scores.is_floating_point():
         lowest: float | int = -math.inf
         scores = torch.where(scores.isnan(), math.inf, scores)
@@ -264,8 +262,13 @@ def _top(
 
 
 def pooled_scores(
-    q: torch.Tensor, k_pages: torch.Tensor, page_table: torch.Tensor, page_lengths: torch.Tensor,
-    span: int, scale: float, lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    page_lengths: torch.Tensor,
+    span: int,
+    scale: float,
+    lse: torch.Tensor | None,
 ) -> torch.Tensor:
     """Return the mean softmax mass of each page over each span's rows (clause POOLED-1).
 
@@ -319,9 +322,7 @@ def _row_parts(tokens: int, span: int, row_bytes: int) -> Iterator[tuple[int, in
         yield from ((first, min(first + most, end)) for first in range(start, end, most))
 
 
-def _page_logs(
-    q: torch.Tensor, k_pages: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor
-) -> torch.Tensor:
+def _page_logs(q: torch.Tensor, k_pages: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """Return the log of each page's sum of exponentials, ``(batch, q_heads, rows, pages)``."""
     (batch, q_heads, tokens, head_dim), kv_heads = q.shape, k_pages.shape[1]
     rows = q.reshape(batch, kv_heads, q_heads // kv_heads * tokens, head_dim)

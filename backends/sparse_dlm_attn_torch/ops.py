@@ -15,34 +15,33 @@ from sparse_dlm_attn_torch import block_sparse, dense, flex, gather, masked, met
 from sparse_dlm_attn_torch.states import merged
 from sparse_dlm_attn_torch.threads import short_operations
 
-__all__ = [
-    "attend",
-    "attend_block",
-    "attend_pages",
-    "page_bounds",
-    "page_scores",
-    "pooled_scores",
-    "top_pages",
-]
+__all__ = ["attend", "attend_block", "attend_pages", "page_bounds", "page_scores", "pooled_scores", "top_pages"]
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 CONTEXT = "Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor page_lengths"
 CHOSEN = "Tensor mask, SymInt span, Tensor active, float scale, str path"
 PATHS = {
-    "gather": gather.attend_pages, "masked": masked.attend_pages, "flex": flex.attend_pages,
+    "gather": gather.attend_pages,
+    "masked": masked.attend_pages,
+    "flex": flex.attend_pages,
     "block-sparse": block_sparse.attend_pages,
 }
 DENSE = {"matmul": dense.attend_dense, "flash": dense.attend_flash}
 
 
-@custom_operator(
-    "sparse_dlm_attn::attend_pages",
-    f"(Tensor q, {CONTEXT}, {CHOSEN}) -> (Tensor, Tensor)",
-)
+@custom_operator("sparse_dlm_attn::attend_pages", f"(Tensor q, {CONTEXT}, {CHOSEN}) -> (Tensor, Tensor)")
 @without_autocast
 def attend_pages(
-    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, page_table: torch.Tensor,
-    page_lengths: torch.Tensor, mask: torch.Tensor, span: int, active: torch.Tensor, scale: float, path: str,
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    page_lengths: torch.Tensor,
+    mask: torch.Tensor,
+    span: int,
+    active: torch.Tensor,
+    scale: float,
+    path: str,
 ) -> Pair:
     """Attend to selected pages (clause ATTEND-1).
 
@@ -74,8 +73,7 @@ def attend_pages(
 
 
 @custom_operator(
-    "sparse_dlm_attn::attend_block",
-    "(Tensor q, Tensor k, Tensor v, float scale, str dense) -> (Tensor, Tensor)",
+    "sparse_dlm_attn::attend_block", "(Tensor q, Tensor k, Tensor v, float scale, str dense) -> (Tensor, Tensor)"
 )
 @without_autocast
 def attend_block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, dense: str) -> Pair:
@@ -107,9 +105,20 @@ def attend_block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
 )
 @without_autocast
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor,
-    page_table: torch.Tensor, page_lengths: torch.Tensor, mask: torch.Tensor, span: int,
-    active: torch.Tensor, scale: float, path: str, dense: str, cached_out: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    page_lengths: torch.Tensor,
+    mask: torch.Tensor,
+    span: int,
+    active: torch.Tensor,
+    scale: float,
+    path: str,
+    dense: str,
+    cached_out: torch.Tensor | None,
     cached_lse: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Run a whole pass (clause ATTEND-4); parameters as those of `attend_pages` and `attend_block`.
@@ -130,9 +139,7 @@ def attend(
     with short_operations(q):
         if cached_out is not None and cached_lse is not None:
             rows = active[:, None, :]
-            pages = (
-                torch.where(rows[..., None], pages[0], cached_out), torch.where(rows, pages[1], cached_lse)
-            )
+            pages = (torch.where(rows[..., None], pages[0], cached_out), torch.where(rows, pages[1], cached_lse))
         block = DENSE[dense](q, k, v, scale)
         dtype = compute_dtype(q)
         outs, lses = ([state[side].to(dtype) for state in (pages, block)] for side in (0, 1))
@@ -141,8 +148,7 @@ def attend(
 
 
 @custom_operator(
-    "sparse_dlm_attn::page_bounds",
-    "(Tensor k_pages, Tensor page_table, Tensor page_lengths) -> (Tensor, Tensor)",
+    "sparse_dlm_attn::page_bounds", "(Tensor k_pages, Tensor page_table, Tensor page_lengths) -> (Tensor, Tensor)"
 )
 def page_bounds(k_pages: torch.Tensor, page_table: torch.Tensor, page_lengths: torch.Tensor) -> Pair:
     """Return minimum and maximum of each page's valid keys (clause BOUNDS-1).
@@ -161,8 +167,7 @@ def page_bounds(k_pages: torch.Tensor, page_table: torch.Tensor, page_lengths: t
 
 
 @custom_operator(
-    "sparse_dlm_attn::page_scores",
-    "(Tensor q, Tensor lower, Tensor upper, Tensor? active=None) -> Tensor",
+    "sparse_dlm_attn::page_scores", "(Tensor q, Tensor lower, Tensor upper, Tensor? active=None) -> Tensor"
 )
 @without_autocast
 def page_scores(
@@ -187,10 +192,7 @@ def page_scores(
     return metadata.page_scores(q, lower, upper, active)
 
 
-@custom_operator(
-    "sparse_dlm_attn::top_pages",
-    "(Tensor scores, Tensor count, Tensor eligible) -> Tensor",
-)
+@custom_operator("sparse_dlm_attn::top_pages", "(Tensor scores, Tensor count, Tensor eligible) -> Tensor")
 def top_pages(scores: torch.Tensor, count: torch.Tensor, eligible: torch.Tensor) -> torch.Tensor:
     """Return the mask of the ``count`` best eligible pages (clause TOP-1).
 
@@ -218,8 +220,13 @@ def top_pages(scores: torch.Tensor, count: torch.Tensor, eligible: torch.Tensor)
 )
 @without_autocast
 def pooled_scores(
-    q: torch.Tensor, k_pages: torch.Tensor, page_table: torch.Tensor, page_lengths: torch.Tensor,
-    span: int, scale: float, lse: torch.Tensor | None = None,
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    page_lengths: torch.Tensor,
+    span: int,
+    scale: float,
+    lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the mean softmax mass of each page over each span's rows (clause POOLED-1).
 
@@ -265,9 +272,7 @@ def _(k_pages: torch.Tensor, page_table: torch.Tensor, page_lengths: torch.Tenso
 
 
 @page_scores.register_fake
-def _(
-    q: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor, active: torch.Tensor | None = None
-) -> torch.Tensor:
+def _(q: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor, active: torch.Tensor | None = None) -> torch.Tensor:
     return q.new_empty((*q.shape[:3], lower.shape[2]), dtype=torch.float32)
 
 
@@ -278,8 +283,13 @@ def _(scores: torch.Tensor, count: torch.Tensor, eligible: torch.Tensor) -> torc
 
 @pooled_scores.register_fake
 def _(
-    q: torch.Tensor, k_pages: torch.Tensor, page_table: torch.Tensor, page_lengths: torch.Tensor,
-    span: int, scale: float, lse: torch.Tensor | None = None,
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    page_lengths: torch.Tensor,
+    span: int,
+    scale: float,
+    lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
     spans = (q.shape[2] + span - 1) // span
     return q.new_empty((q.shape[0], q.shape[1], spans, page_table.shape[1]), dtype=torch.float32)

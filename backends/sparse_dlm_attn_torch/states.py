@@ -55,9 +55,7 @@ def united(out: torch.Tensor, lse: torch.Tensor, axis: int) -> tuple[torch.Tenso
     return mixed, (safe + total.log()).squeeze(axis)
 
 
-def keep_active(
-    out: torch.Tensor, lse: torch.Tensor, active: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def keep_active(out: torch.Tensor, lse: torch.Tensor, active: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Make inactive rows empty (clause ATTEND-2).
 
     Parameters

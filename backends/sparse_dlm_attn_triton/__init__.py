@@ -187,9 +187,17 @@ class TritonBackend(Backend):
         return AttentionState(*ops.attend_block(q, k, v, softmax_scale(q.shape[3], scale)))
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, context: Context, selection: Selection, active: Tensor,
-        cached: AttentionState | None, *, scale: float | None = None,
-    ) -> tuple[Tensor, AttentionState]:  # fmt: skip
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        context: Context,
+        selection: Selection,
+        active: Tensor,
+        cached: AttentionState | None,
+        *,
+        scale: float | None = None,
+    ) -> tuple[Tensor, AttentionState]:
         check_attend_pages(q, context, selection, active, scale)
         check_attend_block(q, k, v, scale)
         if cached is not None:
@@ -202,9 +210,17 @@ class TritonBackend(Backend):
         return out, AttentionState(*state)
 
     def attend_ranked(
-        self, q: Tensor, k: Tensor, v: Tensor, context: Context, bounds: PageBounds, ranked_pass: RankedPass,
-        cached: AttentionState | None, *, scale: float | None = None,
-    ) -> RankedResult:  # fmt: skip
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        context: Context,
+        bounds: PageBounds,
+        ranked_pass: RankedPass,
+        cached: AttentionState | None,
+        *,
+        scale: float | None = None,
+    ) -> RankedResult:
         check_ranked_pass(q, k, v, context, bounds, ranked_pass, cached, scale)
         self._check("q", q)
         rule = ranked_pass
@@ -215,9 +231,23 @@ class TritonBackend(Backend):
         count = None if rule.count is None else min(rule.count, q.shape[2])
         budget, pages = min(rule.budget, context.pages * context.page_size), min(rule.pages, context.pages)
         out, state_out, state_lse, active, mask, kept = ops.attend_ranked(
-            q, k, v, *_pages(context), bounds.lower, bounds.upper, rule.reference, count, rule.mass, budget, pages,
-            rule.union, rule.keep, softmax_scale(q.shape[3], scale), *_parts(cached), self.ragged,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            *_pages(context),
+            bounds.lower,
+            bounds.upper,
+            rule.reference,
+            count,
+            rule.mass,
+            budget,
+            pages,
+            rule.union,
+            rule.keep,
+            softmax_scale(q.shape[3], scale),
+            *_parts(cached),
+            self.ragged,
+        )
         selection = Selection(mask, 1 if rule.union == "row" else q.shape[2])
         kept = None if rule.keep == "nothing" else kept
         return RankedResult(out, AttentionState(state_out, state_lse), active, selection, kept)

@@ -32,16 +32,55 @@ Tensor = torch.Tensor
 
 @triton.jit(do_not_specialize=["pairs"])
 def splits_kernel(
-    q, k_pages, v_pages, page_table, page_lengths, mask, active, k, v, part_out, part_lse, scratch,
-    q_stride, k_page_stride, v_page_stride, mask_stride, k_stride, v_stride,
-    scale_log2, kv_heads, pairs, tiles, pages, spans, span, capacity, keys,
-    TOKENS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
-    SLOTS: tl.constexpr, MASK_ROWS: tl.constexpr, PER_ROW: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, LONG: tl.constexpr,
-    PIECES: tl.constexpr, LATER: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    q,
+    k_pages,
+    v_pages,
+    page_table,
+    page_lengths,
+    mask,
+    active,
+    k,
+    v,
+    part_out,
+    part_lse,
+    scratch,
+    q_stride,
+    k_page_stride,
+    v_page_stride,
+    mask_stride,
+    k_stride,
+    v_stride,
+    scale_log2,
+    kv_heads,
+    pairs,
+    tiles,
+    pages,
+    spans,
+    span,
+    capacity,
+    keys,
+    TOKENS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    LONG: tl.constexpr,
+    PIECES: tl.constexpr,
+    LATER: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
     STAGES: tl.constexpr,
-):  # fmt: skip
+):
     """One program a split, a tile of rows and a KV head: softmax attention over its list of pages.
 
     The last programs, one a tile and KV head, attend to the block itself, if there is one: those of pages
@@ -61,10 +100,29 @@ def splits_kernel(
         gdc_launch_dependents()
     if of_block:
         block_part(
-            q, k + sequence * k_stride[0] + head * k_stride[1], v + sequence * v_stride[0] + head * v_stride[1],
-            part_out, part_lse, slots, q_stride, k_stride, v_stride, scale_log2, keys, tile, tiles,
-            GROUP, TOKENS, SLOTS, HEAD_DIM, BLOCK_M, BLOCK_K, BLOCK_D, PRECISION, PDL and LATER,
-        )  # fmt: skip
+            q,
+            k + sequence * k_stride[0] + head * k_stride[1],
+            v + sequence * v_stride[0] + head * v_stride[1],
+            part_out,
+            part_lse,
+            slots,
+            q_stride,
+            k_stride,
+            v_stride,
+            scale_log2,
+            keys,
+            tile,
+            tiles,
+            GROUP,
+            TOKENS,
+            SLOTS,
+            HEAD_DIM,
+            BLOCK_M,
+            BLOCK_K,
+            BLOCK_D,
+            PRECISION,
+            PDL and LATER,
+        )
         if PDL and LATER:
             gdc_launch_dependents()
         return
@@ -125,10 +183,31 @@ def splits_kernel(
     PART: tl.constexpr = PAGE_SIZE // PIECES
     mask_row = mask + (group_head % MASK_ROWS) * mask_stride[2] + (token // span) * mask_stride[3]
     running_max, running_sum, acc = attend_tiles(
-        queries, k_pages + head * k_page_stride[1], v_pages + head * v_page_stride[1], entries, logicals, mask_row,
-        exists, channel, 0, listed * PART, listed, piece, k_page_stride, v_page_stride, scale_log2,
-        PAGE_SIZE, PART, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, PER_ROW, PRECISION, STAGES,
-    )  # fmt: skip
+        queries,
+        k_pages + head * k_page_stride[1],
+        v_pages + head * v_page_stride[1],
+        entries,
+        logicals,
+        mask_row,
+        exists,
+        channel,
+        0,
+        listed * PART,
+        listed,
+        piece,
+        k_page_stride,
+        v_page_stride,
+        scale_log2,
+        PAGE_SIZE,
+        PART,
+        HEAD_DIM,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_D,
+        PER_ROW,
+        PRECISION,
+        STAGES,
+    )
     slot = slots + (group_head * TOKENS + token) * SLOTS + split
     store_part(part_out, part_lse, slot, stored, running_max, running_sum, acc, scale_log2, channel, HEAD_DIM)
 
@@ -162,9 +241,19 @@ class SplitKV:
         lse = torch.empty(self.shape[:-1], dtype=torch.float32, device=q.device)
         scratch = torch.empty(self.scratch, dtype=torch.int64, device=q.device)
         self.launch(
-            q, part.k_pages, part.v_pages, part.page_table, part.page_lengths, part.mask, part.active, k, v, out, lse,
+            q,
+            part.k_pages,
+            part.v_pages,
+            part.page_table,
+            part.page_lengths,
+            part.mask,
+            part.active,
+            k,
+            v,
+            out,
+            lse,
             scratch,
-        )  # fmt: skip
+        )
         return Parts(out, lse, q, q, q)
 
 
@@ -184,11 +273,28 @@ def split_kv(sizes: Sizes, grid: Grid) -> SplitKV:
     slots = splits + (sizes.k is not None)
     capacity = triton.cdiv(pages, max(splits // pieces, 1))
     launch = Launch(
-        splits_kernel, (slots * lists,), *strides_of(sizes, grid), sizes.scale * LOG2_E, sizes.kv_heads, grid.pairs,
-        grid.tiles, pages, spans, min(sizes.span, tokens), capacity, sizes.keys, device=sizes.device,
-        aligned=sizes.aligned, SPLITS=splits, SLOTS=slots, BLOCK_P=min(power_of_two(pages), MOST_LISTED),
-        BLOCK_T=power_of_two(tokens) if splits else 16, LONG=pages > MOST_LISTED, PIECES=pieces, LATER=sizes.later,
+        splits_kernel,
+        (slots * lists,),
+        *strides_of(sizes, grid),
+        sizes.scale * LOG2_E,
+        sizes.kv_heads,
+        grid.pairs,
+        grid.tiles,
+        pages,
+        spans,
+        min(sizes.span, tokens),
+        capacity,
+        sizes.keys,
+        device=sizes.device,
+        aligned=sizes.aligned,
+        SPLITS=splits,
+        SLOTS=slots,
+        BLOCK_P=min(power_of_two(pages), MOST_LISTED),
+        BLOCK_T=power_of_two(tokens) if splits else 16,
+        LONG=pages > MOST_LISTED,
+        PIECES=pieces,
+        LATER=sizes.later,
         **constants_of(sizes, grid),
-    )  # fmt: skip
+    )
     shape = batch, q_heads, tokens, slots, head_dim
     return SplitKV(launch, shape, lists * splits * 2 * capacity, splits, slots)

@@ -85,9 +85,14 @@ class Launch:
     """
 
     def __init__(
-        self, kernel: Any, grid: tuple[int, ...], *numbers: Any, device: torch.device, aligned: bool = True,
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        *numbers: Any,
+        device: torch.device,
+        aligned: bool = True,
         **constants: Any,
-    ) -> None:  # fmt: skip
+    ) -> None:
         # It may start while the kernel before it ends, where the GPU can.
         constants |= {"PDL": True, "launch_pdl": True} if uses_pdl(device) else {"PDL": False}
         self._kernel, self._numbers, self._constants = kernel, numbers, constants

@@ -34,9 +34,18 @@ def _merge_two(out, lse, other_out, other_lse):
 
 @triton.jit
 def _merge_parts(
-    part_out, part_lse, base, step, ready, most, channel,
-    HEAD_DIM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    part_out,
+    part_lse,
+    base,
+    step,
+    ready,
+    most,
+    channel,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """Merge the first ``ready`` parts of each row, ``step`` apart from ``base``; LSE in log2 units.
 
     ``BLOCK_S`` parts at a time: their loads wait for nothing, so all of them are under way together.
@@ -81,14 +90,41 @@ def _merge_parts(
 
 @triton.jit
 def finish_kernel(
-    q, active, part_out, part_lse, firsts, lasts, counts, cached_out, cached_lse, reference,
-    out, state_out, state_lse, kept,
-    q_stride, cached_stride, cached_lse_stride, reference_stride, q_heads, block_slots,
-    TOKENS: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr, SLOTS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
-    CONTEXT: tl.constexpr, CACHED: tl.constexpr, BLOCK: tl.constexpr, STREAM_K: tl.constexpr,
-    KEEP: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+    q,
+    active,
+    part_out,
+    part_lse,
+    firsts,
+    lasts,
+    counts,
+    cached_out,
+    cached_lse,
+    reference,
+    out,
+    state_out,
+    state_lse,
+    kept,
+    q_stride,
+    cached_stride,
+    cached_lse_stride,
+    reference_stride,
+    q_heads,
+    block_slots,
+    TOKENS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CONTEXT: tl.constexpr,
+    CACHED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STREAM_K: tl.constexpr,
+    KEEP: tl.constexpr,
+    PDL: tl.constexpr,
+):
     """One program ``BLOCK_R`` rows of a query head, a warp each: merge parts or cached states with the block.
 
     Parts are those of `attention.splits_kernel`, or with ``STREAM_K`` of `stream_k.stream_k_kernel`.
@@ -137,14 +173,32 @@ def finish_kernel(
             first = tl.load(firsts + pair)
             ready = tl.where(tl.load(counts + pair) > 0, tl.load(lasts + pair) - first + 1, 0)
             context_out, context_lse = _merge_parts(
-                part_out, part_lse, (first + pair) * (GROUP * TOKENS) + of_pair, GROUP * TOKENS,
-                tl.where(is_active, ready, 0), ready, channel, HEAD_DIM, BLOCK_R, BLOCK_S, BLOCK_D,
-            )  # fmt: skip
+                part_out,
+                part_lse,
+                (first + pair) * (GROUP * TOKENS) + of_pair,
+                GROUP * TOKENS,
+                tl.where(is_active, ready, 0),
+                ready,
+                channel,
+                HEAD_DIM,
+                BLOCK_R,
+                BLOCK_S,
+                BLOCK_D,
+            )
         else:
             context_out, context_lse = _merge_parts(
-                part_out, part_lse, row * SLOTS, 1, tl.where(is_active, SPLITS, 0), SPLITS, channel, HEAD_DIM,
-                BLOCK_R, BLOCK_S, BLOCK_D,
-            )  # fmt: skip
+                part_out,
+                part_lse,
+                row * SLOTS,
+                1,
+                tl.where(is_active, SPLITS, 0),
+                SPLITS,
+                channel,
+                HEAD_DIM,
+                BLOCK_R,
+                BLOCK_S,
+                BLOCK_D,
+            )
         natural = context_lse * LN2
         if CACHED:
             context_out = tl.where(is_active[:, None], context_out, old)
@@ -171,10 +225,28 @@ def finish_launch(sizes: Sizes, splits: int, slots: int, block_slots: int = 0) -
     cached, cached_lse = sizes.cached or (sizes.q[1], (0, 0, 0))
     reference = sizes.q[1] if sizes.reference is None else sizes.reference
     return Launch(
-        finish_kernel, (triton.cdiv(tokens, rows), q_heads, batch), sizes.q[1][:3], cached[:3], cached_lse[:2],
-        reference[:3], q_heads, block_slots, device=sizes.device, aligned=sizes.aligned,
-        TOKENS=tokens, GROUP=q_heads // sizes.kv_heads, SPLITS=splits, SLOTS=slots, HEAD_DIM=head_dim, BLOCK_R=rows,
-        BLOCK_S=FEW_PARTS if streamed else power_of_two(splits, 1), BLOCK_D=power_of_two(head_dim),
-        CONTEXT=sizes.has_context, CACHED=sizes.cached is not None, BLOCK=sizes.k is not None, STREAM_K=streamed,
-        KEEP=sizes.keep, num_warps=rows,
-    )  # fmt: skip
+        finish_kernel,
+        (triton.cdiv(tokens, rows), q_heads, batch),
+        sizes.q[1][:3],
+        cached[:3],
+        cached_lse[:2],
+        reference[:3],
+        q_heads,
+        block_slots,
+        device=sizes.device,
+        aligned=sizes.aligned,
+        TOKENS=tokens,
+        GROUP=q_heads // sizes.kv_heads,
+        SPLITS=splits,
+        SLOTS=slots,
+        HEAD_DIM=head_dim,
+        BLOCK_R=rows,
+        BLOCK_S=FEW_PARTS if streamed else power_of_two(splits, 1),
+        BLOCK_D=power_of_two(head_dim),
+        CONTEXT=sizes.has_context,
+        CACHED=sizes.cached is not None,
+        BLOCK=sizes.k is not None,
+        STREAM_K=streamed,
+        KEEP=sizes.keep,
+        num_warps=rows,
+    )

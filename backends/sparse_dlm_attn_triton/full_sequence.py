@@ -34,12 +34,45 @@ def _softmax_values(scores, values, keep, running_max, running_sum, acc, scale_l
 
 @triton.jit
 def spans_kernel(
-    q, k, v, out, lse, active, entries, bits, counts, table, lengths, k_tiles, v_tiles,
-    q_stride, k_stride, v_stride, active_stride, table_stride, lengths_stride, k_rows, v_rows,
-    tokens, span, groups, pages, tiles_a_group, heads, q_heads, kv_heads, scale_log2,
-    PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, TOGETHER: tl.constexpr, TMA: tl.constexpr, SPECIALIZE: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    out,
+    lse,
+    active,
+    entries,
+    bits,
+    counts,
+    table,
+    lengths,
+    k_tiles,
+    v_tiles,
+    q_stride,
+    k_stride,
+    v_stride,
+    active_stride,
+    table_stride,
+    lengths_stride,
+    k_rows,
+    v_rows,
+    tokens,
+    span,
+    groups,
+    pages,
+    tiles_a_group,
+    heads,
+    q_heads,
+    kv_heads,
+    scale_log2,
+    PAGE_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    TMA: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
+):
     """One program a tile of rows of a head; TOGETHER spans share a tile. See `attend_spans`."""
     # Programs that follow each other share a head, so that its keys stay in the L2 cache.
     group, part = tl.program_id(0) // tiles_a_group, tl.program_id(0) % tiles_a_group
@@ -151,16 +184,23 @@ def spans_kernel(
     place = tl.program_id(1).to(tl.int64) * tokens + row
     channel = tl.arange(0, BLOCK_D)
     tl.store(
-        out + place[:, None] * HEAD_DIM + channel[None, :], shown.to(out.dtype.element_ty),
+        out + place[:, None] * HEAD_DIM + channel[None, :],
+        shown.to(out.dtype.element_ty),
         mask=exists[:, None] & (channel[None, :] < HEAD_DIM),
-    )  # fmt: skip
+    )
     tl.store(lse + place, log * LN2, mask=exists)
 
 
 def lists_for(
-    q: Tensor, v_pages: Tensor, page_table: Tensor, page_lengths: Tensor, mask: Tensor, span: int, active: Tensor,
+    q: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    page_lengths: Tensor,
+    mask: Tensor,
+    span: int,
+    active: Tensor,
     tile: Tile | None = None,
-) -> SpanLists:  # fmt: skip
+) -> SpanLists:
     """Make the page lists that `attend_spans` takes, once for many passes with one selection.
 
     Lists stay right for other queries and keys of the same shapes; where spans share a tile, they stay right while
@@ -173,9 +213,19 @@ def lists_for(
 
 
 def attend_spans(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, page_lengths: Tensor, mask: Tensor, span: int,
-    active: Tensor, scale: float, *, tile: Tile | None = None, lists: SpanLists | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    page_lengths: Tensor,
+    mask: Tensor,
+    span: int,
+    active: Tensor,
+    scale: float,
+    *,
+    tile: Tile | None = None,
+    lists: SpanLists | None = None,
+) -> tuple[Tensor, Tensor]:
     """Attend to selected pages (clause ATTEND-1), for blocks of many spans.
 
     Parameters
@@ -222,11 +272,44 @@ def attend_spans(
     tiles_a_group = triton.cdiv(lists.spans_together * span, tile.rows)
     k_tiles, v_tiles, k_rows, v_rows = descriptors(k_pages, v_pages, tile)
     spans_kernel[(groups * tiles_a_group, batch * q_heads)](
-        q, k_pages, v_pages, out, lse, active.view(torch.uint8), lists.entries, lists.bits, lists.counts, page_table,
-        page_lengths, k_tiles, v_tiles, q.stride()[:3], k_pages.stride()[:3], v_pages.stride()[:3], active.stride(),
-        page_table.stride(), page_lengths.stride(), k_rows, v_rows, tokens, span, groups, pages, tiles_a_group, heads,
-        q_heads, kv_heads, scale * LOG2_E, PAGE_SIZE=page_size, HEAD_DIM=head_dim, BLOCK_D=power_of_two(head_dim),
-        BLOCK_M=tile.rows, BLOCK_N=tile.tokens, TOGETHER=lists.spans_together, TMA=tile.tma,
-        SPECIALIZE=tile.warp_specialize, **tile.launch_options(),
-    )  # fmt: skip
+        q,
+        k_pages,
+        v_pages,
+        out,
+        lse,
+        active.view(torch.uint8),
+        lists.entries,
+        lists.bits,
+        lists.counts,
+        page_table,
+        page_lengths,
+        k_tiles,
+        v_tiles,
+        q.stride()[:3],
+        k_pages.stride()[:3],
+        v_pages.stride()[:3],
+        active.stride(),
+        page_table.stride(),
+        page_lengths.stride(),
+        k_rows,
+        v_rows,
+        tokens,
+        span,
+        groups,
+        pages,
+        tiles_a_group,
+        heads,
+        q_heads,
+        kv_heads,
+        scale * LOG2_E,
+        PAGE_SIZE=page_size,
+        HEAD_DIM=head_dim,
+        BLOCK_D=power_of_two(head_dim),
+        BLOCK_M=tile.rows,
+        BLOCK_N=tile.tokens,
+        TOGETHER=lists.spans_together,
+        TMA=tile.tma,
+        SPECIALIZE=tile.warp_specialize,
+        **tile.launch_options(),
+    )
     return out, lse

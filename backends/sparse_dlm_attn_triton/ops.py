@@ -71,9 +71,14 @@ def top_pages(scores: Tensor, count: Tensor, eligible: Tensor) -> Tensor:
     "Tensor? lse=None) -> Tensor",
 )
 def pooled_scores(
-    q: Tensor, k_pages: Tensor, page_table: Tensor, page_lengths: Tensor, span: int, scale: float,
+    q: Tensor,
+    k_pages: Tensor,
+    page_table: Tensor,
+    page_lengths: Tensor,
+    span: int,
+    scale: float,
     lse: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Return the mean softmax mass of each page over each span's rows (clause POOLED-1)."""
     return pooled.pooled_scores(q, k_pages, page_table, page_lengths, span, scale, lse)
 
@@ -83,9 +88,17 @@ def pooled_scores(
     f"(Tensor q, {CONTEXT}, {CHOSEN}, float scale, bool ragged=False) -> (Tensor, Tensor)",
 )
 def attend_pages(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, page_lengths: Tensor, mask: Tensor, span: int,
-    active: Tensor, scale: float, ragged: bool = False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    page_lengths: Tensor,
+    mask: Tensor,
+    span: int,
+    active: Tensor,
+    scale: float,
+    ragged: bool = False,
+) -> tuple[Tensor, Tensor]:
     """Attend to selected pages (clause ATTEND-1); return a state."""
     if q.shape[2] > passes.MOST_ROWS:
         return full_sequence.attend_spans(q, k_pages, v_pages, page_table, page_lengths, mask, span, active, scale)
@@ -107,10 +120,21 @@ def attend_block(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor,
     "bool ragged=False) -> (Tensor, Tensor, Tensor)",
 )
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, page_lengths: Tensor,
-    mask: Tensor, span: int, active: Tensor, scale: float, cached_out: Tensor | None, cached_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    page_lengths: Tensor,
+    mask: Tensor,
+    span: int,
+    active: Tensor,
+    scale: float,
+    cached_out: Tensor | None,
+    cached_lse: Tensor | None,
     ragged: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """Run a whole pass (clause ATTEND-4); return its output and the state of the context part.
 
     The cached state is that of inactive rows; None counts as the empty set.
@@ -126,11 +150,27 @@ def attend(
     "bool ragged=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def attend_ranked(
-    q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, page_lengths: Tensor,
-    lower: Tensor, upper: Tensor, reference: Tensor | None, count: int | None, mass: float | None, budget: int,
-    pages: int, union: str, keep: str, scale: float, cached_out: Tensor | None, cached_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    page_lengths: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    reference: Tensor | None,
+    count: int | None,
+    mass: float | None,
+    budget: int,
+    pages: int,
+    union: str,
+    keep: str,
+    scale: float,
+    cached_out: Tensor | None,
+    cached_lse: Tensor | None,
     ragged: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Decide and run a whole pass by a rule, that of a `sparse_dlm_attn.ranked.RankedPass` (clause RANKED-1).
 
     Returns the output, the state of the context part, active rows, the mask of pages ``(batch, kv_heads or
@@ -169,9 +209,14 @@ def _(scores: Tensor, count: Tensor, eligible: Tensor) -> Tensor:
 
 @pooled_scores.register_fake
 def _(
-    q: Tensor, k_pages: Tensor, page_table: Tensor, page_lengths: Tensor, span: int, scale: float,
+    q: Tensor,
+    k_pages: Tensor,
+    page_table: Tensor,
+    page_lengths: Tensor,
+    span: int,
+    scale: float,
     lse: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     spans = (q.shape[2] + span - 1) // span
     return q.new_empty((q.shape[0], q.shape[1], spans, page_table.shape[1]), dtype=torch.float32)
 
@@ -189,10 +234,24 @@ def _(q: Tensor, *others: object) -> tuple[Tensor, Tensor, Tensor]:
 
 @attend_ranked.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, page_lengths: Tensor,
-    lower: Tensor, upper: Tensor, reference: Tensor | None, count: int | None, mass: float | None, budget: int,
-    pages: int, union: str, keep: str, *others: object,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    page_lengths: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    reference: Tensor | None,
+    count: int | None,
+    mass: float | None,
+    budget: int,
+    pages: int,
+    union: str,
+    keep: str,
+    *others: object,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     (batch, q_heads, tokens, _), width = q.shape, page_table.shape[1]
     heads, spans = (lower.shape[1] if union == "kv_head" else q_heads), (tokens if union == "row" else 1)
     return (

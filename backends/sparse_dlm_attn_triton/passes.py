@@ -34,9 +34,14 @@ class Plan:
     keeps: bool
 
     def run(
-        self, q: Tensor, k: Tensor, v: Tensor, part: Part, cached: tuple[Tensor, Tensor] | None,
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        part: Part,
+        cached: tuple[Tensor, Tensor] | None,
         reference: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Launch a pass; return its output, ``out`` and ``lse`` of the part that is kept, and the kept queries."""
         state_out = torch.empty_like(q, memory_format=torch.contiguous_format)
         state_lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
@@ -62,9 +67,17 @@ def planned(sizes: Sizes, epoch: int) -> Plan:
 
 
 def attend(
-    q: Tensor, block: tuple[Tensor, Tensor] | None, part: Part | None, cached: tuple[Tensor, Tensor] | None,
-    scale: float, keep: int = 0, reference: Tensor | None = None, *, later: bool = False, ragged: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    block: tuple[Tensor, Tensor] | None,
+    part: Part | None,
+    cached: tuple[Tensor, Tensor] | None,
+    scale: float,
+    keep: int = 0,
+    reference: Tensor | None = None,
+    *,
+    later: bool = False,
+    ragged: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch a pass, or the half of it that is asked for: ``block`` is its k and v, ``part`` the context part.
 
     ``cached`` is the state of inactive rows; None counts as the empty set. ``keep`` says what to store for the next

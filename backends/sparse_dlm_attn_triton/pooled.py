@@ -40,9 +40,17 @@ def _physical_pages(table_at, page, table_page, pages, BLOCK_N: tl.constexpr, RO
 
 @triton.jit
 def _full_scores(
-    queries, k_at, physical, sub, k_stride, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr, ROOM: tl.constexpr,
-):  # fmt: skip
+    queries,
+    k_at,
+    physical,
+    sub,
+    k_stride,
+    PAGE_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ROOM: tl.constexpr,
+):
     """Return raw scores ``[BLOCK_M, BLOCK_N]`` of keys of full pages; -inf behind a page's tokens."""
     key = tl.arange(0, BLOCK_N)
     within = key % ROOM + sub * BLOCK_N
@@ -55,9 +63,21 @@ def _full_scores(
 
 @triton.jit
 def _partial_scores(
-    queries, k_at, table_at, lengths_at, page, sub, table_page, lengths_page, k_stride, end,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, ROOM: tl.constexpr,
-):  # fmt: skip
+    queries,
+    k_at,
+    table_at,
+    lengths_at,
+    page,
+    sub,
+    table_page,
+    lengths_page,
+    k_stride,
+    end,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ROOM: tl.constexpr,
+):
     """Return the same for pages of any length; -inf where no token is."""
     key = tl.arange(0, BLOCK_N)
     at = page + key // ROOM
@@ -90,9 +110,19 @@ def _row_masses(scores, lse_log2, alive, scale_log2, BLOCK_M: tl.constexpr, SLOT
 
 @triton.jit
 def _add_to_scores(
-    scores, mass, sizes, page, end, spans, pages, index, SPANS: tl.constexpr, SPAN_ROOM: tl.constexpr,
-    SLOTS: tl.constexpr, MANY: tl.constexpr,
-):  # fmt: skip
+    scores,
+    mass,
+    sizes,
+    page,
+    end,
+    spans,
+    pages,
+    index,
+    SPANS: tl.constexpr,
+    SPAN_ROOM: tl.constexpr,
+    SLOTS: tl.constexpr,
+    MANY: tl.constexpr,
+):
     """Average the rows of SPANS spans over SLOTS pages; MANY: a span's rows come in several parts."""
     mass = tl.where(mass > 1.0, 1.0, mass)  # whatever the LSE; lets NaN through
     mean = tl.sum(tl.reshape(mass, [SPANS, SPAN_ROOM, SLOTS]), 1) / sizes[:, None]
@@ -107,12 +137,38 @@ def _add_to_scores(
 
 @triton.jit
 def pooled_kernel(
-    q, k, lse, scores, table, lengths, runs, q_stride, k_stride, table_stride, lengths_stride, tokens, span, spans,
-    pages, pages_a_program, parts, q_heads, kv_heads, scale_log2,
-    PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, ROOM: tl.constexpr, SLOTS: tl.constexpr, SUBS: tl.constexpr, SPANS: tl.constexpr,
-    SPAN_ROOM: tl.constexpr, MANY: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    lse,
+    scores,
+    table,
+    lengths,
+    runs,
+    q_stride,
+    k_stride,
+    table_stride,
+    lengths_stride,
+    tokens,
+    span,
+    spans,
+    pages,
+    pages_a_program,
+    parts,
+    q_heads,
+    kv_heads,
+    scale_log2,
+    PAGE_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ROOM: tl.constexpr,
+    SLOTS: tl.constexpr,
+    SUBS: tl.constexpr,
+    SPANS: tl.constexpr,
+    SPAN_ROOM: tl.constexpr,
+    MANY: tl.constexpr,
+):
     """Score a share of the pages for the spans of one tile of one head; see `pooled_scores`."""
     b, head = tl.program_id(1) // q_heads, tl.program_id(1) % q_heads
     k_at = k + (head // (q_heads // kv_heads)).to(tl.int64) * k_stride[1]
@@ -149,20 +205,53 @@ def pooled_kernel(
             mass = tl.zeros([BLOCK_M, SLOTS], dtype=tl.float32)
             for sub in range(SUBS):
                 found = _partial_scores(
-                    queries, k_at, table_at, lengths_at, page, sub, table_stride[1], lengths_stride[1], k_stride, end,
-                    HEAD_DIM, BLOCK_D, BLOCK_N, ROOM,
-                )  # fmt: skip
+                    queries,
+                    k_at,
+                    table_at,
+                    lengths_at,
+                    page,
+                    sub,
+                    table_stride[1],
+                    lengths_stride[1],
+                    k_stride,
+                    end,
+                    HEAD_DIM,
+                    BLOCK_D,
+                    BLOCK_N,
+                    ROOM,
+                )
                 mass += _row_masses(found, lse_log2, alive, scale_log2, BLOCK_M, SLOTS)
             _add_to_scores(scores_at, mass, sizes, page, end, spans, pages, index, SPANS, SPAN_ROOM, SLOTS, MANY)
 
 
 @triton.jit
 def lse_kernel(
-    q, k, logs, table, lengths, runs, q_stride, k_stride, table_stride, lengths_stride, tokens, pages, pages_a_program,
-    shares, q_heads, kv_heads, scale_log2,
-    PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, ROOM: tl.constexpr, SLOTS: tl.constexpr, SUBS: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    logs,
+    table,
+    lengths,
+    runs,
+    q_stride,
+    k_stride,
+    table_stride,
+    lengths_stride,
+    tokens,
+    pages,
+    pages_a_program,
+    shares,
+    q_heads,
+    kv_heads,
+    scale_log2,
+    PAGE_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ROOM: tl.constexpr,
+    SLOTS: tl.constexpr,
+    SUBS: tl.constexpr,
+):
     """Find the LSE of one tile of rows over a share of the pages; see `context_lse`."""
     b, head = tl.program_id(1) // q_heads, tl.program_id(1) % q_heads
     k_at = k + (head // (q_heads // kv_heads)).to(tl.int64) * k_stride[1]
@@ -184,9 +273,21 @@ def lse_kernel(
     for page in range(begin + bulk * SLOTS, end, SLOTS):
         for sub in range(SUBS):
             found = _partial_scores(
-                queries, k_at, table_at, lengths_at, page, sub, table_stride[1], lengths_stride[1], k_stride, end,
-                HEAD_DIM, BLOCK_D, BLOCK_N, ROOM,
-            )  # fmt: skip
+                queries,
+                k_at,
+                table_at,
+                lengths_at,
+                page,
+                sub,
+                table_stride[1],
+                lengths_stride[1],
+                k_stride,
+                end,
+                HEAD_DIM,
+                BLOCK_D,
+                BLOCK_N,
+                ROOM,
+            )
             _, running_max, running_sum, _ = softmax_step(found, running_max, running_sum, scale_log2)
     _, log = softmax_end(running_max, running_sum, scale_log2)
     at = (tl.program_id(1) * shares + tl.program_id(2)).to(tl.int64) * tokens
@@ -219,13 +320,25 @@ def _sweep(
     wanted = triton.cdiv(PROGRAMS, max(row_tiles * batch * q_heads, 1))
     each = triton.cdiv(max(triton.cdiv(pages, wanted), LEAST_STEPS * slots), slots) * slots
     constants = {
-        "PAGE_SIZE": page_size, "HEAD_DIM": head_dim, "BLOCK_D": power_of_two(head_dim), "BLOCK_M": tile.rows,
-        "BLOCK_N": tile.tokens, "ROOM": room, "SLOTS": slots, "SUBS": subs, **tile.launch_options(),
-    }  # fmt: skip
+        "PAGE_SIZE": page_size,
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": power_of_two(head_dim),
+        "BLOCK_M": tile.rows,
+        "BLOCK_N": tile.tokens,
+        "ROOM": room,
+        "SLOTS": slots,
+        "SUBS": subs,
+        **tile.launch_options(),
+    }
     tensors = (
-        page_table, page_lengths, _runs(page_lengths, page_size), q.stride()[:3], k_pages.stride()[:3],
-        page_table.stride(), page_lengths.stride(),
-    )  # fmt: skip
+        page_table,
+        page_lengths,
+        _runs(page_lengths, page_size),
+        q.stride()[:3],
+        k_pages.stride()[:3],
+        page_table.stride(),
+        page_lengths.stride(),
+    )
     return triton.cdiv(pages, each), each, tensors, constants
 
 
@@ -250,9 +363,16 @@ def context_lse(
 
 
 def pooled_scores(
-    q: Tensor, k_pages: Tensor, page_table: Tensor, page_lengths: Tensor, span: int, scale: float,
-    lse: Tensor | None = None, *, tile: Tile | None = None,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k_pages: Tensor,
+    page_table: Tensor,
+    page_lengths: Tensor,
+    span: int,
+    scale: float,
+    lse: Tensor | None = None,
+    *,
+    tile: Tile | None = None,
+) -> Tensor:
     """Return the mean softmax mass of each page over each span's rows (clauses POOLED-1 to POOLED-3).
 
     Parameters
@@ -293,7 +413,23 @@ def pooled_scores(
     groups = triton.cdiv(spans, together)
     shares, each, tensors, constants = _sweep(q, k_pages, page_table, page_lengths, tile, groups)
     pooled_kernel[(groups, batch * q_heads, shares)](
-        q, k_pages, lse.contiguous(), scores, *tensors, tokens, span, spans, pages, each, parts, q_heads, kv_heads,
-        scale * LOG2_E, SPANS=together, SPAN_ROOM=room, MANY=parts > 1, **constants,
-    )  # fmt: skip
+        q,
+        k_pages,
+        lse.contiguous(),
+        scores,
+        *tensors,
+        tokens,
+        span,
+        spans,
+        pages,
+        each,
+        parts,
+        q_heads,
+        kv_heads,
+        scale * LOG2_E,
+        SPANS=together,
+        SPAN_ROOM=room,
+        MANY=parts > 1,
+        **constants,
+    )
     return scores

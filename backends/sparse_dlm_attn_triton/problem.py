@@ -104,9 +104,17 @@ class Sizes(NamedTuple):
 
 
 def sizes_of(
-    q: Tensor, block: tuple[Tensor, Tensor] | None, part: Part | None, cached: tuple[Tensor, Tensor] | None,
-    reference: Tensor | None, scale: float, keep: int, later: bool, ragged: bool, mask: Any = None,
-) -> Sizes:  # fmt: skip
+    q: Tensor,
+    block: tuple[Tensor, Tensor] | None,
+    part: Part | None,
+    cached: tuple[Tensor, Tensor] | None,
+    reference: Tensor | None,
+    scale: float,
+    keep: int,
+    later: bool,
+    ragged: bool,
+    mask: Any = None,
+) -> Sizes:
     """Return the sizes of a pass of these tensors; ``mask`` is the layout of a selection that is not made yet."""
     tensors = [q, *(block or ()), *(cached or ()), *(() if reference is None else (reference,))]
     kv_heads = block[0].shape[1] if block is not None else q.shape[1]
@@ -118,12 +126,25 @@ def sizes_of(
             mask = layout(part.mask)
             tensors += [part.mask, part.active]
     return Sizes(
-        q.device, q.dtype, layout(q), None if block is None else layout(block[0]),
-        None if block is None else layout(block[1]), k_pages, v_pages, mask, 1 if part is None else part.span,
-        q.shape[2] if part is None else part.most_active, kv_heads, scale,
+        q.device,
+        q.dtype,
+        layout(q),
+        None if block is None else layout(block[0]),
+        None if block is None else layout(block[1]),
+        k_pages,
+        v_pages,
+        mask,
+        1 if part is None else part.span,
+        q.shape[2] if part is None else part.most_active,
+        kv_heads,
+        scale,
         None if cached is None else (cached[0].stride(), cached[1].stride()),
-        None if reference is None else reference.stride(), keep, later, ragged, aligned(*tensors),
-    )  # fmt: skip
+        None if reference is None else reference.stride(),
+        keep,
+        later,
+        ragged,
+        aligned(*tensors),
+    )
 
 
 @dataclass(frozen=True)

@@ -56,9 +56,18 @@ class Ranking(NamedTuple):
 
 
 def ranking_of(
-    device: torch.device, dtype: torch.dtype, q: Any, bounds: tuple[Any, Any], reference: Any, count: int | None,
-    mass: float | None, budget: int, top_k: int, union: str, aligned_all: bool,
-) -> Ranking:  # fmt: skip
+    device: torch.device,
+    dtype: torch.dtype,
+    q: Any,
+    bounds: tuple[Any, Any],
+    reference: Any,
+    count: int | None,
+    mass: float | None,
+    budget: int,
+    top_k: int,
+    union: str,
+    aligned_all: bool,
+) -> Ranking:
     """Settle the launches of a ranked pass's decisions, from the layouts of queries, bounds and reference.
 
     Without a reference every row is active; with one, ``count`` rows or a share ``mass`` of all change. A context of
@@ -96,9 +105,15 @@ class RankedPlan:
     span: int
 
     def run(
-        self, q: Tensor, k: Tensor, v: Tensor, pages: Pages, bounds: tuple[Tensor, Tensor], reference: Tensor | None,
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        pages: Pages,
+        bounds: tuple[Tensor, Tensor],
+        reference: Tensor | None,
         cached: tuple[Tensor, Tensor] | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Launch it; return what `ops.attend_ranked` returns."""
         active, mask = self.ranking.run(q, bounds, pages[3], reference)
         part = Part(*pages, mask, self.span, active, 0)
@@ -107,9 +122,17 @@ class RankedPlan:
 
 
 def ranked_plan(
-    q: Tensor, k: Tensor, v: Tensor, pages: Pages, bounds: tuple[Tensor, Tensor], reference: Tensor | None,
-    cached: tuple[Tensor, Tensor] | None, rule: tuple[Any, ...], scale: float, ragged: bool,
-) -> RankedPlan:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pages: Pages,
+    bounds: tuple[Tensor, Tensor],
+    reference: Tensor | None,
+    cached: tuple[Tensor, Tensor] | None,
+    rule: tuple[Any, ...],
+    scale: float,
+    ragged: bool,
+) -> RankedPlan:
     """Return the plan for tensors whose last axes are contiguous, as kernels read them.
 
     ``rule`` is ``count, mass, budget, pages, union, keep`` of a `sparse_dlm_attn.ranked.RankedPass`.

@@ -37,9 +37,19 @@ Tensor = torch.Tensor
 
 @triton.jit
 def bounds_kernel(
-    k_pages, page_table, page_lengths, lower, upper, k_stride, kv_heads, pages,
-    PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    k_pages,
+    page_table,
+    page_lengths,
+    lower,
+    upper,
+    k_stride,
+    kv_heads,
+    pages,
+    PAGE_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """One program a page and KV head: minimum and maximum of its valid keys, NaN if one of them is."""
     page, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(page_lengths + sequence * pages + page)
@@ -71,18 +81,36 @@ def page_bounds(k_pages: Tensor, page_table: Tensor, page_lengths: Tensor) -> tu
     upper = torch.empty_like(lower)
     if lower.numel():
         bounds_kernel[(pages, kv_heads, batch)](
-            k_pages, page_table.contiguous(), page_lengths.contiguous(), lower, upper, k_pages.stride()[:3],
-            kv_heads, pages, PAGE_SIZE=page_size, HEAD_DIM=head_dim,
-            BLOCK_T=min(power_of_two(page_size, 1), 64), BLOCK_D=power_of_two(head_dim),
-        )  # fmt: skip
+            k_pages,
+            page_table.contiguous(),
+            page_lengths.contiguous(),
+            lower,
+            upper,
+            k_pages.stride()[:3],
+            kv_heads,
+            pages,
+            PAGE_SIZE=page_size,
+            HEAD_DIM=head_dim,
+            BLOCK_T=min(power_of_two(page_size, 1), 64),
+            BLOCK_D=power_of_two(head_dim),
+        )
     return lower, upper
 
 
 @triton.jit
 def changes_kernel(
-    q, reference, changes, q_stride, reference_stride, q_heads, numbers,
-    HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+    q,
+    reference,
+    changes,
+    q_stride,
+    reference_stride,
+    q_heads,
+    numbers,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
+):
     """One program a row of a block: mean squared change of its queries (clause CHANGE-1)."""
     if PDL:
         gdc_wait()
@@ -108,10 +136,19 @@ def changes_launch(device: torch.device, q: Any, reference: Any, aligned_all: bo
     batch, q_heads, tokens, head_dim = q[0]
     block_d = power_of_two(head_dim)
     return Launch(
-        changes_kernel, (tokens, batch), q[1][:3], reference[1][:3], q_heads, q_heads * head_dim, device=device,
-        aligned=aligned_all, HEAD_DIM=head_dim, BLOCK_H=min(power_of_two(q_heads, 1), 8192 // block_d),
-        BLOCK_D=block_d, num_warps=8,
-    )  # fmt: skip
+        changes_kernel,
+        (tokens, batch),
+        q[1][:3],
+        reference[1][:3],
+        q_heads,
+        q_heads * head_dim,
+        device=device,
+        aligned=aligned_all,
+        HEAD_DIM=head_dim,
+        BLOCK_H=min(power_of_two(q_heads, 1), 8192 // block_d),
+        BLOCK_D=block_d,
+        num_warps=8,
+    )
 
 
 @triton.jit
@@ -144,12 +181,34 @@ def _rank_by_change(changes, token, tokens, count, mass, BLOCK_T: tl.constexpr, 
 
 @triton.jit
 def scores_kernel(
-    q, lower, upper, changes, mass, scores, active, order, union,
-    q_stride, lower_stride, upper_stride, kv_heads, pages, unions, count,
-    TOKENS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr, RULE: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+    q,
+    lower,
+    upper,
+    changes,
+    mass,
+    scores,
+    active,
+    order,
+    union,
+    q_stride,
+    lower_stride,
+    upper_stride,
+    kv_heads,
+    pages,
+    unions,
+    count,
+    TOKENS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    RULE: tl.constexpr,
+    PDL: tl.constexpr,
+):
     """One program a tile of pages, a tile of rows and a KV head: ``relu(q) . upper + min(q, 0) . lower``.
 
     ``RULE`` says which rows are active: those of largest change, so many of them ("count") or a share of all
@@ -209,9 +268,17 @@ def scores_kernel(
 
 @functools.lru_cache(maxsize=1024)
 def scores_launch(
-    device: torch.device, dtype: torch.dtype, q: Any, lower: Any, upper: Any, rows: int, rule: str, unions: int,
-    count: int, aligned_all: bool,
-) -> Launch:  # fmt: skip
+    device: torch.device,
+    dtype: torch.dtype,
+    q: Any,
+    lower: Any,
+    upper: Any,
+    rows: int,
+    rule: str,
+    unions: int,
+    count: int,
+    aligned_all: bool,
+) -> Launch:
     """Settle the launch of scores, by themselves or with the decisions of a ranked pass."""
     (batch, q_heads, tokens, head_dim), (_, kv_heads, pages, _) = q[0], lower[0]
     group, single = q_heads // kv_heads, dtype == torch.float32
@@ -221,11 +288,29 @@ def scores_launch(
     block_m, block_p = min(power_of_two(group * tokens), side if single else 64), min(power_of_two(pages), side)
     tiles, parts = max(triton.cdiv(pages, block_p), 1), triton.cdiv(group * tokens, block_m)
     return Launch(
-        scores_kernel, (tiles, parts, batch * kv_heads), q[1][:3], lower[1][:3], upper[1][:3], kv_heads, pages,
-        unions, count, device=device, aligned=aligned_all, TOKENS=tokens, GROUP=group, ROWS=rows, HEAD_DIM=head_dim,
-        BLOCK_M=block_m, BLOCK_P=block_p, BLOCK_T=power_of_two(tokens, 1), BLOCK_D=power_of_two(head_dim),
-        PRECISION=precision(dtype), RULE=rule, num_warps=4,
-    )  # fmt: skip
+        scores_kernel,
+        (tiles, parts, batch * kv_heads),
+        q[1][:3],
+        lower[1][:3],
+        upper[1][:3],
+        kv_heads,
+        pages,
+        unions,
+        count,
+        device=device,
+        aligned=aligned_all,
+        TOKENS=tokens,
+        GROUP=group,
+        ROWS=rows,
+        HEAD_DIM=head_dim,
+        BLOCK_M=block_m,
+        BLOCK_P=block_p,
+        BLOCK_T=power_of_two(tokens, 1),
+        BLOCK_D=power_of_two(head_dim),
+        PRECISION=precision(dtype),
+        RULE=rule,
+        num_warps=4,
+    )
 
 
 def page_scores(q: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
@@ -237,6 +322,6 @@ def page_scores(q: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
         aligned_all = aligned(q, lower, upper)
         launch = scores_launch(
             q.device, q.dtype, layout(q), layout(lower), layout(upper), tokens, "", 0, 0, aligned_all
-        )  # fmt: skip
+        )
         launch(q, lower, upper, scores, scores, scores, scores, scores, scores)
     return scores

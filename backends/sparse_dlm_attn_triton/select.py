@@ -98,9 +98,21 @@ def top_kernel(scores, counts, eligible, chosen, pages, BLOCK_P: tl.constexpr, P
 
 @triton.jit
 def select_kernel(
-    scores, order, page_lengths, union, q_heads, pages, unions, budget, top_k,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+    scores,
+    order,
+    page_lengths,
+    union,
+    q_heads,
+    pages,
+    unions,
+    budget,
+    top_k,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    PARTS: tl.constexpr,
+    PDL: tl.constexpr,
+):
     """One program an active row and query head: the ``top_k`` pages that it wants.
 
     A page wanted is written as 1 into the union, which `scores_kernel` has cleared: programs that write the
@@ -138,15 +150,31 @@ def _search_sizes(pages: int) -> dict[str, int]:
 
 
 def select_launch(
-    device: torch.device, grid: tuple[int, int, int], tokens: int, pages: int, unions: int, budget: int, top_k: int,
+    device: torch.device,
+    grid: tuple[int, int, int],
+    tokens: int,
+    pages: int,
+    unions: int,
+    budget: int,
+    top_k: int,
     aligned_all: bool,
-) -> Launch:  # fmt: skip
+) -> Launch:
     """Settle the launch of the choice of pages; the grid is active rows, query heads and sequences."""
     rows, q_heads, _ = grid
     return Launch(
-        select_kernel, grid, q_heads, pages, unions, budget, top_k, device=device, aligned=aligned_all, TOKENS=tokens,
-        ROWS=rows, **_search_sizes(pages),
-    )  # fmt: skip
+        select_kernel,
+        grid,
+        q_heads,
+        pages,
+        unions,
+        budget,
+        top_k,
+        device=device,
+        aligned=aligned_all,
+        TOKENS=tokens,
+        ROWS=rows,
+        **_search_sizes(pages),
+    )
 
 
 def top_pages(scores: Tensor, count: Tensor, eligible: Tensor) -> Tensor:

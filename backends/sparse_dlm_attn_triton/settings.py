@@ -24,9 +24,20 @@ from sparse_dlm_attn.files import check_target, write_atomically
 from sparse_dlm_attn.values import check_int
 
 __all__ = [
-    "Entry", "Kind", "Machine", "Settings", "cache_file", "chosen", "epoch", "forced", "load", "make_room", "store",
-    "use_tuned", "watched",
-]  # fmt: skip
+    "Entry",
+    "Kind",
+    "Machine",
+    "Settings",
+    "cache_file",
+    "chosen",
+    "epoch",
+    "forced",
+    "load",
+    "make_room",
+    "store",
+    "use_tuned",
+    "watched",
+]
 
 FORMAT = 1
 WHAT = "tuned settings of backend 'triton'"
@@ -63,8 +74,12 @@ class Settings:
 
     def __post_init__(self) -> None:
         ranges = {
-            "block_n": (16, 256), "warps": (1, 16), "stages": (1, 8), "programs": (1, 65536), "least_m": (16, 128)
-        }  # fmt: skip
+            "block_n": (16, 256),
+            "warps": (1, 16),
+            "stages": (1, 8),
+            "programs": (1, 65536),
+            "least_m": (16, 128),
+        }
         for name, (least, most) in ranges.items():
             value = check_int(name, getattr(self, name))
             if not least <= value <= most:

@@ -54,9 +54,19 @@ class SpanLists:
 
 @triton.jit
 def unsafe_kernel(
-    v, table, lengths, unsafe, v_stride, table_stride, lengths_stride, pages, kv_heads,
-    HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    v,
+    table,
+    lengths,
+    unsafe,
+    v_stride,
+    table_stride,
+    lengths_stride,
+    pages,
+    kv_heads,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """Flag pages that hold a value which is not finite."""
     page, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + b * lengths_stride[0] + page * lengths_stride[1])
@@ -72,9 +82,24 @@ def unsafe_kernel(
 
 @triton.jit
 def span_lists_kernel(
-    mask, used, table, lengths, unsafe, entries, bits, counts, mask_stride, table_stride, lengths_stride, heads,
-    groups, pages, PAGE_SIZE: tl.constexpr, TOGETHER: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
+    mask,
+    used,
+    table,
+    lengths,
+    unsafe,
+    entries,
+    bits,
+    counts,
+    mask_stride,
+    table_stride,
+    lengths_stride,
+    heads,
+    groups,
+    pages,
+    PAGE_SIZE: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
     """Rank the pages of one group of spans; see `SpanLists`."""
     group, b, h = tl.program_id(0), tl.program_id(1) // heads, tl.program_id(1) % heads
     row = ((b * heads + h) * groups + group).to(tl.int64) * pages
@@ -113,9 +138,14 @@ def span_lists_kernel(
 
 
 def span_lists(
-    v_pages: Tensor, page_table: Tensor, page_lengths: Tensor, mask: Tensor, span: int, active: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    page_lengths: Tensor,
+    mask: Tensor,
+    span: int,
+    active: Tensor,
     spans_together: int = 1,
-) -> SpanLists:  # fmt: skip
+) -> SpanLists:
     """List the pages that groups of ``spans_together`` neighbouring spans, at most 32, read.
 
     A span without an active row reads nothing. Values are looked at only where spans share a program.
@@ -136,16 +166,39 @@ def span_lists(
     if spans_together > 1:
         unsafe = torch.empty((batch, kv_heads, pages), dtype=torch.int8, device=mask.device)
         unsafe_kernel[(pages, kv_heads, batch)](
-            v_pages, page_table, page_lengths, unsafe, v_pages.stride()[:3], page_table.stride(),
-            page_lengths.stride(), pages, kv_heads, HEAD_DIM=head_dim, BLOCK_T=power_of_two(page_size, 1),
+            v_pages,
+            page_table,
+            page_lengths,
+            unsafe,
+            v_pages.stride()[:3],
+            page_table.stride(),
+            page_lengths.stride(),
+            pages,
+            kv_heads,
+            HEAD_DIM=head_dim,
+            BLOCK_T=power_of_two(page_size, 1),
             BLOCK_D=power_of_two(head_dim),
-        )  # fmt: skip
+        )
         if heads != kv_heads:
             unsafe = unsafe.repeat_interleave(heads // kv_heads, dim=1)
     view: Any = mask.view(torch.uint8)
     span_lists_kernel[(groups, batch * heads)](
-        view, used, page_table, page_lengths, unsafe, entries, bits, counts, view.stride(),
-        page_table.stride(), page_lengths.stride(), heads, groups, pages,
-        PAGE_SIZE=page_size, TOGETHER=spans_together, BLOCK_P=min(MOST_LISTED, power_of_two(pages)),
-    )  # fmt: skip
+        view,
+        used,
+        page_table,
+        page_lengths,
+        unsafe,
+        entries,
+        bits,
+        counts,
+        view.stride(),
+        page_table.stride(),
+        page_lengths.stride(),
+        heads,
+        groups,
+        pages,
+        PAGE_SIZE=page_size,
+        TOGETHER=spans_together,
+        BLOCK_P=min(MOST_LISTED, power_of_two(pages)),
+    )
     return SpanLists(entries, bits, counts, span, spans_together)

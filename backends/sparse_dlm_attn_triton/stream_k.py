@@ -33,11 +33,26 @@ Tensor = torch.Tensor
 
 @triton.jit
 def lists_kernel(
-    mask, active, page_table, page_lengths, entries, logicals, counts,
-    mask_stride, kv_heads, pages, spans, span,
-    TOKENS: tl.constexpr, MASK_ROWS: tl.constexpr, PER_ROW: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+    mask,
+    active,
+    page_table,
+    page_lengths,
+    entries,
+    logicals,
+    counts,
+    mask_stride,
+    kv_heads,
+    pages,
+    spans,
+    span,
+    TOKENS: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    PDL: tl.constexpr,
+):
     """One program a pair of sequence and KV head: the pages that any active row wants, in reading order."""
     pair = tl.program_id(0)
     sequence, head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
@@ -64,14 +79,51 @@ def lists_kernel(
 
 @triton.jit
 def stream_k_kernel(
-    q, k_pages, v_pages, mask, active, k, v, part_out, part_lse, entries, logicals, counts, firsts, lasts,
-    q_stride, k_page_stride, v_page_stride, mask_stride, k_stride, v_stride,
-    scale_log2, kv_heads, pages, span, pairs, programs, blocks, keys,
-    TOKENS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, MASK_ROWS: tl.constexpr,
-    PER_ROW: tl.constexpr, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    q,
+    k_pages,
+    v_pages,
+    mask,
+    active,
+    k,
+    v,
+    part_out,
+    part_lse,
+    entries,
+    logicals,
+    counts,
+    firsts,
+    lasts,
+    q_stride,
+    k_page_stride,
+    v_page_stride,
+    mask_stride,
+    k_stride,
+    v_stride,
+    scale_log2,
+    kv_heads,
+    pages,
+    span,
+    pairs,
+    programs,
+    blocks,
+    keys,
+    TOKENS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     """One program a share: softmax attention over a stretch of the page lists of all pairs.
 
     The first ``blocks`` programs attend to the blocks themselves, one a pair, while lists are still made:
@@ -84,10 +136,28 @@ def stream_k_kernel(
         slots = (programs + pairs + pair) * (GROUP * TOKENS)
         block_part(
             q + sequence * q_stride[0] + head * GROUP * q_stride[1],
-            k + sequence * k_stride[0] + head * k_stride[1], v + sequence * v_stride[0] + head * v_stride[1],
-            part_out, part_lse, slots, q_stride, k_stride, v_stride, scale_log2, keys, 0, 1,
-            GROUP, TOKENS, 1, HEAD_DIM, BLOCK_M, BLOCK_K, BLOCK_D, PRECISION, PDL,
-        )  # fmt: skip
+            k + sequence * k_stride[0] + head * k_stride[1],
+            v + sequence * v_stride[0] + head * v_stride[1],
+            part_out,
+            part_lse,
+            slots,
+            q_stride,
+            k_stride,
+            v_stride,
+            scale_log2,
+            keys,
+            0,
+            1,
+            GROUP,
+            TOKENS,
+            1,
+            HEAD_DIM,
+            BLOCK_M,
+            BLOCK_K,
+            BLOCK_D,
+            PRECISION,
+            PDL,
+        )
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -129,11 +199,31 @@ def stream_k_kernel(
         listing = entries + pair.to(tl.int64) * pages
         first = (here - begin) * BLOCK_N
         running_max, running_sum, acc = attend_tiles(
-            queries, k_pages + head * k_page_stride[1], v_pages + head * v_page_stride[1], listing,
-            logicals + pair.to(tl.int64) * pages, mask_row, exists, channel, first, (stop - begin) * BLOCK_N, listed,
-            0, k_page_stride, v_page_stride, scale_log2,
-            PAGE_SIZE, PAGE_SIZE, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, PER_ROW, PRECISION, STAGES,
-        )  # fmt: skip
+            queries,
+            k_pages + head * k_page_stride[1],
+            v_pages + head * v_page_stride[1],
+            listing,
+            logicals + pair.to(tl.int64) * pages,
+            mask_row,
+            exists,
+            channel,
+            first,
+            (stop - begin) * BLOCK_N,
+            listed,
+            0,
+            k_page_stride,
+            v_page_stride,
+            scale_log2,
+            PAGE_SIZE,
+            PAGE_SIZE,
+            HEAD_DIM,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_D,
+            PER_ROW,
+            PRECISION,
+            STAGES,
+        )
         slot = (share + pair) * (GROUP * TOKENS) + group_head * TOKENS + token
         store_part(part_out, part_lse, slot, exists, running_max, running_sum, acc, scale_log2, channel, HEAD_DIM)
         if here == begin:
@@ -167,7 +257,7 @@ class StreamK:
         self.lists(mask, active, part.page_table, part.page_lengths, entries, logicals, counts)
         self.shares(
             q, part.k_pages, part.v_pages, mask, active, k, v, out, lse, entries, logicals, counts, firsts, lasts
-        )  # fmt: skip
+        )
         return Parts(out, lse, firsts, lasts, counts)
 
 
@@ -177,15 +267,38 @@ def stream_k(sizes: Sizes, grid: Grid) -> StreamK:
     (spans, pages), pairs, span = sizes.mask[0][2:], grid.pairs, min(sizes.span, tokens)
     constants, strides = constants_of(sizes, grid), strides_of(sizes, grid)
     lists = Launch(
-        lists_kernel, (pairs,), strides[3], sizes.kv_heads, pages, spans, span, device=sizes.device,
-        aligned=sizes.aligned, **{name: constants[name] for name in ("TOKENS", "MASK_ROWS", "PER_ROW", "PAGE_SIZE")},
-        BLOCK_P=min(power_of_two(pages), MOST_LISTED), BLOCK_T=power_of_two(tokens), num_warps=4,
-    )  # fmt: skip
+        lists_kernel,
+        (pairs,),
+        strides[3],
+        sizes.kv_heads,
+        pages,
+        spans,
+        span,
+        device=sizes.device,
+        aligned=sizes.aligned,
+        **{name: constants[name] for name in ("TOKENS", "MASK_ROWS", "PER_ROW", "PAGE_SIZE")},
+        BLOCK_P=min(power_of_two(pages), MOST_LISTED),
+        BLOCK_T=power_of_two(tokens),
+        num_warps=4,
+    )
     programs, blocks = grid.settings.programs, 0 if sizes.k is None else pairs
     shares = Launch(
-        stream_k_kernel, (programs + blocks,), *strides, sizes.scale * LOG2_E, sizes.kv_heads, pages, span, pairs,
-        programs, blocks, sizes.keys, device=sizes.device, aligned=sizes.aligned, BLOCK_L=power_of_two(pairs),
-        BLOCK_T=power_of_two(tokens), **constants,
-    )  # fmt: skip
+        stream_k_kernel,
+        (programs + blocks,),
+        *strides,
+        sizes.scale * LOG2_E,
+        sizes.kv_heads,
+        pages,
+        span,
+        pairs,
+        programs,
+        blocks,
+        sizes.keys,
+        device=sizes.device,
+        aligned=sizes.aligned,
+        BLOCK_L=power_of_two(pairs),
+        BLOCK_T=power_of_two(tokens),
+        **constants,
+    )
     shape = programs + pairs + blocks, grid.group * tokens, head_dim
     return StreamK(lists, shares, shape, pairs, pages, programs + pairs)

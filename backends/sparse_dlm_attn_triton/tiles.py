@@ -137,12 +137,31 @@ def _listed_page(entries, first, listed, PART: tl.constexpr, BLOCK_N: tl.constex
 
 @triton.jit
 def attend_tiles(
-    queries, k_pages, v_pages, entries, logicals, mask_row, exists, channel, begin, end, listed, piece,
-    k_stride, v_stride, scale_log2,
-    PAGE_SIZE: tl.constexpr, PART: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PER_ROW: tl.constexpr, PRECISION: tl.constexpr,
+    queries,
+    k_pages,
+    v_pages,
+    entries,
+    logicals,
+    mask_row,
+    exists,
+    channel,
+    begin,
+    end,
+    listed,
+    piece,
+    k_stride,
+    v_stride,
+    scale_log2,
+    PAGE_SIZE: tl.constexpr,
+    PART: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
-):  # fmt: skip
+):
     """Attend to tokens ``begin`` to ``end`` of a list of pages; return maximum, sum and ``acc`` of a softmax.
 
     A page counts ``PART`` tokens, its ``piece``-th part of so many. ``PER_ROW`` masks pages for rows that did
@@ -187,11 +206,29 @@ def attend_tiles(
 
 @triton.jit
 def block_part(
-    q, k, v, part_out, part_lse, slots, q_stride, k_stride, v_stride, scale_log2, keys, tile, tiles,
-    GROUP: tl.constexpr, TOKENS: tl.constexpr, SLOTS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    q,
+    k,
+    v,
+    part_out,
+    part_lse,
+    slots,
+    q_stride,
+    k_stride,
+    v_stride,
+    scale_log2,
+    keys,
+    tile,
+    tiles,
+    GROUP: tl.constexpr,
+    TOKENS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
     WAIT: tl.constexpr,
-):  # fmt: skip
+):
     """Attend from all rows of a group to the block's own keys, dense.
 
     With ``WAIT`` the kernel before may still run and read memory that is reused for the parts: they are

@@ -133,7 +133,11 @@ def record(points: Sequence[Point], shape: Shape, policy: str, sentence: str) ->
 
     sizes = {name: size for name, size in asdict(shape).items() if name != "context"}
     return {
-        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": _version("triton"),
-        "policy": policy, **sizes, "answer": sentence,
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "policy": policy,
+        **sizes,
+        "answer": sentence,
         "points": [{**asdict(point), "speedup": point.speedup} for point in points],
     }

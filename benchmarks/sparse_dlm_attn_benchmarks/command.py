@@ -41,8 +41,9 @@ JsonFile = Annotated[Path | None, typer.Option("--json", help="Write results as 
 def break_even(
     policy: Annotated[
         str,
-        typer.Option(help="Policy that has a budget, without it: it follows from --densities.",
-                     metavar="NAME[:key=value,...]"),
+        typer.Option(
+            help="Policy that has a budget, without it: it follows from --densities.", metavar="NAME[:key=value,...]"
+        ),
     ] = "losa",
     batch: Batch = 1,
     q_heads: QueryHeads = 32,
@@ -100,15 +101,19 @@ def tune(
     contexts: Contexts = "64K",
     policy: Annotated[
         str,
-        typer.Option(help="Policy whose passes are timed, reading about a tenth of the context.",
-                     metavar="NAME[:key=value,...]"),
+        typer.Option(
+            help="Policy whose passes are timed, reading about a tenth of the context.", metavar="NAME[:key=value,...]"
+        ),
     ] = "losa",
     limit: Annotated[int, typer.Option(help="Most settings to try a context length; each compiles a kernel.")] = 40,
     repeats: Repeats = 20,
     file: Annotated[
         Path | None,
-        typer.Option(help="Where settings are kept.", metavar="FILE",
-                     show_default="SDA_TRITON_SETTINGS, else in the user's cache directory"),
+        typer.Option(
+            help="Where settings are kept.",
+            metavar="FILE",
+            show_default="SDA_TRITON_SETTINGS, else in the user's cache directory",
+        ),
     ] = None,
     show: Annotated[bool, typer.Option("--show", help="Print what is kept, as JSON, and stop.")] = False,
 ) -> None:
@@ -206,7 +211,8 @@ def _need_gpu(command: str) -> None:
     torch = _need_torch(command)
     if not torch.cuda.is_available():
         raise UnavailableError(
-            f"command {command!r}", ["PyTorch finds no usable GPU, and it measures on one"],
+            f"command {command!r}",
+            ["PyTorch finds no usable GPU, and it measures on one"],
             "Run it on the machine whose GPU you ask about; check the driver there with nvidia-smi.",
         )
 

@@ -17,8 +17,16 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 def flex_listed(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: Lists, block: tuple[int, int], scale: float,
-    *, kernel: str = "TRITON", partial: Lists | None = None, options: dict[str, Any] | None = None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lists: Lists,
+    block: tuple[int, int],
+    scale: float,
+    *,
+    kernel: str = "TRITON",
+    partial: Lists | None = None,
+    options: dict[str, Any] | None = None,
     mask_mod: Callable[..., Any] = flex.every_slot,
 ) -> Pair:
     """Run compiled FlexAttention over listed blocks; return ``out`` and its LSE, natural log.
@@ -31,23 +39,40 @@ def flex_listed(
 
 
 def listed_mask(
-    lengths: tuple[int, int], lists: Lists, block: tuple[int, int], *, partial: Lists | None = None,
+    lengths: tuple[int, int],
+    lists: Lists,
+    block: tuple[int, int],
+    *,
+    partial: Lists | None = None,
     mask_mod: Callable[..., Any] = flex.every_slot,
 ) -> Any:
     """Return FlexAttention's `BlockMask` of listed blocks."""
     full = lists.pages.to(torch.int32), lists.counts.to(torch.int32)
     other = (
-        (torch.zeros_like(full[0]), torch.zeros_like(full[1])) if partial is None
+        (torch.zeros_like(full[0]), torch.zeros_like(full[1]))
+        if partial is None
         else (partial.pages.to(torch.int32), partial.counts.to(torch.int32))
     )
     return flex_attention.BlockMask.from_kv_blocks(
-        other[1], other[0], full[1], full[0], BLOCK_SIZE=block, mask_mod=mask_mod, seq_lengths=lengths,
+        other[1],
+        other[0],
+        full[1],
+        full[0],
+        BLOCK_SIZE=block,
+        mask_mod=mask_mod,
+        seq_lengths=lengths,
         **flex.INDEX_OPTIONS,
     )
 
 
 def flex_masked(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, scale: float, *, kernel: str = "TRITON",
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: Any,
+    scale: float,
+    *,
+    kernel: str = "TRITON",
     options: dict[str, Any] | None = None,
 ) -> Pair:
     """Run compiled FlexAttention over a mask that is there already; see `flex_listed`."""

@@ -41,8 +41,10 @@ def layers(
     room = min(MOST_BYTES, torch.cuda.mem_get_info()[0] // 2) if device == "cuda" else MOST_BYTES
     if 2 * shape.cache_bytes > room:
         raise InvalidArgumentError(
-            "context", f"must fit two layers' caches into {room >> 20} MiB, half of the GPU's free memory",
-            f"{shape.cache_bytes >> 20} MiB each for {shape}", "Shorten it, or use fewer sequences.",
+            "context",
+            f"must fit two layers' caches into {room >> 20} MiB, half of the GPU's free memory",
+            f"{shape.cache_bytes >> 20} MiB each for {shape}",
+            "Shorten it, or use fewer sequences.",
         )
     generator = torch.Generator(device).manual_seed(seed)
     dtype = getattr(torch, shape.dtype)
@@ -71,7 +73,10 @@ def _shuffled(context: Context, shape: Shape, cache: tuple[torch.Tensor, ...], g
     order = torch.randperm(shape.batch * pages, generator=generator, device=generator.device)
     pools = [
         side.reshape(shape.batch, shape.kv_heads, pages, shape.page_size, shape.head_dim)
-        .transpose(1, 2).flatten(0, 1)[torch.argsort(order)].contiguous() for side in cache
+        .transpose(1, 2)
+        .flatten(0, 1)[torch.argsort(order)]
+        .contiguous()
+        for side in cache
     ]
     return replace(
         context, k_pages=pools[0], v_pages=pools[1], page_table=order.view(shape.batch, pages).to(torch.int32)

@@ -17,8 +17,18 @@ from sparse_dlm_attn_benchmarks.shape import Shape
 from sparse_dlm_attn_benchmarks.timing import relative_error
 
 __all__ = [
-    "DENSE", "FAST", "TOLERANCE", "Peer", "dense_peers", "differing", "expected_dense", "flash_attn_3",
-    "flashinfer", "reason", "wait", "wrapper_for",
+    "DENSE",
+    "FAST",
+    "TOLERANCE",
+    "Peer",
+    "dense_peers",
+    "differing",
+    "expected_dense",
+    "flash_attn_3",
+    "flashinfer",
+    "reason",
+    "wait",
+    "wrapper_for",
 ]
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -152,10 +162,18 @@ def _flashinfer_paged(layers: Sequence[Layer], shape: Shape) -> list[Work]:
     dtype, pages = layers[0].q.dtype, context.pages
     starts = torch.arange(shape.batch + 1, dtype=torch.int32)
     wrapper.plan(  # one plan for all layers, whose page tables are alike
-        starts * shape.tokens, starts * pages, context.page_table.flatten(),
-        torch.full((shape.batch,), shape.page_size, dtype=torch.int32), num_qo_heads=shape.q_heads,
-        num_kv_heads=shape.kv_heads, head_dim_qk=shape.head_dim, page_size=shape.page_size, causal=False,
-        sm_scale=shape.head_dim**-0.5, q_data_type=dtype, kv_data_type=dtype,
+        starts * shape.tokens,
+        starts * pages,
+        context.page_table.flatten(),
+        torch.full((shape.batch,), shape.page_size, dtype=torch.int32),
+        num_qo_heads=shape.q_heads,
+        num_kv_heads=shape.kv_heads,
+        head_dim_qk=shape.head_dim,
+        page_size=shape.page_size,
+        causal=False,
+        sm_scale=shape.head_dim**-0.5,
+        q_data_type=dtype,
+        kv_data_type=dtype,
     )
 
     def work(layer: Layer) -> Work:

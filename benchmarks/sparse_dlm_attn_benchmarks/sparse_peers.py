@@ -102,9 +102,18 @@ def _flashinfer(chosen: Sequence[Chosen], shape: Shape) -> Found:
         wait(device)
         start = time.perf_counter()
         wrapper.plan(
-            requests.row_starts, requests.page_starts, requests.pages, requests.last_lengths,
-            num_qo_heads=1, num_kv_heads=1, head_dim_qk=shape.head_dim, page_size=shape.page_size,
-            causal=False, sm_scale=shape.head_dim**-0.5, q_data_type=q.dtype, kv_data_type=q.dtype,
+            requests.row_starts,
+            requests.page_starts,
+            requests.pages,
+            requests.last_lengths,
+            num_qo_heads=1,
+            num_kv_heads=1,
+            head_dim_qk=shape.head_dim,
+            page_size=shape.page_size,
+            causal=False,
+            sm_scale=shape.head_dim**-0.5,
+            q_data_type=q.dtype,
+            kv_data_type=q.dtype,
         )
         wait(device)
         planned.append((time.perf_counter() - start) * 1e6)
@@ -119,7 +128,8 @@ def _flex(chosen: Sequence[Chosen], shape: Shape) -> Found:
         lists = lists_of(one.mask.transpose(1, 2), shape.tokens)
         own = Lists(  # (batch, kv_heads, one block of rows, width)
             lists.pages.transpose(1, 2).to(torch.int32).contiguous(),
-            lists.counts.transpose(1, 2).to(torch.int32).contiguous(), lists.span,
+            lists.counts.transpose(1, 2).to(torch.int32).contiguous(),
+            lists.span,
         )
         q = one.rows().reshape(shape.batch, shape.kv_heads, -1, shape.head_dim)
         block = max(128, 1 << (q.shape[2] - 1).bit_length()), shape.page_size
@@ -139,8 +149,12 @@ def _paged(function: Callable[..., Any], chosen: Sequence[Chosen], shape: Shape)
         q = one.layer.q_next.reshape(-1, shape.head_dim)[requests.rows]
         q = q.view(len(requests), -1, 1, shape.head_dim)
         lengths = requests.lengths(shape.page_size).to(table.device)
-        options = {name: table, "cache_seqlens": lengths, "return_softmax_lse": True,
-                   "softmax_scale": shape.head_dim**-0.5}
+        options = {
+            name: table,
+            "cache_seqlens": lengths,
+            "return_softmax_lse": True,
+            "softmax_scale": shape.head_dim**-0.5,
+        }
 
         def run(q: Any = q, pool: Pool = pool, options: Any = options) -> Pair:
             out, lse = function(q, pool.k[:, :, None], pool.v[:, :, None], **options)[:2]

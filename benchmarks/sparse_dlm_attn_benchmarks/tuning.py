@@ -24,7 +24,10 @@ LEAST_GAIN = 0.01
 """Share by which a setting must be faster to be taken: less is noise."""
 
 CANDIDATES: dict[str, tuple[int, ...]] = {
-    "block_n": (32, 64, 128), "warps": (4, 8), "stages": (1, 2, 3, 4), "least_m": (16, 32, 64),
+    "block_n": (32, 64, 128),
+    "warps": (4, 8),
+    "stages": (1, 2, 3, 4),
+    "least_m": (16, 32, 64),
     "programs": (1, 2, 3, 4, 6, 8),
 }
 """What is tried of each setting; ``programs`` for each multiprocessor of the GPU."""
@@ -34,8 +37,13 @@ Time = Callable[[Settings], float | None]
 def kind_of(shape: Shape) -> Kind:
     """Return what settings for a shape are kept under."""
     return Kind(
-        shape.dtype, shape.head_dim, shape.page_size, shape.q_heads // shape.kv_heads, shape.tokens,
-        shape.batch * shape.kv_heads, shape.context,
+        shape.dtype,
+        shape.head_dim,
+        shape.page_size,
+        shape.q_heads // shape.kv_heads,
+        shape.tokens,
+        shape.batch * shape.kv_heads,
+        shape.context,
     )
 
 
@@ -64,8 +72,11 @@ def search(default: Settings, multiprocessors: int, limit: int, time: Time) -> t
         moved = False
         for name in CANDIDATES:
             # From wherever the axes before it have led.
-            tried = [one for one in neighbours(best, multiprocessors)
-                     if one not in seen and getattr(one, name) != getattr(best, name)]
+            tried = [
+                one
+                for one in neighbours(best, multiprocessors)
+                if one not in seen and getattr(one, name) != getattr(best, name)
+            ]
             for one in tried[: limit - len(seen)]:
                 seen.add(one)
                 spent = time(one)

@@ -32,30 +32,44 @@ they would read every page and prove nothing."""
 
 
 RANKING: dict[str, tuple[Any, ...]] = {
-    "budget": (4, 1, 7, 16), "page_count": ("floor", "ceil"), "min_pages": (1, 2, 3), "newest": (False, True),
-    "dense_layers": (0, 1), "pages": ("union", "own"), "union_over": ("kv_head", "query_head", "layer"),
-    "group_scores": ("query_head", "mean", "max"), "first_pass": ("dense", "sparse"),
-}  # fmt: skip
+    "budget": (4, 1, 7, 16),
+    "page_count": ("floor", "ceil"),
+    "min_pages": (1, 2, 3),
+    "newest": (False, True),
+    "dense_layers": (0, 1),
+    "pages": ("union", "own"),
+    "union_over": ("kv_head", "query_head", "layer"),
+    "group_scores": ("query_head", "mean", "max"),
+    "first_pass": ("dense", "sparse"),
+}
 PARAMETERS: dict[str, dict[str, tuple[Any, ...]]] = {
     "quest": RANKING,
     "losa": {
-        **RANKING, "active": (2, 0, 1, 5), "mass": (None, 0.5, 0.0, 0.9, 1.0),
-        "drift": ("previous", "refresh"), "save_pass": ("step", "dense", "reuse"),
+        **RANKING,
+        "active": (2, 0, 1, 5),
+        "mass": (None, 0.5, 0.0, 0.9, 1.0),
+        "drift": ("previous", "refresh"),
+        "save_pass": ("step", "dense", "reuse"),
     },
     "sliding-window": {"window": (3, 1, 9), "after": (0, 2)},
     "streaming-llm": {"sinks": (2, 0, 5), "window": (2, 1, 9), "after": (0, 2)},
     "flashblock": {"limit": (1, 0, 2, 3), "dirty_rows": ("drop", "keep"), "save_pass": ("refresh", "reuse")},
     "mage": {"budget": (4, 1, 9), "dense_layers": (0, 1)},
     "sparsed": {
-        "ratio": (0.3, 0.0, 0.5, 1.0), "skip": (0.2, 0.0), "warmup": (1, None, 0, 2), "span": (None, 1, 2),
-        "isolated": (True, False), "variant": ("code", "paper"), "score_scale": ("attention", "heads"),
+        "ratio": (0.3, 0.0, 0.5, 1.0),
+        "skip": (0.2, 0.0),
+        "warmup": (1, None, 0, 2),
+        "span": (None, 1, 2),
+        "isolated": (True, False),
+        "variant": ("code", "paper"),
+        "score_scale": ("attention", "heads"),
         "frozen": (True, False),
     },
     "fast-dllm": {"mode": ("dual", "prefix")},
     "dkv-cache": {"mode": ("decode", "greedy"), "reload": (None, 1, 3), "neighbours": (4, 0)},
     "sparse-dllm": {"ratio": (0.5, 0.0, 0.3, 1.0), "kernel": (3, 1, 5), "delay": (0, 1)},
     "snapkv": {"capacity": (4, 6, 30), "window": (1, 3), "kernel": (1, 3), "pooling": ("avg", "max")},
-}  # fmt: skip
+}
 """Parameters of the published policies, with values that matter on small problems."""
 
 

@@ -58,11 +58,16 @@ def prepare(subject: Subject, arrays: Arrays, operator: str, on: Loaded | None =
             on.q, on.k, on.v, on.context, on.selection, on.active, extra["cached"], scale=scale
         ),
         "attend_ranked": lambda: ops.attend_ranked(
-            on.q, on.k, on.v, on.context, extra["bounds"],
+            on.q,
+            on.k,
+            on.v,
+            on.context,
+            extra["bounds"],
             RankedPass(arrays.page_size, 2, reference=on.q_other, count=2, keep="queries"),
-            extra["cached"], scale=scale,
+            extra["cached"],
+            scale=scale,
         ),
-    }  # fmt: skip
+    }
     arguments = on.arrays()
     for name, value in {**extra, "change": changes}.items():
         for part, array in arrays_in(value).items():
@@ -103,8 +108,13 @@ def arrays_in(value: Any) -> dict[str, Array]:
     if isinstance(value, PageBounds):
         return {".lower": value.lower, ".upper": value.upper}
     if isinstance(value, RankedResult):
-        parts = {"out": value.out, "state": value.state, "active": value.active,
-                 "selection": value.selection.mask, "kept": value.kept}  # fmt: skip
+        parts = {
+            "out": value.out,
+            "state": value.state,
+            "active": value.active,
+            "selection": value.selection.mask,
+            "kept": value.kept,
+        }
         return {f".{part}{name}": array for part, held in parts.items() for name, array in arrays_in(held).items()}
     if isinstance(value, tuple):
         return {f"[{i}]{name}": array for i, part in enumerate(value) for name, array in arrays_in(part).items()}
@@ -113,8 +123,7 @@ def arrays_in(value: Any) -> dict[str, Array]:
 
 def leaves(value: Any) -> dict[str, Host]:
     """Return what a policy remembers as copies on the host, by name."""
-    return {name: host(part) if is_array(part) else np.asarray(part)
-            for name, part in array_leaves(value).items()}  # fmt: skip
+    return {name: host(part) if is_array(part) else np.asarray(part) for name, part in array_leaves(value).items()}
 
 
 def array_leaves(value: Any, name: str = "") -> dict[str, Any]:

@@ -129,22 +129,21 @@ class RankedRule:
 
     def features(self) -> list[str]:
         """Name what this rule covers."""
-        return [f"rows by {self.rows}", f"union of a {self.union}", f"keeps {self.keep}",
-                f"budget fits {self.fits}"]  # fmt: skip
+        return [f"rows by {self.rows}", f"union of a {self.union}", f"keeps {self.keep}", f"budget fits {self.fits}"]
 
     def budget(self, arrays: Arrays) -> int:
         """Return the budget in tokens."""
         tokens = int(arrays.page_lengths[0].sum())
-        return {
-            "nothing": 0, "one less": max(tokens - 1, 0), "exactly": tokens, "everything": 2**70,
-        }[self.fits]  # fmt: skip
+        return {"nothing": 0, "one less": max(tokens - 1, 0), "exactly": tokens, "everything": 2**70}[self.fits]
 
     def over(self, arrays: Arrays, reference: Array) -> RankedPass:
         """Return the rule for a problem; ``reference`` holds its ``q_other``."""
         return RankedPass(
-            self.budget(arrays), self.pages, self.union,
+            self.budget(arrays),
+            self.pages,
+            self.union,
             reference=None if self.rows == "all" else reference,
             count=self.count if self.rows == "count" else None,
             mass=self.mass if self.rows == "mass" else None,
             keep=self.keep,
-        )  # fmt: skip
+        )

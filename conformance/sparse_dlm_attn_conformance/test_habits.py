@@ -103,9 +103,13 @@ def test_what_is_remembered_is_no_view_of_what_was_given(subject: Subject, polic
             return
         context, info = inputs.context, inputs.info
         given = {
-            "q": inputs.q, "page_table": context.page_table, "page_lengths": context.page_lengths,
-            "k_pages": context.k_pages, "decoded": info.decoded, "newly_decoded": info.newly_decoded,
-        }  # fmt: skip
+            "q": inputs.q,
+            "page_table": context.page_table,
+            "page_lengths": context.page_lengths,
+            "k_pages": context.k_pages,
+            "decoded": info.decoded,
+            "newly_decoded": info.newly_decoded,
+        }
         for name, part in array_leaves(answer[2]).items():
             for argument, array in given.items():
                 if is_array(part) and is_array(array):

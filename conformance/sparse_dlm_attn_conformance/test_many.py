@@ -212,9 +212,13 @@ def test_a_ranked_pass_of_many_rows(subject: Subject, case: Case, rule: RankedRu
 
 @pytest.mark.clause("TOP-1", "TOP-2", "TOP-3")
 @law(
-    pages=choice((65, 130, 300, 1025)), count=choice((64, 1, 7, 65, 129, 257, 2000)),
-    batch=choice((1, 2, 5, 17)), seed=integers(0, 999), one_dtype=True, share=0.5,
-)  # fmt: skip
+    pages=choice((65, 130, 300, 1025)),
+    count=choice((64, 1, 7, 65, 129, 257, 2000)),
+    batch=choice((1, 2, 5, 17)),
+    seed=integers(0, 999),
+    one_dtype=True,
+    share=0.5,
+)
 def test_the_best_of_many_pages(subject: Subject, pages: int, count: int, batch: int, seed: int) -> None:
     """With ties everywhere, and some pages that may not be chosen."""
     rng = np.random.default_rng(seed)
@@ -230,9 +234,13 @@ def test_the_best_of_many_pages(subject: Subject, pages: int, count: int, batch:
 
 @pytest.mark.clause("CHANGE-2", "CHANGE-3")
 @law(
-    tokens=choice((33, 65, 130, 300)), batch=choice((1, 2, 5, 17)),
-    share_of_rows=choice((0.5, 0.1, 0.9, 1.0)), seed=integers(0, 999), one_dtype=True, share=0.5,
-)  # fmt: skip
+    tokens=choice((33, 65, 130, 300)),
+    batch=choice((1, 2, 5, 17)),
+    share_of_rows=choice((0.5, 0.1, 0.9, 1.0)),
+    seed=integers(0, 999),
+    one_dtype=True,
+    share=0.5,
+)
 def test_the_largest_of_many_changes(
     subject: Subject, tokens: int, batch: int, share_of_rows: float, seed: int
 ) -> None:

@@ -178,10 +178,16 @@ def need(subject: Subject, capability: str) -> None:
 @pytest.mark.parametrize(
     "operator",
     (
-        "page_bounds", "page_scores", "pooled_scores", "query_change",
-        "attend_pages", "attend_block", "attend", "attend_ranked",
+        "page_bounds",
+        "page_scores",
+        "pooled_scores",
+        "query_change",
+        "attend_pages",
+        "attend_block",
+        "attend",
+        "attend_ranked",
     ),
-)  # fmt: skip
+)
 @law(case=cases(regimes=ROUGH), share=0.5)
 def test_a_sequence_does_not_depend_on_its_batch(subject: Subject, operator: str, case: Case, arrays: Arrays) -> None:
     need(subject, "batch_invariant")

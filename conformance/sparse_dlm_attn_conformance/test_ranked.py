@@ -36,9 +36,15 @@ def run(
     """Run a ranked pass and check the types and shapes of its result."""
     on, bounds = subject.load(arrays), bounds or arrays.bounds()
     result = subject.backend.attend_ranked(
-        on.q, on.k, on.v, on.context, subject.bounds(bounds, arrays.layout), rule.over(arrays, on.q_other),
-        cached, scale=arrays.scale,
-    )  # fmt: skip
+        on.q,
+        on.k,
+        on.v,
+        on.context,
+        subject.bounds(bounds, arrays.layout),
+        rule.over(arrays, on.q_other),
+        cached,
+        scale=arrays.scale,
+    )
     text = f"attend_ranked must return a RankedResult; got {type(result).__qualname__}"
     expect(isinstance(result, RankedResult), "RANKED-1", text)
     expect_array(subject, result.out, "out of attend_ranked", arrays.q.shape, subject.dtype, "STATE-4")
@@ -162,13 +168,11 @@ def test_a_rule_computes_what_the_operators_compute(
     fresh = accuracy.attention(chosen, context_keys(chosen))
     block = accuracy.attention(chosen, block_keys(chosen))
     expect_close(
-        host(result.state.lse)[rows], fresh.state.lse[rows], fresh.lse_budget[rows], "lse of active rows",
-        "RANKED-1",
-    )  # fmt: skip
+        host(result.state.lse)[rows], fresh.state.lse[rows], fresh.lse_budget[rows], "lse of active rows", "RANKED-1"
+    )
     expect_close(
-        host(result.state.out)[rows], fresh.state.out[rows], fresh.out_budget[rows], "out of active rows",
-        "RANKED-1",
-    )  # fmt: skip
+        host(result.state.out)[rows], fresh.state.out[rows], fresh.out_budget[rows], "out of active rows", "RANKED-1"
+    )
     merged, budget = merged_expectation(chosen, rows, given, fresh, block)
     expect_close(host(result.out), merged, budget, "out of attend_ranked", "RANKED-1")
 

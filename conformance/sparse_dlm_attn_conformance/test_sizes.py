@@ -25,9 +25,14 @@ from sparse_dlm_attn_reference import ReferenceBackend
 
 LONG_BLOCKS = (130, 33, 65, 40, 64)
 LONG = cases(
-    max_batch=2, blocks=LONG_BLOCKS, head_dims=(2, 8, 16, 3), spans=(130, 1, 32), max_elements=32768,
-    min_pages=2, max_pages=4,
-)  # fmt: skip
+    max_batch=2,
+    blocks=LONG_BLOCKS,
+    head_dims=(2, 8, 16, 3),
+    spans=(130, 1, 32),
+    max_elements=32768,
+    min_pages=2,
+    max_pages=4,
+)
 FAR = 70_000
 """Physical pages of a large pool: their numbers do not fit into 16 bits."""
 
@@ -50,11 +55,15 @@ def test_more_pages_than_a_word_has_bits(subject: Subject, arrays: Arrays) -> No
 @pytest.mark.clause("ATTEND-1", "CONTEXT-2", "BOUNDS-1", "SCORES-1", "POOLED-1")
 @law(
     case=cases(
-        page_sizes=(128, 100, 64), head_dims=(256, 8, 96, 3), max_batch=2, min_pages=1, max_pages=3,
+        page_sizes=(128, 100, 64),
+        head_dims=(256, 8, 96, 3),
+        max_batch=2,
+        min_pages=1,
+        max_pages=3,
         regimes=("generic", "dyadic", "mixed_scale"),
     ),
     share=0.3,
-)  # fmt: skip
+)
 def test_large_pages_and_wide_heads(subject: Subject, arrays: Arrays) -> None:
     """A page longer than a tile, a length that does not fit into eight bits, channels beyond the usual."""
     close_to_oracle(subject, arrays, attend(subject, arrays), "ATTEND-1", "attend_pages over large pages")
@@ -187,11 +196,17 @@ def test_scores_far_from_zero_are_as_good_as_any(subject: Subject, case: Case, a
 @pytest.mark.clause("CONTEXT-1")
 @law(
     case=cases(
-        layouts=("plain",), wild=False, min_pages=2, max_batch=1, poisons=("zero",), head_dims=(128, 64),
-        page_sizes=(64, 16), regimes=("dyadic",),
+        layouts=("plain",),
+        wild=False,
+        min_pages=2,
+        max_batch=1,
+        poisons=("zero",),
+        head_dims=(128, 64),
+        page_sizes=(64, 16),
+        regimes=("dyadic",),
     ),
     share=0.02,
-)  # fmt: skip
+)
 def test_a_pool_of_more_than_2_to_31_numbers(subject: Subject, case: Case, arrays: Arrays, on: Loaded) -> None:
     """Offsets into a large cache need more than 32 bits. Needs 9 to 17 GB, so it runs only when asked for."""
     if os.environ.get("SDA_CONFORMANCE_HUGE", "0") == "0":

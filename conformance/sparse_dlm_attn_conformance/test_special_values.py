@@ -86,10 +86,7 @@ def test_infinite_keys_give_infinite_bounds(subject: Subject, case: Case, arrays
 
 
 @pytest.mark.clause("CHANGE-2", "CHANGE-3", "TOP-1")
-@law(
-    changes=change_tables(), scores=score_tables(special=False), exponent=st.sampled_from((-100, 60)),
-    one_dtype=True,
-)  # fmt: skip
+@law(changes=change_tables(), scores=score_tables(special=False), exponent=st.sampled_from((-100, 60)), one_dtype=True)
 def test_a_choice_has_no_unit(subject: Subject, changes: ChangeTable, scores: ScoreTable, exponent: int) -> None:
     """Changes and scores times a power of two: the same rows and pages, for nothing is added to them."""
     ops, factor = subject.backend, np.float32(2.0**exponent)

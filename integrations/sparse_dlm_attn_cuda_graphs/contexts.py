@@ -45,11 +45,19 @@ class FixedContexts:
     def key(contexts: Sequence[Context]) -> Hashable:
         """Return what has to be equal for graphs to serve other contexts: places and sizes."""
         return tuple(
-            (context.k_pages.data_ptr(), context.v_pages.data_ptr(), context.k_pages.shape, context.k_pages.stride(),
-             context.v_pages.stride(), context.k_pages.dtype, context.page_table.shape, context.page_segments is None,
-             None if context.bounds is None else context.bounds.lower.data_ptr())
+            (
+                context.k_pages.data_ptr(),
+                context.v_pages.data_ptr(),
+                context.k_pages.shape,
+                context.k_pages.stride(),
+                context.v_pages.stride(),
+                context.k_pages.dtype,
+                context.page_table.shape,
+                context.page_segments is None,
+                None if context.bounds is None else context.bounds.lower.data_ptr(),
+            )
             for context in contexts
-        )  # fmt: skip
+        )
 
     def take(self, contexts: Sequence[Context]) -> None:
         """Copy what is to be read from now on."""

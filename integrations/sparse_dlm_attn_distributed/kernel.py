@@ -15,11 +15,28 @@ NOTHING = tl.constexpr(float("-inf"))
 
 @triton.jit
 def merge_kernel(
-    sent, sent_lse, active, cached_out, cached_lse, block_out, block_lse, out, state_out, state_lse,
-    rows, heads_tokens, tokens,
-    RANKS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, LSE_WIDTH: tl.constexpr,
-    CACHED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
+    sent,
+    sent_lse,
+    active,
+    cached_out,
+    cached_lse,
+    block_out,
+    block_lse,
+    out,
+    state_out,
+    state_lse,
+    rows,
+    heads_tokens,
+    tokens,
+    RANKS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LSE_WIDTH: tl.constexpr,
+    CACHED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
     """One program a row of a query head. All ranks merge in one order, so they come to the same bits."""
     row = tl.program_id(0).to(tl.int64)
     channel, rank = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_R)
@@ -73,10 +90,24 @@ def merge(
     kept = [side.contiguous() for other in given for side in (other.out, other.lse)]
     with torch.cuda.device_of(gathered):
         merge_kernel[(state_lse.numel(),)](
-            gathered, gathered.view(torch.float32), rows_on, *kept, state_out if out is None else out,
-            state_out, state_lse, state_lse.numel(), q_heads * tokens, tokens, RANKS=ranks, HEAD_DIM=head_dim,
-            WIDTH=width, LSE_WIDTH=width * gathered.element_size() // 4, CACHED=cached is not None,
-            BLOCK=block is not None, BLOCK_D=triton.next_power_of_2(head_dim),
-            BLOCK_R=triton.next_power_of_2(ranks), num_warps=1 if ranks <= 8 else 4,
-        )  # fmt: skip
+            gathered,
+            gathered.view(torch.float32),
+            rows_on,
+            *kept,
+            state_out if out is None else out,
+            state_out,
+            state_lse,
+            state_lse.numel(),
+            q_heads * tokens,
+            tokens,
+            RANKS=ranks,
+            HEAD_DIM=head_dim,
+            WIDTH=width,
+            LSE_WIDTH=width * gathered.element_size() // 4,
+            CACHED=cached is not None,
+            BLOCK=block is not None,
+            BLOCK_D=triton.next_power_of_2(head_dim),
+            BLOCK_R=triton.next_power_of_2(ranks),
+            num_warps=1 if ranks <= 8 else 4,
+        )
     return out, state

@@ -67,8 +67,15 @@ class KVCache:
     """
 
     def __init__(
-        self, config: TinyConfig, backend: Backend, *, page_size: int = DEFAULT_PAGE_SIZE,
-        block_length: int | None = None, capacity: int = 0, whole: bool = False, prompt_tokens: int = 0,
+        self,
+        config: TinyConfig,
+        backend: Backend,
+        *,
+        page_size: int = DEFAULT_PAGE_SIZE,
+        block_length: int | None = None,
+        capacity: int = 0,
+        whole: bool = False,
+        prompt_tokens: int = 0,
         owner: object = None,
     ) -> None:
         check_count("page_size", page_size, 1)
@@ -99,7 +106,9 @@ class KVCache:
             values = {getattr(cache, name) for cache in caches}
             if len(values) > 1:
                 raise InvalidArgumentError(
-                    "caches", f"must have the same {name}", ", ".join(map(repr, values)),
+                    "caches",
+                    f"must have the same {name}",
+                    ", ".join(map(repr, values)),
                     "Use prompts of equal length, and one model.",
                 )
         joint = copy.copy(caches[0])
@@ -170,7 +179,8 @@ class KVCache:
         counts = {len(row) for row in tokens}
         if len(tokens) != self.batch or len(counts) != 1:
             raise InvalidArgumentError(
-                "tokens", f"must hold equally many tokens for each of {self.batch} sequences",
+                "tokens",
+                f"must hold equally many tokens for each of {self.batch} sequences",
                 f"{[len(row) for row in tokens]} tokens",
             )
         end = self.length + counts.pop()
@@ -224,7 +234,8 @@ class KVCache:
         contexts = self._make_contexts(self.length)
         first_page = min(first_page, contexts[0].pages - 1)
         self._bounds = [
-            self.backend.page_bounds(context) if bounds is None
+            self.backend.page_bounds(context)
+            if bounds is None
             else self.backend.extend_bounds(context, bounds, first_page)
             for context, bounds in zip(contexts, kept, strict=True)
         ]
@@ -235,7 +246,9 @@ class KVCache:
         """Raise unless the tokens ``first..end`` lie in the room behind those that count."""
         if not self.length <= first <= end <= self._capacity:
             raise InvalidArgumentError(
-                argument, f"must lie in the reserved room {self.length}..{self._capacity}", f"{first}..{end}",
+                argument,
+                f"must lie in the reserved room {self.length}..{self._capacity}",
+                f"{first}..{end}",
                 "Call reserve() first.",
             )
 

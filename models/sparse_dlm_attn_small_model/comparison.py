@@ -84,7 +84,9 @@ class PolicyResult:
             "seconds": round(self.seconds, 4),
             "reads": {
                 name: {
-                    **dataclasses.asdict(total), "bytes_read": total.bytes_read, "density": total.density,
+                    **dataclasses.asdict(total),
+                    "bytes_read": total.bytes_read,
+                    "density": total.density,
                     "byte_share": total.byte_share,
                 }
                 for name, total in totals.items()
@@ -109,7 +111,10 @@ def agreement(output: bytes, reference: bytes) -> float:
 
 
 def compare(
-    model: TinyModel, prompts: Sequence[Prompt], choices: Sequence[PolicyChoice], settings: DecodeSettings,
+    model: TinyModel,
+    prompts: Sequence[Prompt],
+    choices: Sequence[PolicyChoice],
+    settings: DecodeSettings,
     on_pass: OnPass | None = None,
 ) -> list[Sample]:
     """Prefill prompts of one length once and decode them with every policy, side by side where possible.
@@ -127,24 +132,43 @@ def compare(
     decoded: list[list[Decoded]] = []
     for choice in choices:
         if joint is not None and decodes_together(choice.policy):
-            decoded.append(decode_together(
-                model, [prompt.text for prompt in prompts], policy=choice.policy, prefix=joint,
-                block_length=settings.block_length, steps=settings.steps, max_blocks=blocks,
-            ))
-            continue
-        decoded.append([
-            decode_blocks(
-                model, prompt.text, policy=choice.policy, block_length=settings.block_length,
-                steps=settings.steps, threshold=settings.threshold, max_blocks=most, prefix=prefix,
-                on_pass=None if on_pass is None else partial(on_pass, choice),
+            decoded.append(
+                decode_together(
+                    model,
+                    [prompt.text for prompt in prompts],
+                    policy=choice.policy,
+                    prefix=joint,
+                    block_length=settings.block_length,
+                    steps=settings.steps,
+                    max_blocks=blocks,
+                )
             )
-            for prompt, prefix, most in zip(prompts, prefixes, blocks, strict=True)
-        ])
+            continue
+        decoded.append(
+            [
+                decode_blocks(
+                    model,
+                    prompt.text,
+                    policy=choice.policy,
+                    block_length=settings.block_length,
+                    steps=settings.steps,
+                    threshold=settings.threshold,
+                    max_blocks=most,
+                    prefix=prefix,
+                    on_pass=None if on_pass is None else partial(on_pass, choice),
+                )
+                for prompt, prefix, most in zip(prompts, prefixes, blocks, strict=True)
+            ]
+        )
     return [
-        Sample(prompt, seconds[place], tuple(
-            PolicyResult.of(choice, mine[place], prompt.answer, decoded[0][place])
-            for choice, mine in zip(choices, decoded, strict=True)
-        ))
+        Sample(
+            prompt,
+            seconds[place],
+            tuple(
+                PolicyResult.of(choice, mine[place], prompt.answer, decoded[0][place])
+                for choice, mine in zip(choices, decoded, strict=True)
+            ),
+        )
         for place, prompt in enumerate(prompts)
     ]
 
@@ -173,8 +197,11 @@ class PolicyScore:
             entry["exact"] += bool(result.exact)
         found = [result for _, result in results]
         return cls(
-            choice=found[0].choice, prompts=len(found), exact=sum(bool(each.exact) for each in found),
-            tasks=tasks, agreement=math.fsum(each.agreement for each in found) / len(found),
+            choice=found[0].choice,
+            prompts=len(found),
+            exact=sum(bool(each.exact) for each in found),
+            tasks=tasks,
+            agreement=math.fsum(each.agreement for each in found) / len(found),
             passes=sum(each.passes for each in found) / len(found),
             everything=TrafficTotal.sum(each.everything for each in found),
             after_first_pass=TrafficTotal.sum(each.after_first_pass for each in found),
@@ -186,12 +213,20 @@ class PolicyScore:
         totals = {"": self.everything, "later_": self.after_first_pass}
         shares = {
             prefix + name: getattr(total, name)
-            for prefix, total in totals.items() for name in ("density", "byte_share", "bytes_read")
+            for prefix, total in totals.items()
+            for name in ("density", "byte_share", "bytes_read")
         }
         return {
-            "policy": self.choice.label, "specification": self.choice.specification,
-            **self.choice.as_json(), "prompts": self.prompts, "exact": self.exact, "tasks": self.tasks,
-            "agreement": self.agreement, "passes": self.passes, **shares, "seconds": self.seconds,
+            "policy": self.choice.label,
+            "specification": self.choice.specification,
+            **self.choice.as_json(),
+            "prompts": self.prompts,
+            "exact": self.exact,
+            "tasks": self.tasks,
+            "agreement": self.agreement,
+            "passes": self.passes,
+            **shares,
+            "seconds": self.seconds,
         }
 
 

@@ -48,9 +48,17 @@ def weight_shapes(config: TinyConfig) -> dict[str, tuple[int, ...]]:
     width, hidden, dim = config.width, config.hidden, config.head_dim
     q, kv = config.query_heads * dim, config.kv_heads * dim
     layer: dict[str, tuple[int, ...]] = {
-        "attention_norm": (width,), "query": (q, width), "key": (kv, width), "value": (kv, width),
-        "query_norm": (dim,), "key_norm": (dim,), "output": (width, q), "mlp_norm": (width,),
-        "gate": (hidden, width), "up": (hidden, width), "down": (width, hidden),
+        "attention_norm": (width,),
+        "query": (q, width),
+        "key": (kv, width),
+        "value": (kv, width),
+        "query_norm": (dim,),
+        "key_norm": (dim,),
+        "output": (width, q),
+        "mlp_norm": (width,),
+        "gate": (hidden, width),
+        "up": (hidden, width),
+        "down": (width, hidden),
     }
     return {
         "embedding": (config.input_vocabulary, width),

@@ -33,9 +33,17 @@ Order = Literal["confidence", "random"]
 
 
 def decode_blocks(
-    model: TinyModel, prompt: bytes | Sequence[int], *, policy: Policy, block_length: int = 16,
-    steps: int | None = None, threshold: float | None = None, max_blocks: int = 8,
-    prefix: KVCache | None = None, page_size: int | None = None, on_pass: OnPass = None,
+    model: TinyModel,
+    prompt: bytes | Sequence[int],
+    *,
+    policy: Policy,
+    block_length: int = 16,
+    steps: int | None = None,
+    threshold: float | None = None,
+    max_blocks: int = 8,
+    prefix: KVCache | None = None,
+    page_size: int | None = None,
+    on_pass: OnPass = None,
 ) -> Decoded:
     """Continue a prompt block by block, greedily.
 
@@ -95,8 +103,14 @@ def decode_blocks(
 
 
 def decode_together(
-    model: TinyModel, prompts: Sequence[bytes | Sequence[int]], *, policy: Policy, prefix: KVCache,
-    block_length: int = 16, steps: int | None = None, max_blocks: Sequence[int],
+    model: TinyModel,
+    prompts: Sequence[bytes | Sequence[int]],
+    *,
+    policy: Policy,
+    prefix: KVCache,
+    block_length: int = 16,
+    steps: int | None = None,
+    max_blocks: Sequence[int],
 ) -> list[Decoded]:
     """Continue several prompts of one length side by side, as `decode_blocks` continues each alone.
 
@@ -132,7 +146,9 @@ def decode_together(
     attention = PrefixAttention(policy, model.backend)
     if not decodes_together(attention.policy):
         raise InvalidArgumentError(
-            "policy", "must compute all rows in every pass", repr(attention.policy),
+            "policy",
+            "must compute all rows in every pass",
+            repr(attention.policy),
             "Decode its prompts one by one, with decode_blocks.",
         )
     _check_prefix(model, prefix, tokens, block_length)
@@ -140,9 +156,18 @@ def decode_together(
 
 
 def decode_full_sequence(
-    model: TinyModel, prompt: bytes | Sequence[int], *, policy: Policy = "dense", new_tokens: int = 16,
-    steps: int | None = None, threshold: float | None = None, block_length: int | None = None,
-    page_size: int = DEFAULT_PAGE_SIZE, order: Order = "confidence", seed: int = 0, on_pass: OnPass = None,
+    model: TinyModel,
+    prompt: bytes | Sequence[int],
+    *,
+    policy: Policy = "dense",
+    new_tokens: int = 16,
+    steps: int | None = None,
+    threshold: float | None = None,
+    block_length: int | None = None,
+    page_size: int = DEFAULT_PAGE_SIZE,
+    order: Order = "confidence",
+    seed: int = 0,
+    on_pass: OnPass = None,
 ) -> Decoded:
     """Fill in masks behind a prompt, greedily, with attention over the whole sequence.
 
@@ -193,7 +218,11 @@ def decode_full_sequence(
     _check_callable(on_pass)
     attention = PrefixAttention(policy, model.backend)
     cache = KVCache(
-        model.config, model.backend, page_size=page_size, capacity=len(tokens) + new_tokens, whole=True,
+        model.config,
+        model.backend,
+        page_size=page_size,
+        capacity=len(tokens) + new_tokens,
+        whole=True,
         prompt_tokens=len(tokens),
     )
     rng = np.random.default_rng(seed) if order == "random" else None
@@ -211,8 +240,10 @@ def check_new_tokens(model: TinyModel, known: int, new_tokens: int) -> None:
     check_count("new_tokens", new_tokens, 1)
     if known + new_tokens > model.config.max_context:
         raise InvalidArgumentError(
-            "new_tokens", f"must leave prompt and answer within {model.config.max_context} bytes",
-            f"{known} + {new_tokens}", "Shorten the prompt.",
+            "new_tokens",
+            f"must leave prompt and answer within {model.config.max_context} bytes",
+            f"{known} + {new_tokens}",
+            "Shorten the prompt.",
         )
 
 
@@ -227,12 +258,17 @@ def _check_prefix(model: TinyModel, prefix: KVCache, prompts: Sequence[tuple[int
     if not isinstance(prefix, KVCache):
         raise InvalidTypeError("prefix", "must be a KVCache or None", type(prefix).__name__)
     blocks = tuple(tokens[: len(tokens) // block_length * block_length] for tokens in prompts)
-    if prefix.owner is not model or prefix.block_length != block_length or prefix.tokens != blocks or any(
-        prefix.prompt_tokens != len(tokens) for tokens in prompts
+    if (
+        prefix.owner is not model
+        or prefix.block_length != block_length
+        or prefix.tokens != blocks
+        or any(prefix.prompt_tokens != len(tokens) for tokens in prompts)
     ):
         raise InvalidArgumentError(
-            "prefix", f"must be made by this model with block_length={block_length}, and hold exactly the "
-            f"first {[len(tokens) for tokens in blocks]} bytes of the prompts", prefix,
+            "prefix",
+            f"must be made by this model with block_length={block_length}, and hold exactly the "
+            f"first {[len(tokens) for tokens in blocks]} bytes of the prompts",
+            prefix,
             "Pass model.prefill(prompt, block_length=...), or leave prefix out.",
         )
 
@@ -257,8 +293,14 @@ class _Denoiser:
     """A decoding under way: the only thing here that changes."""
 
     def __init__(
-        self, model: TinyModel, attention: PrefixAttention, cache: KVCache, schedule: Schedule,
-        max_blocks: Sequence[int], on_pass: OnPass = None, rng: np.random.Generator | None = None,
+        self,
+        model: TinyModel,
+        attention: PrefixAttention,
+        cache: KVCache,
+        schedule: Schedule,
+        max_blocks: Sequence[int],
+        on_pass: OnPass = None,
+        rng: np.random.Generator | None = None,
     ) -> None:
         self.model, self.attention, self.cache, self.schedule = model, attention, cache, schedule
         self.on_pass, self.rng = on_pass, rng
@@ -289,10 +331,17 @@ class _Denoiser:
         results = []
         for sequence in self.sequences:
             output, stopped = text_before_stop(sequence.generated)
-            results.append(Decoded(
-                output=output, generated=sequence.generated, stopped=stopped, passes=tuple(sequence.records),
-                prefilled_tokens=prefilled, build_bytes=sequence.build_bytes, seconds=seconds,
-            ))
+            results.append(
+                Decoded(
+                    output=output,
+                    generated=sequence.generated,
+                    stopped=stopped,
+                    passes=tuple(sequence.records),
+                    prefilled_tokens=prefilled,
+                    build_bytes=sequence.build_bytes,
+                    seconds=seconds,
+                )
+            )
         return results
 
     def _fill(self) -> None:
@@ -319,7 +368,12 @@ class _Denoiser:
             every = self._told(np.ones(self.tokens.shape, dtype=bool))
             rows = np.flatnonzero(to_numpy(self.attention.policy.computed_tokens(info, every))[0])
         logits, self.memories = self.model.forward(
-            self.tokens, self.cache, self.attention, info, self.memories, rows=rows,
+            self.tokens,
+            self.cache,
+            self.attention,
+            info,
+            self.memories,
+            rows=rows,
             window_end=self.window.stop if self.cache.whole else None,
         )
         if masked is None:
@@ -329,8 +383,13 @@ class _Denoiser:
             self._unmask(to_numpy(logits)[:, self.window], masked, order)
         shown = slice(self.cache.prompt_tokens if self.cache.whole else 0, None)
         records = PassRecord.of(
-            self.memories, self.tokens[:, shown], self.newly[:, shown], block=self.blocks, index=self.index,
-            is_save=masked is None, computed_rows=self.tokens.shape[1] if rows is None else len(rows),
+            self.memories,
+            self.tokens[:, shown],
+            self.newly[:, shown],
+            block=self.blocks,
+            index=self.index,
+            is_save=masked is None,
+            computed_rows=self.tokens.shape[1] if rows is None else len(rows),
             seconds=(time.perf_counter() - started) / len(self.sequences),
         )
         self.index, self.passes = self.index + 1, self.passes + 1
@@ -351,8 +410,15 @@ class _Denoiser:
             return PassInfo(self.index, is_save, decoded, newly, total_passes=self.total)
         planned = None if order is None else self._told(self._rows(order))
         return PassInfo(
-            self.passes, is_save, decoded, newly, total_passes=self.total, window=self._told(self._rows(self.window)),
-            window_index=self.index, planned=planned, planned_order=None if order is None else self._told(order[None]),
+            self.passes,
+            is_save,
+            decoded,
+            newly,
+            total_passes=self.total,
+            window=self._told(self._rows(self.window)),
+            window_index=self.index,
+            planned=planned,
+            planned_order=None if order is None else self._told(order[None]),
         )
 
     def _unmask(self, logits: HostArray, masked: HostArray, order: HostArray | None) -> None:

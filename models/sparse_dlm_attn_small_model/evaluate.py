@@ -58,7 +58,10 @@ class Evaluation:
 
 
 def evaluate(
-    evaluation: Evaluation, *, workers: int = 1, together: int = PROMPTS_TOGETHER,
+    evaluation: Evaluation,
+    *,
+    workers: int = 1,
+    together: int = PROMPTS_TOGETHER,
     on_sample: Callable[[Sample], None] | None = None,
 ) -> list[Sample]:
     """Run an evaluation; return its samples in the order of `Evaluation.jobs`.

@@ -73,8 +73,10 @@ class Layer:
 
         names = ("attention_norm", "query_norm", "key_norm", "mlp_norm", "output", "down")
         return cls(
-            config=config, query_key_value=stacked("query", "key", "value"),
-            gate_up=stacked("gate", "up"), **{name: stacked(name) for name in names},
+            config=config,
+            query_key_value=stacked("query", "key", "value"),
+            gate_up=stacked("gate", "up"),
+            **{name: stacked(name) for name in names},
         )
 
     def project(self, x: Array, cosine: Array, sine: Array) -> tuple[Array, Array, Array]:

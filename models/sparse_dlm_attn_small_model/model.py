@@ -125,15 +125,23 @@ class TinyModel:
             raise InvalidArgumentError(argument, "must hold at least one byte", "an empty prompt")
         if len(tokens) > self.config.max_context:
             raise InvalidArgumentError(
-                argument, f"must hold at most {self.config.max_context} bytes, the longest the model knows",
-                f"{len(tokens)} bytes", "Shorten the text.",
+                argument,
+                f"must hold at most {self.config.max_context} bytes, the longest the model knows",
+                f"{len(tokens)} bytes",
+                "Shorten the text.",
             )
         return tuple(map(int, tokens))
 
     def forward(
-        self, tokens: Sequence[Sequence[int]] | HostArray, cache: KVCache, attention: PrefixAttention,
-        info: PassInfo, memories: Sequence[LayerMemory | None] | None = None, *,
-        rows: HostArray | None = None, window_end: int | None = None,
+        self,
+        tokens: Sequence[Sequence[int]] | HostArray,
+        cache: KVCache,
+        attention: PrefixAttention,
+        info: PassInfo,
+        memories: Sequence[LayerMemory | None] | None = None,
+        *,
+        rows: HostArray | None = None,
+        window_end: int | None = None,
     ) -> tuple[Array, tuple[LayerMemory, ...]]:
         """Run one pass over the block behind a prefix, or over a whole sequence.
 
@@ -239,7 +247,8 @@ def check_block_length(block_length: int) -> int:
     check_count("block_length", block_length, 1)
     if block_length not in BLOCK_LENGTHS:
         raise InvalidArgumentError(
-            "block_length", f"must be one of {', '.join(map(str, BLOCK_LENGTHS))}: "
-            "the model was trained with these", block_length,
+            "block_length",
+            f"must be one of {', '.join(map(str, BLOCK_LENGTHS))}: the model was trained with these",
+            block_length,
         )
     return block_length

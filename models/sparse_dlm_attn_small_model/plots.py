@@ -25,7 +25,8 @@ def require_matplotlib() -> None:
     """Raise `UnavailableError` with the remedy if pictures cannot be drawn here."""
     if importlib.util.find_spec("matplotlib") is None:
         raise UnavailableError(
-            "a picture", ["matplotlib is not installed"],
+            "a picture",
+            ["matplotlib is not installed"],
             "Run pip install 'sparse_dlm_attn[plot]'; `show --ascii` works without it.",
         )
 
@@ -79,7 +80,12 @@ def heatmap_picture(
             run = [page for _, page in numbered]
             axis.axvspan(run[0] - 0.5, run[-1] + 0.5, fill=False, edgecolor="red", linewidth=1.2)
             axis.plot(
-                (run[0] + run[-1]) / 2, 1.05, marker="v", markersize=7, color="red", clip_on=False,
+                (run[0] + run[-1]) / 2,
+                1.05,
+                marker="v",
+                markersize=7,
+                color="red",
+                clip_on=False,
                 transform=axis.get_xaxis_transform(),
             )
     marked = " (red: facts that the answer needs)" if marked_pages else ""
@@ -104,8 +110,12 @@ def accuracy_picture(scores: Sequence[PolicyScore], title: str) -> bytes:
     left.set_ylim(*SHARE_LIMITS)
     budgeted = any(score.choice.budget is not None for score in scores)
     drawing.legend(
-        *left.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3,
-        title="numbers: budget in tokens" if budgeted else None, title_fontsize=8,
+        *left.get_legend_handles_labels(),
+        fontsize=8,
+        loc="outside lower center",
+        ncols=3,
+        title="numbers: budget in tokens" if budgeted else None,
+        title_fontsize=8,
     )
     return png(drawing)
 
@@ -131,16 +141,26 @@ def _draw_lines(axis: Any, lines: Lines) -> None:
         points = sorted(points, key=lambda point: point[2] or 0)
         below = not below if points[0][2] is not None else below
         (line,) = axis.plot(
-            [x for x, _, _ in points], [y for _, y, _ in points], label=label, alpha=0.8,
-            marker=MARKERS[number % len(MARKERS)], linestyle="-" if len(points) > 1 else "none",
+            [x for x, _, _ in points],
+            [y for _, y, _ in points],
+            label=label,
+            alpha=0.8,
+            marker=MARKERS[number % len(MARKERS)],
+            linestyle="-" if len(points) > 1 else "none",
             # Large markers first, so that policies with the same figures stay visible.
             markersize=10 - 6 * number / len(lines),
         )
         for x, y, budget in points:
             if budget is not None:
                 axis.annotate(
-                    str(budget), (x, y), (0, -7 if below else 7), textcoords="offset points", ha="center",
-                    va="top" if below else "bottom", fontsize=7, color=line.get_color(),
+                    str(budget),
+                    (x, y),
+                    (0, -7 if below else 7),
+                    textcoords="offset points",
+                    ha="center",
+                    va="top" if below else "bottom",
+                    fontsize=7,
+                    color=line.get_color(),
                 )
 
 

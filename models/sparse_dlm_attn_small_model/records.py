@@ -123,8 +123,12 @@ class PassRecord:
 
     @classmethod
     def of(
-        cls, memories: Sequence[LayerMemory], tokens: HostArray, newly_decoded: HostArray,
-        computed_rows: int, **place: Any,
+        cls,
+        memories: Sequence[LayerMemory],
+        tokens: HostArray,
+        newly_decoded: HostArray,
+        computed_rows: int,
+        **place: Any,
     ) -> list[PassRecord]:
         """Read the traffic of a pass from its layers' memories, to the host: one record a sequence.
 
@@ -135,20 +139,31 @@ class PassRecord:
 
         totals = {
             name: np.stack([getattr(each, name) for each in layers]).sum(axis=0, dtype=np.float64).tolist()
-            for name in ("tokens_read", "context_tokens", "page_bytes", "metadata_bytes", "dense_bytes",
-                         "pairs", "dense_pairs")
+            for name in (
+                "tokens_read",
+                "context_tokens",
+                "page_bytes",
+                "metadata_bytes",
+                "dense_bytes",
+                "pairs",
+                "dense_pairs",
+            )
         }
         return [
             cls(
                 tokens=tuple(tokens[sequence].tolist()),
                 newly_decoded=tuple(np.flatnonzero(newly_decoded[sequence]).tolist()),
                 reads=TrafficTotal(
-                    passes=1, build_bytes=0.0, computed_rows=float(computed_rows), rows=float(rows),
+                    passes=1,
+                    build_bytes=0.0,
+                    computed_rows=float(computed_rows),
+                    rows=float(rows),
                     **{name: values[sequence] for name, values in totals.items()},
                 ),
                 metadata_reads=np.asarray([each.metadata_reads for each in layers]),
                 active_rows=np.asarray([each.active[sequence].sum() for each in layers]),
-                loaded=np.stack([each.loaded[sequence] for each in layers]), **place,
+                loaded=np.stack([each.loaded[sequence] for each in layers]),
+                **place,
             )
             for sequence in range(batch)
         ]

@@ -58,8 +58,13 @@ class Prompt:
     def as_json(self) -> dict[str, Any]:
         """Return the description of this prompt, and its SHA-256 in place of the text."""
         return {
-            "source": self.source, "bytes": len(self.text), "sha256": hashlib.sha256(self.text).hexdigest(),
-            "task": self.task, "seed": self.seed, "question": self.question, "answer": self.answer,
+            "source": self.source,
+            "bytes": len(self.text),
+            "sha256": hashlib.sha256(self.text).hexdigest(),
+            "task": self.task,
+            "seed": self.seed,
+            "question": self.question,
+            "answer": self.answer,
             "facts": [
                 {"start": start, "end": end, "text": self.text[start:end].decode("latin-1")}
                 for start, end in self.facts

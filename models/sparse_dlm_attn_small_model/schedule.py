@@ -28,7 +28,8 @@ def confidences(logits: HostArray, read: HostArray, moment: str, first_row: int 
     if broken.any():
         first = int(broken.any(axis=-1).argmax())
         raise InvalidArgumentError(
-            "logits", "must be numbers or -inf, with a number in every row",
+            "logits",
+            "must be numbers or -inf, with a number in every row",
             f"{int((~np.isfinite(wide[read])).sum())} of {wide[read].size} that are not finite in {moment}: "
             f"rows {(first_row + np.flatnonzero(broken[first])).tolist()} of sequence {first}",
             "If policy 'dense' on backend 'reference' decodes, look at the policy and backend in use, "
@@ -61,8 +62,9 @@ class Schedule:
             check_count("steps", self.steps, 1)
             if self.steps > self.tokens:
                 raise InvalidArgumentError(
-                    "steps", f"must be at most {self.tokens}, since every pass decodes at least one of "
-                    f"{self.tokens} tokens", self.steps,
+                    "steps",
+                    f"must be at most {self.tokens}, since every pass decodes at least one of {self.tokens} tokens",
+                    self.steps,
                 )
 
     @property

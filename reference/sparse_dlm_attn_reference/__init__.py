@@ -29,7 +29,10 @@ class ReferenceBackend(Backend):
     def capabilities(self) -> Capabilities:
         """Any shape; float16 to float64; host memory."""
         return Capabilities(
-            dtypes=DTYPES, devices=("cpu",), deterministic=True, batch_invariant=True,
+            dtypes=DTYPES,
+            devices=("cpu",),
+            deterministic=True,
+            batch_invariant=True,
             notes="NumPy, float64 inside; defines what is correct, not what is fast.",
         )
 
@@ -37,7 +40,9 @@ class ReferenceBackend(Backend):
         """Convert host values to NumPy."""
         if dtype is not None and str(dtype) not in (*DTYPES, "int8", "int32", "int64", "bool"):
             raise InvalidTypeError(
-                "dtype", f"must be one of {', '.join(DTYPES)}, an integer dtype or bool", repr(dtype),
+                "dtype",
+                f"must be one of {', '.join(DTYPES)}, an integer dtype or bool",
+                repr(dtype),
                 "NumPy has no bfloat16.",
             )
         try:
@@ -53,38 +58,25 @@ class ReferenceBackend(Backend):
     def page_bounds(self, context: Context) -> PageBounds:
         return decisions.page_bounds(context)
 
-    def page_scores(
-        self, q: FloatArray, bounds: PageBounds, *, active: FloatArray | None = None
-    ) -> FloatArray:
+    def page_scores(self, q: FloatArray, bounds: PageBounds, *, active: FloatArray | None = None) -> FloatArray:
         return decisions.page_scores(q, bounds, active)
 
     def pooled_scores(
-        self, q: FloatArray, context: Context, *, span: int, scale: float | None = None,
-        lse: FloatArray | None = None,
+        self, q: FloatArray, context: Context, *, span: int, scale: float | None = None, lse: FloatArray | None = None
     ) -> FloatArray:
         return decisions.pooled_scores(q, context, span=span, scale=scale, lse=lse)
 
-    def top_pages(
-        self, scores: FloatArray, count: int | FloatArray, *, eligible: FloatArray
-    ) -> FloatArray:
+    def top_pages(self, scores: FloatArray, count: int | FloatArray, *, eligible: FloatArray) -> FloatArray:
         return decisions.top_pages(scores, count, eligible)
 
     def query_change(self, q: FloatArray, q_reference: FloatArray) -> FloatArray:
         return decisions.query_change(q, q_reference)
 
-    def largest_changes(
-        self, change: FloatArray, *, count: int | None = None, mass: float | None = None
-    ) -> FloatArray:
+    def largest_changes(self, change: FloatArray, *, count: int | None = None, mass: float | None = None) -> FloatArray:
         return decisions.largest_changes(change, count=count, mass=mass)
 
     def attend_pages(
-        self,
-        q: FloatArray,
-        context: Context,
-        selection: Selection,
-        active: FloatArray,
-        *,
-        scale: float | None = None,
+        self, q: FloatArray, context: Context, selection: Selection, active: FloatArray, *, scale: float | None = None
     ) -> AttentionState:
         return attention.attend_pages(q, context, selection, active, scale=scale)
 
@@ -96,7 +88,5 @@ class ReferenceBackend(Backend):
     def merge(self, *states: AttentionState) -> AttentionState:
         return attention.merge(*states)
 
-    def reuse(
-        self, active: FloatArray, fresh: AttentionState, cached: AttentionState
-    ) -> AttentionState:
+    def reuse(self, active: FloatArray, fresh: AttentionState, cached: AttentionState) -> AttentionState:
         return attention.reuse(active, fresh, cached)

@@ -7,13 +7,7 @@ from typing import Any
 import numpy as np
 
 from sparse_dlm_attn import AttentionState, Context, Selection
-from sparse_dlm_attn.checks import (
-    check_attend_block,
-    check_attend_pages,
-    check_library,
-    check_reuse,
-    check_states,
-)
+from sparse_dlm_attn.checks import check_attend_block, check_attend_pages, check_library, check_reuse, check_states
 from sparse_dlm_attn.values import softmax_scale
 
 __all__ = ["attend_block", "attend_pages", "merge", "page_tokens", "reuse"]
@@ -36,9 +30,7 @@ def page_tokens(pages: FloatArray, context: Context, sequence: int, head: int, l
     return tokens
 
 
-def softmax_attention(
-    q: FloatArray, k: FloatArray, v: FloatArray, scale: float
-) -> tuple[FloatArray, FloatArray]:
+def softmax_attention(q: FloatArray, k: FloatArray, v: FloatArray, scale: float) -> tuple[FloatArray, FloatArray]:
     """Return ``(out, lse)`` of ``q`` ``(heads, rows, head_dim)`` over the keys and values of one KV head.
 
     Clause STATE-1.
@@ -62,12 +54,7 @@ def softmax_attention(
 
 
 def attend_pages(
-    q: FloatArray,
-    context: Context,
-    selection: Selection,
-    active: FloatArray,
-    *,
-    scale: float | None = None,
+    q: FloatArray, context: Context, selection: Selection, active: FloatArray, *, scale: float | None = None
 ) -> AttentionState:
     """Attend to selected pages: one softmax a row over all its keys (clause ATTEND-1)."""
     check_attend_pages(q, context, selection, active, scale)
@@ -94,9 +81,7 @@ def attend_pages(
     return _state(out, lse, q.dtype)
 
 
-def attend_block(
-    q: FloatArray, k: FloatArray, v: FloatArray, *, scale: float | None = None
-) -> AttentionState:
+def attend_block(q: FloatArray, k: FloatArray, v: FloatArray, *, scale: float | None = None) -> AttentionState:
     """Attend densely within the block (clause BLOCK-1)."""
     check_attend_block(q, k, v, scale)
     check_library("q", q, np.ndarray, "reference")

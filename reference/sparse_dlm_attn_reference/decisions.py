@@ -20,14 +20,7 @@ from sparse_dlm_attn.operators import check_change_rule
 from sparse_dlm_attn.values import softmax_scale
 from sparse_dlm_attn_reference.attention import ROWS_AT_ONCE, page_tokens
 
-__all__ = [
-    "largest_changes",
-    "page_bounds",
-    "page_scores",
-    "pooled_scores",
-    "query_change",
-    "top_pages",
-]
+__all__ = ["largest_changes", "page_bounds", "page_scores", "pooled_scores", "query_change", "top_pages"]
 
 FloatArray = np.ndarray[Any, Any]
 
@@ -128,9 +121,7 @@ def query_change(q: FloatArray, q_reference: FloatArray) -> FloatArray:
         return change.astype(np.float32)
 
 
-def largest_changes(
-    change: FloatArray, *, count: int | None = None, mass: float | None = None
-) -> FloatArray:
+def largest_changes(change: FloatArray, *, count: int | None = None, mass: float | None = None) -> FloatArray:
     """Return the rows that changed most, by number or by share of the total (CHANGE-2, CHANGE-3)."""
     check_row_changes(change)
     check_library("change", change, np.ndarray, "reference")

@@ -85,16 +85,16 @@ def load_command(plugin: Plugin) -> Any:
     target = plugin.load()
     if not isinstance(target, typer.Typer):
         if not callable(target):
-            raise InvalidTypeError(
-                f"command {plugin.name!r}", "must be a function or a typer.Typer", repr(target)
-            )
+            raise InvalidTypeError(f"command {plugin.name!r}", "must be a function or a typer.Typer", repr(target))
         function, target = target, typer.Typer(add_completion=False)
         target.command(plugin.name)(function)
     try:
         command = typer.main.get_command(target)
     except Exception as error:  # foreign signatures may be anything
         raise InvalidTypeError(
-            f"command {plugin.name!r}", "must have a signature that typer understands", str(error),
+            f"command {plugin.name!r}",
+            "must have a signature that typer understands",
+            str(error),
             f"Repair or uninstall {plugin.distribution}.",
         ) from error
     command.name = plugin.name
@@ -106,7 +106,8 @@ def _broken(name: str, error: SparseAttentionError) -> Any:
     holder = typer.Typer(add_completion=False)
 
     @holder.command(
-        name, help=f"(not available) {error}",
+        name,
+        help=f"(not available) {error}",
         context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
     )
     def report() -> None:
@@ -173,7 +174,9 @@ def application() -> typer.Typer:
     from sparse_dlm_attn.cli import doctor, listings
 
     app = typer.Typer(
-        cls=CommandGroup, no_args_is_help=True, callback=_options,
+        cls=CommandGroup,
+        no_args_is_help=True,
+        callback=_options,
         context_settings={"help_option_names": ["-h", "--help"]},  # commands inherit them
     )
     app.command("backends")(listings.backends)

@@ -16,10 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-__all__ = [
-    "discard_rest", "error_console", "note", "print_json", "progress", "result_console", "show_error",
-    "table",
-]
+__all__ = ["discard_rest", "error_console", "note", "print_json", "progress", "result_console", "show_error", "table"]
 
 PIPED_WIDTH = 150
 """Columns of a table that is not printed on a terminal, unless COLUMNS says otherwise."""
@@ -138,14 +135,7 @@ def progress(*, transient: bool = True) -> Iterator[Progress]:
     rich.progress.Progress
         Add tasks to it; without a terminal it stays silent.
     """
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        SpinnerColumn,
-        TextColumn,
-        TimeElapsedColumn,
-    )
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     console = error_console()
     with Progress(

@@ -50,9 +50,7 @@ class Check:
     remedy: str = ""
 
 
-def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-) -> None:
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False) -> None:
     """Check this installation; exit with 1 if something registered is broken."""
     checks = [*_platform(), *_optional(), *_plugins(), *_contributed()]
     broken = sum(check.status == "broken" for check in checks)
@@ -70,9 +68,7 @@ def _platform() -> Iterator[Check]:
     yield Check("sparse-dlm-attn", "ok", f"{__version__}, specification {SPEC_VERSION}")
     python = platform.python_version()
     known = (3, 11) <= sys.version_info[:2] <= (3, 13)
-    yield Check(
-        "Python", "ok" if known else "missing", python, "" if known else "Tested with Python 3.11 to 3.13."
-    )
+    yield Check("Python", "ok" if known else "missing", python, "" if known else "Tested with Python 3.11 to 3.13.")
     for name in ("numpy", "array-api-compat", "safetensors", "typer", "rich"):
         yield Check(name, "ok", _version(name))
 
@@ -88,10 +84,7 @@ def _optional() -> Iterator[Check]:
     """Look for optional packages without importing them."""
     for module, purpose, extra in OPTIONAL:
         if importlib.util.find_spec(module) is None:
-            yield Check(
-                module, "missing", f"optional, for {purpose}",
-                f"pip install 'sparse_dlm_attn[{extra}]'",
-            )
+            yield Check(module, "missing", f"optional, for {purpose}", f"pip install 'sparse_dlm_attn[{extra}]'")
         else:
             yield Check(module, "ok", f"{_version(module)}, for {purpose}")
 
@@ -136,9 +129,15 @@ def _contributed() -> Iterator[Check]:
         except Exception as error:  # a foreign check may fail in any way
             yield Check(f"check {plugin.name}", "broken", str(error), f"Repair {plugin.distribution}.")
         else:
-            yield found if isinstance(found, Check) else Check(
-                f"check {plugin.name}", "broken", f"returned a {type(found).__name__}, not a Check",
-                f"Repair {plugin.distribution}.",
+            yield (
+                found
+                if isinstance(found, Check)
+                else Check(
+                    f"check {plugin.name}",
+                    "broken",
+                    f"returned a {type(found).__name__}, not a Check",
+                    f"Repair {plugin.distribution}.",
+                )
             )
 
 

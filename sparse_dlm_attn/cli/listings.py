@@ -101,8 +101,12 @@ def choice_record(kind: str, text: str) -> dict[str, Any]:
     if about.startswith(f"{type(made).__name__}("):  # a dataclass without a docstring gets its signature
         about = ""
     record = {
-        **_source(plugin), "name": text, "summary": about.split("\n\n", 1)[0].replace("\n", " "),
-        "text": about, "reason": "", "parameters": _parameters(target, written),
+        **_source(plugin),
+        "name": text,
+        "summary": about.split("\n\n", 1)[0].replace("\n", " "),
+        "text": about,
+        "reason": "",
+        "parameters": _parameters(target, written),
     }
     if isinstance(made, Backend):
         try:
@@ -121,7 +125,11 @@ def _records(kind: str) -> Iterator[dict[str, Any]]:
             yield choice_record(kind, plugin.name)
         except Exception as error:  # a foreign choice may fail in any way
             yield {
-                **_source(plugin), "summary": "", "text": "", "reason": str(error), "parameters": [],
+                **_source(plugin),
+                "summary": "",
+                "text": "",
+                "reason": str(error),
+                "parameters": [],
                 **({"capabilities": {}} if kind == "backend" else {}),
             }
 
@@ -135,7 +143,8 @@ def _parameters(target: Any, written: Mapping[str, Any]) -> list[dict[str, Any]]
     if isinstance(target, type) and dataclasses.is_dataclass(target):
         found = [
             (field.name, _default_of(field), field.metadata.get("help", ""))
-            for field in dataclasses.fields(target) if field.init
+            for field in dataclasses.fields(target)
+            if field.init
         ]
     elif callable(target):
         variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)

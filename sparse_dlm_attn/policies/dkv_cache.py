@@ -50,18 +50,24 @@ class DKVCache(PrefixAttentionPolicy[None]):
 
     mode: Mode = field(
         default="decode",
-        metadata={"help": "Rows computed between reloads: all not decoded before the previous pass (decode), "
-                  "or only those being decoded (greedy)."},
+        metadata={
+            "help": "Rows computed between reloads: all not decoded before the previous pass (decode), "
+            "or only those being decoded (greedy)."
+        },
     )
     reload: int | None = field(
         default=None,
-        metadata={"help": "Passes from one computation of all rows to the next, at least 1; none for 8 "
-                  "(decode) or 2 (greedy)."},
+        metadata={
+            "help": "Passes from one computation of all rows to the next, at least 1; none for 8 "
+            "(decode) or 2 (greedy)."
+        },
     )
     neighbours: int = field(
         default=4,
-        metadata={"help": "Masked rows computed beside each row to be decoded, both sides together; greedy "
-                  "only. The authors use up to 6."},
+        metadata={
+            "help": "Masked rows computed beside each row to be decoded, both sides together; greedy "
+            "only. The authors use up to 6."
+        },
     )
 
     def __post_init__(self) -> None:

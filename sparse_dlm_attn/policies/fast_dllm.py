@@ -45,8 +45,10 @@ class FastDLLM(PrefixAttentionPolicy[None]):
 
     mode: Mode = field(
         default="dual",
-        metadata={"help": "Rows computed after a window's first pass: the window (dual) or the window and "
-                  "all behind it (prefix)."},
+        metadata={
+            "help": "Rows computed after a window's first pass: the window (dual) or the window and "
+            "all behind it (prefix)."
+        },
     )
 
     def __post_init__(self) -> None:

@@ -54,17 +54,20 @@ class FlashBlock(PrefixAttentionPolicy[FlashBlockMemory]):
 
     limit: int = field(
         default=2,
-        metadata={"help": "Newly decoded tokens that cause a refresh, at least 0. The authors use 2 "
-                  "(mode s2) and 3 (evaluation); 0 refreshes in every pass."},
+        metadata={
+            "help": "Newly decoded tokens that cause a refresh, at least 0. The authors use 2 "
+            "(mode s2) and 3 (evaluation); 0 refreshes in every pass."
+        },
     )
     dirty_rows: DirtyRows = field(
         default="drop",
-        metadata={"help": "Context part of rows decoded since the last refresh: drop (block only, the "
-                  "authors' reference path) or keep."},
+        metadata={
+            "help": "Context part of rows decoded since the last refresh: drop (block only, the "
+            "authors' reference path) or keep."
+        },
     )
     save_pass: SavePass = field(
-        default="refresh",
-        metadata={"help": "Whether the save pass refreshes (authors) or reuses without reading."},
+        default="refresh", metadata={"help": "Whether the save pass refreshes (authors) or reuses without reading."}
     )
 
     def __post_init__(self) -> None:
@@ -81,9 +84,7 @@ class FlashBlock(PrefixAttentionPolicy[FlashBlockMemory]):
         """Select every page; without active rows none of them is read."""
         return Selection.all_pages(inputs.context, inputs.tokens)
 
-    def reuse(
-        self, inputs: PassInputs[FlashBlockMemory], active: Array, fresh: AttentionState
-    ) -> AttentionState:
+    def reuse(self, inputs: PassInputs[FlashBlockMemory], active: Array, fresh: AttentionState) -> AttentionState:
         """Return the stored context part, without that of dirty rows if they are dropped."""
         kept = super().reuse(inputs, active, fresh)
         if self.dirty_rows == "keep" or inputs.cached is None:
@@ -91,9 +92,7 @@ class FlashBlock(PrefixAttentionPolicy[FlashBlockMemory]):
         dropped = self._dirty(inputs) & ~active
         return inputs.ops.reuse(dropped, AttentionState.empty_like(inputs.q), kept)
 
-    def remember(
-        self, inputs: PassInputs[FlashBlockMemory], active: Array, selection: Selection
-    ) -> FlashBlockMemory:
+    def remember(self, inputs: PassInputs[FlashBlockMemory], active: Array, selection: Selection) -> FlashBlockMemory:
         """Keep the dirty rows; a refresh clears them."""
         return FlashBlockMemory(self._dirty(inputs) & ~active)
 
@@ -105,7 +104,8 @@ class FlashBlock(PrefixAttentionPolicy[FlashBlockMemory]):
         if newly is None:
             raise InvalidArgumentError(
                 "info.newly_decoded",
-                "must be given after the first pass of a block, since flashblock refreshes by it", "None",
+                "must be given after the first pass of a block, since flashblock refreshes by it",
+                "None",
                 "Pass PassInfo(index, newly_decoded=...), bool (batch, tokens): the tokens unmasked "
                 "after the previous pass; or next_pass(decoded) where a Decoder counts passes.",
             )

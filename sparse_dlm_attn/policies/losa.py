@@ -96,11 +96,15 @@ class Losa(BoundRanking):
             dense = either(dense, inputs.saves())
         memory = inputs.memory
         return self.ranking(
-            inputs, all_rows=either(dense, inputs.restarts), all_pages=dense,
+            inputs,
+            all_rows=either(dense, inputs.restarts),
+            all_pages=dense,
             no_rows=inputs.saves() if self.save_pass == "reuse" else False,
-            reference=None if memory is None else memory.reference, mass=self.mass,
-            count=None if self.mass is not None else min(self.active, inputs.tokens), keep=self._kept(inputs),
-        )  # fmt: skip
+            reference=None if memory is None else memory.reference,
+            mass=self.mass,
+            count=None if self.mass is not None else min(self.active, inputs.tokens),
+            keep=self._kept(inputs),
+        )
 
     def _kept(self, inputs: PassInputs[RuleMemory]) -> Keep:
         if self.in_dense_layer(inputs):

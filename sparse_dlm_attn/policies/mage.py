@@ -47,12 +47,13 @@ class Mage(PrefixAttentionPolicy[MageMemory]):
 
     budget: int = field(
         default=512,
-        metadata={"help": "Context tokens that each KV head keeps for the block, at least 1. The paper "
-                  "uses 256, 512 and 1024."},
+        metadata={
+            "help": "Context tokens that each KV head keeps for the block, at least 1. The paper "
+            "uses 256, 512 and 1024."
+        },
     )
     dense_layers: int = field(
-        default=2,
-        metadata={"help": "First layers that read everything in every pass; 2 in the paper."},
+        default=2, metadata={"help": "First layers that read everything in every pass; 2 in the paper."}
     )
 
     def __post_init__(self) -> None:
@@ -64,16 +65,12 @@ class Mage(PrefixAttentionPolicy[MageMemory]):
         dense = either(self._in_dense_layer(inputs), inputs.restarts)
         return inputs.dense_where(dense, lambda: Selection(self._frozen(inputs), inputs.tokens))
 
-    def remember(
-        self, inputs: PassInputs[MageMemory], active: Array, selection: Selection
-    ) -> MageMemory | None:
+    def remember(self, inputs: PassInputs[MageMemory], active: Array, selection: Selection) -> MageMemory | None:
         """Choose in the first pass; afterwards keep the choice."""
         if self._in_dense_layer(inputs):
             return None
         return MageMemory(
-            inputs.rows_where(
-                inputs.restarts, lambda: self._best_pages(inputs), lambda: self._frozen(inputs)
-            )
+            inputs.rows_where(inputs.restarts, lambda: self._best_pages(inputs), lambda: self._frozen(inputs))
         )
 
     def _in_dense_layer(self, inputs: PassInputs[MageMemory]) -> bool:
@@ -91,6 +88,4 @@ class Mage(PrefixAttentionPolicy[MageMemory]):
         batch, _, spans, pages = shape_of(mass)
         grouped = xp.reshape(mass, (batch, context.kv_heads, inputs.group, spans, pages))
         count = pages_of_budget(context, self.budget)
-        return ops.top_pages(
-            xp.sum(grouped, axis=2), count[:, None, None], eligible=context.exists[:, None, None, :]
-        )
+        return ops.top_pages(xp.sum(grouped, axis=2), count[:, None, None], eligible=context.exists[:, None, None, :])

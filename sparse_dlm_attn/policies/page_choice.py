@@ -145,7 +145,11 @@ class BoundRanking(RulePolicy):
         context = inputs.context
         budget = min(self.budget, context.pages * context.page_size)
         return Rule(
-            all_pages=either(all_pages, inputs.restarts) if self.first_pass == "dense" else all_pages, budget=budget,
-            pages=_bought(context, budget, self.page_count, self.min_pages), newest=self.newest,
-            union="row" if self.pages == "own" else self.union_over, group_scores=self.group_scores, **rows,
-        )  # fmt: skip
+            all_pages=either(all_pages, inputs.restarts) if self.first_pass == "dense" else all_pages,
+            budget=budget,
+            pages=_bought(context, budget, self.page_count, self.min_pages),
+            newest=self.newest,
+            union="row" if self.pages == "own" else self.union_over,
+            group_scores=self.group_scores,
+            **rows,
+        )

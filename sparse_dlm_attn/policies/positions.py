@@ -27,15 +27,11 @@ def nearby_selection(inputs: PassInputs[Any], *, window: int, sinks: int = 0, af
         pages = nearby_pages(inputs.context, window=window, sinks=sinks, after=after)
         return Selection(pages[:, None, None, :], inputs.tokens)
     span = min(inputs.context.page_size, inputs.tokens)
-    pages = band_pages(
-        inputs.context, inputs.tokens, span, window=window, sinks=sinks, after=after
-    )
+    pages = band_pages(inputs.context, inputs.tokens, span, window=window, sinks=sinks, after=after)
     return Selection(pages[:, None, :, :], span)
 
 
-def band_pages(
-    context: Context, tokens: int, span: int, *, window: int, sinks: int = 0, after: int = 0
-) -> Array:
+def band_pages(context: Context, tokens: int, span: int, *, window: int, sinks: int = 0, after: int = 0) -> Array:
     """Return the pages near each span of a whole sequence's rows, bool ``(batch, spans, pages)``.
 
     Parameters

@@ -39,13 +39,17 @@ class SlidingWindow(PrefixAttentionPolicy[None]):
 
     window: int = field(
         default=512,
-        metadata={"help": "Tokens before the block to read, at least 1; page-rounded upwards. "
-                  "512 is the window of StreamingLLM's cache class."},
+        metadata={
+            "help": "Tokens before the block to read, at least 1; page-rounded upwards. "
+            "512 is the window of StreamingLLM's cache class."
+        },
     )
     after: int = field(
         default=0,
-        metadata={"help": "Tokens after the block to read where the context has a suffix; behind each row of "
-                  "a whole sequence."},
+        metadata={
+            "help": "Tokens after the block to read where the context has a suffix; behind each row of "
+            "a whole sequence."
+        },
     )
 
     def __post_init__(self) -> None:

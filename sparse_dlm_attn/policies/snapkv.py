@@ -68,8 +68,10 @@ class SnapKV(PrefixAttentionPolicy[SnapKVMemory]):
 
     capacity: int = field(
         default=1024,
-        metadata={"help": "Prompt tokens that each query head keeps, more than window. The authors' "
-                  "LongBench runs use 1024, 2048 and 4096."},
+        metadata={
+            "help": "Prompt tokens that each query head keeps, more than window. The authors' "
+            "LongBench runs use 1024, 2048 and 4096."
+        },
     )
     window: int = field(
         default=32,
@@ -77,13 +79,11 @@ class SnapKV(PrefixAttentionPolicy[SnapKVMemory]):
     )
     kernel: int = field(
         default=5,
-        metadata={"help": "Neighbouring tokens over which masses are pooled; odd, at least 1. LongBench runs "
-                  "use 7."},
+        metadata={"help": "Neighbouring tokens over which masses are pooled; odd, at least 1. LongBench runs use 7."},
     )
     pooling: Pooling = field(
         default="avg",
-        metadata={"help": "How they are pooled: avg (zeros beyond the ends count) or max, as in the "
-                  "LongBench runs."},
+        metadata={"help": "How they are pooled: avg (zeros beyond the ends count) or max, as in the LongBench runs."},
     )
 
     def __post_init__(self) -> None:
@@ -105,9 +105,7 @@ class SnapKV(PrefixAttentionPolicy[SnapKVMemory]):
         mask = with_page_count(inputs.memory.mask, pages) | later[:, None, None, :]
         return Selection(mask, inputs.tokens)
 
-    def remember(
-        self, inputs: PassInputs[SnapKVMemory], active: Array, selection: Selection
-    ) -> SnapKVMemory:
+    def remember(self, inputs: PassInputs[SnapKVMemory], active: Array, selection: Selection) -> SnapKVMemory:
         """Choose in the first pass; afterwards keep the choice."""
         if inputs.memory is not None:
             return inputs.memory
@@ -140,8 +138,6 @@ class SnapKV(PrefixAttentionPolicy[SnapKVMemory]):
         places = xp.astype(xp.clip(places, 0, inputs.tokens - 1), xp.int64)
         batch, q_heads, _, head_dim = (int(size) for size in inputs.q.shape)
         shape = (batch, q_heads, rows, head_dim)
-        observing = xp.take_along_axis(
-            inputs.q, xp.broadcast_to(places[:, None, :, None], shape), axis=2
-        )
+        observing = xp.take_along_axis(inputs.q, xp.broadcast_to(places[:, None, :, None], shape), axis=2)
         alone = replace(context, page_lengths=lengths, page_segments=None, bounds=None)
         return ops.pooled_scores(observing, alone, span=rows, scale=inputs.scale)

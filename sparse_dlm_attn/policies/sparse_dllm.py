@@ -66,16 +66,16 @@ class SparseDLLM(PrefixAttentionPolicy[SparseDLLMMemory]):
 
     ratio: float = field(
         default=0.5,
-        metadata={"help": "Share of the tokens outside the window to keep, 0..1. The authors' scripts use "
-                  "0.5, their class has 0.7."},
+        metadata={
+            "help": "Share of the tokens outside the window to keep, 0..1. The authors' scripts use "
+            "0.5, their class has 0.7."
+        },
     )
     kernel: int = field(
-        default=3,
-        metadata={"help": "Neighbouring tokens among which the largest score counts; odd, at least 1."},
+        default=3, metadata={"help": "Neighbouring tokens among which the largest score counts; odd, at least 1."}
     )
     delay: int = field(
-        default=1,
-        metadata={"help": "Pass of the window that chooses, at least 0; it and those before it are dense."},
+        default=1, metadata={"help": "Pass of the window that chooses, at least 0; it and those before it are dense."}
     )
 
     def __post_init__(self) -> None:
@@ -110,16 +110,12 @@ class SparseDLLM(PrefixAttentionPolicy[SparseDLLMMemory]):
 
         return inputs.dense_where(dense, kept)
 
-    def remember(
-        self, inputs: PassInputs[SparseDLLMMemory], active: Array, selection: Selection
-    ) -> SparseDLLMMemory:
+    def remember(self, inputs: PassInputs[SparseDLLMMemory], active: Array, selection: Selection) -> SparseDLLMMemory:
         """Choose in pass ``delay``; afterwards keep the choice."""
         left = self._dense_left(inputs)
         if isinstance(left, int) and left > 0:
             return SparseDLLMMemory(left, None)
-        mask = inputs.rows_where(
-            left == 0, lambda: self._best_pages(inputs), lambda: self._stored(inputs)
-        )
+        mask = inputs.rows_where(left == 0, lambda: self._best_pages(inputs), lambda: self._stored(inputs))
         return SparseDLLMMemory(left, mask)
 
     def _dense_left(self, inputs: PassInputs[SparseDLLMMemory]) -> int | Array:

@@ -114,35 +114,35 @@ class SparseD(PrefixAttentionPolicy[SparseDMemory]):
 
     ratio: float = field(
         default=0.3,
-        metadata={"help": "Share of the pages to keep, 0..1. The authors use 0.3 for long and 0.5 for "
-                  "short contexts."},
+        metadata={"help": "Share of the pages to keep, 0..1. The authors use 0.3 for long and 0.5 for short contexts."},
     )
     skip: float = field(
         default=0.2,
-        metadata={"help": "Share of a block's passes that are dense, 0..1; two passes more with "
-                  "variant=code."},
+        metadata={"help": "Share of a block's passes that are dense, 0..1; two passes more with variant=code."},
     )
     warmup: int | None = field(
         default=None,
-        metadata={"help": "Dense passes at the start of a block instead of skip; with 0 pass 0 reads what "
-                  "it chooses (ablation)."},
+        metadata={
+            "help": "Dense passes at the start of a block instead of skip; with 0 pass 0 reads what "
+            "it chooses (ablation)."
+        },
     )
     span: int | None = field(
-        default=None,
-        metadata={"help": "Rows that share one selection, at least 1; none for the whole block."},
+        default=None, metadata={"help": "Rows that share one selection, at least 1; none for the whole block."}
     )
     isolated: bool = field(
         default=True,
         metadata={"help": "Choose prompt pages and all other pages apart, where the context has segments."},
     )
     variant: Variant = field(
-        default="code",
-        metadata={"help": "Whose counting of dense passes and pages: the authors' code or their paper."},
+        default="code", metadata={"help": "Whose counting of dense passes and pages: the authors' code or their paper."}
     )
     score_scale: ScoreScale = field(
         default="attention",
-        metadata={"help": "Softmax scale of the choice: that of attention (Dream code, paper) or "
-                  "1 / sqrt(heads) (LLaDA code)."},
+        metadata={
+            "help": "Softmax scale of the choice: that of attention (Dream code, paper) or "
+            "1 / sqrt(heads) (LLaDA code)."
+        },
     )
     frozen: bool = field(
         default=True,
@@ -177,18 +177,14 @@ class SparseD(PrefixAttentionPolicy[SparseDMemory]):
         warming = self._warmup_left(inputs) >= 0
         return inputs.dense_where(warming, lambda: Selection(self._chosen(inputs), self._span(inputs)))
 
-    def remember(
-        self, inputs: PassInputs[SparseDMemory], active: Array, selection: Selection
-    ) -> SparseDMemory:
+    def remember(self, inputs: PassInputs[SparseDMemory], active: Array, selection: Selection) -> SparseDMemory:
         """Choose in the last warm-up pass; afterwards keep the choice."""
         left = self._warmup_left(inputs)
         if not self.frozen or (isinstance(left, int) and left > 0):
             return SparseDMemory(left, None)
         if self.warmup == 0:
             return SparseDMemory(left, selection.mask)
-        mask = inputs.rows_where(
-            left == 0, lambda: self._best_pages(inputs), lambda: self._stored(inputs)
-        )
+        mask = inputs.rows_where(left == 0, lambda: self._best_pages(inputs), lambda: self._stored(inputs))
         return SparseDMemory(left, mask)
 
     def _span(self, inputs: PassInputs[SparseDMemory]) -> int:
@@ -214,9 +210,7 @@ class SparseD(PrefixAttentionPolicy[SparseDMemory]):
         if not self.frozen:
             return self._best_pages(inputs)
         if self.warmup == 0:
-            return inputs.rows_where(
-                inputs.restarts, lambda: self._best_pages(inputs), lambda: self._stored(inputs)
-            )
+            return inputs.rows_where(inputs.restarts, lambda: self._best_pages(inputs), lambda: self._stored(inputs))
         return self._stored(inputs)
 
     def _stored(self, inputs: PassInputs[SparseDMemory]) -> Array:

@@ -38,18 +38,24 @@ class StreamingLLM(PrefixAttentionPolicy[None]):
 
     sinks: int = field(
         default=4,
-        metadata={"help": "Tokens at the beginning to read; page-rounded upwards. "
-                  "4 is the default of the authors' cache class."},
+        metadata={
+            "help": "Tokens at the beginning to read; page-rounded upwards. "
+            "4 is the default of the authors' cache class."
+        },
     )
     window: int = field(
         default=512,
-        metadata={"help": "Tokens before the block to read, at least 1; page-rounded upwards. "
-                  "512 is the default of the authors' cache class; their scripts use 2000."},
+        metadata={
+            "help": "Tokens before the block to read, at least 1; page-rounded upwards. "
+            "512 is the default of the authors' cache class; their scripts use 2000."
+        },
     )
     after: int = field(
         default=0,
-        metadata={"help": "Tokens after the block to read where the context has a suffix; behind each row of "
-                  "a whole sequence."},
+        metadata={
+            "help": "Tokens after the block to read where the context has a suffix; behind each row of "
+            "a whole sequence."
+        },
     )
 
     def __post_init__(self) -> None:

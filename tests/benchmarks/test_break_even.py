@@ -34,8 +34,14 @@ def point(context: int, asked: float, speedup: float) -> Point:
 
 def test_the_answer_names_the_shortest_context_from_which_on_sparse_always_wins() -> None:
     points = [
-        point(1024, 0.1, 1.2), point(2048, 0.1, 0.9), point(4096, 0.1, 1.5), point(8192, 0.1, 3.25),
-        point(1024, 0.5, 0.5), point(2048, 0.5, 0.6), point(4096, 0.5, 0.9), point(8192, 0.5, 1.1),
+        point(1024, 0.1, 1.2),
+        point(2048, 0.1, 0.9),
+        point(4096, 0.1, 1.5),
+        point(8192, 0.1, 3.25),
+        point(1024, 0.5, 0.5),
+        point(2048, 0.5, 0.6),
+        point(4096, 0.5, 0.9),
+        point(8192, 0.5, 1.1),
     ]
     assert answer(points, "losa") == (
         "losa beats the fastest dense kernel from 4K tokens on at 10% (1.50x to 3.25x), from 8K tokens on at "

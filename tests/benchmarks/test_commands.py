@@ -16,22 +16,25 @@ from sparse_dlm_attn_benchmarks import break_even, command  # noqa: E402
 from sparse_dlm_attn_benchmarks.break_even import Point  # noqa: E402
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ("break-even --contexts 16K,x", "--contexts must be numbers of tokens as in 16K,32768"),
-    ("break-even --contexts 100", "--contexts must be a multiple of page_size=64 tokens; got 100"),
-    ("break-even --page-size 48", "Change it or --page-size."),
-    ("break-even --densities 0.1,1.5", "--densities must be shares over 0 and at most 1"),
-    ("break-even --q-heads 30", "--q-heads must be a multiple of kv_heads=8; got 30"),
-    ("break-even --dtype int8", "--dtype must be bfloat16, float16 or float32"),
-    ("break-even --policy dense", "unknown parameter of policy 'dense' 'budget'"),
-    ("break-even --policy losa:budget=64", "--policy must leave its budget out"),
-    ("break-even --repeats 0", "--repeats must lie in 1..10000"),
-    ("break-even --json missing/out.json", "the directory of 'missing/out.json' does not exist"),
-    ("tune --limit 0", "--limit must lie in 1..500"),
-    ("tune --batch 0", "--batch must be at least 1"),
-    ("break-even", "no usable GPU"),
-    ("tune", "no usable GPU"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("break-even --contexts 16K,x", "--contexts must be numbers of tokens as in 16K,32768"),
+        ("break-even --contexts 100", "--contexts must be a multiple of page_size=64 tokens; got 100"),
+        ("break-even --page-size 48", "Change it or --page-size."),
+        ("break-even --densities 0.1,1.5", "--densities must be shares over 0 and at most 1"),
+        ("break-even --q-heads 30", "--q-heads must be a multiple of kv_heads=8; got 30"),
+        ("break-even --dtype int8", "--dtype must be bfloat16, float16 or float32"),
+        ("break-even --policy dense", "unknown parameter of policy 'dense' 'budget'"),
+        ("break-even --policy losa:budget=64", "--policy must leave its budget out"),
+        ("break-even --repeats 0", "--repeats must lie in 1..10000"),
+        ("break-even --json missing/out.json", "the directory of 'missing/out.json' does not exist"),
+        ("tune --limit 0", "--limit must lie in 1..500"),
+        ("tune --batch 0", "--batch must be at least 1"),
+        ("break-even", "no usable GPU"),
+        ("tune", "no usable GPU"),
+    ],
+)
 def test_they_refuse_bad_input_and_then_a_machine_without_a_gpu(
     arguments: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -50,8 +53,12 @@ def test_break_even_prints_writes_and_draws(
 
     def measured(shape: Any, policy: str, densities: Any, backend: Any, repeats: int, say: Any) -> list[Point]:
         say("a peer is not here")
-        return [Point(shape.context, density, density, f"{policy}:budget=64", 1e3 * density,
-                      shape.context / 100, "SDPA", 1e-3) for density in densities]
+        return [
+            Point(
+                shape.context, density, density, f"{policy}:budget=64", 1e3 * density, shape.context / 100, "SDPA", 1e-3
+            )
+            for density in densities
+        ]
 
     monkeypatch.setattr(break_even, "measure_context", measured)
     for check in ("_need_gpu", "_check_backend"):

@@ -26,8 +26,12 @@ def run(tmp_path: Path) -> Run:
         options.setdefault("stdin", subprocess.DEVNULL)
         options.setdefault("stdout", subprocess.PIPE)
         result: subprocess.CompletedProcess[str] = subprocess.run(  # type: ignore[call-overload]
-            [sys.executable, "-m", "sparse_dlm_attn", *arguments], stderr=subprocess.PIPE, text=True,
-            cwd=options.pop("cwd", tmp_path), env=environment, **options,
+            [sys.executable, "-m", "sparse_dlm_attn", *arguments],
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=options.pop("cwd", tmp_path),
+            env=environment,
+            **options,
         )
         if code is not None:
             assert result.returncode == code, result.stderr

@@ -47,7 +47,10 @@ def test_dense_comes_first_and_nothing_runs_twice() -> None:
 
     assert labels("losa", "losa:budget=64", "dense") == ["dense", "losa:budget=64"]
     assert labels("quest", "flashblock", budgets=(64, 128)) == [
-        "dense", "quest:budget=64", "flashblock", "quest:budget=128",
+        "dense",
+        "quest:budget=64",
+        "flashblock",
+        "quest:budget=128",
     ]
 
 
@@ -88,8 +91,15 @@ def total(read: float, dense: float) -> TrafficTotal:
 
 def result(exact: bool, read: float, dense: float = 100.0, policy: str = "losa", budget: int = 64) -> PolicyResult:
     return PolicyResult(
-        choose_policy(policy, budget, 16), b"48213.", exact, 0.5, 1, 9, total(read, dense),
-        total(read / 2, dense / 2), 0.25,
+        choose_policy(policy, budget, 16),
+        b"48213.",
+        exact,
+        0.5,
+        1,
+        9,
+        total(read, dense),
+        total(read / 2, dense / 2),
+        0.25,
     )
 
 
@@ -107,7 +117,12 @@ def test_scores_add_up_bytes_before_they_divide() -> None:
 @pytest.mark.parametrize("threshold", [None, 0.5])
 def test_evaluate_gives_the_same_samples_however_many_prompts_go_together(threshold: float | None) -> None:
     evaluation = Evaluation(
-        ("single-key", "chained"), 2, 512, 0, ("losa", "dkv-cache"), (64,),
+        ("single-key", "chained"),
+        2,
+        512,
+        0,
+        ("losa", "dkv-cache"),
+        (64,),
         DecodeSettings(steps=2 if threshold is None else None, threshold=threshold),
     )
     ones, threes = evaluate(evaluation, together=1), evaluate(evaluation, together=3)
@@ -126,7 +141,9 @@ def test_a_picture_has_a_line_for_each_policy_with_its_parameters_and_a_point_fo
     scores = [PolicyScore.of([("chained", result(True, 10.0, policy=name, budget=budget))]) for name, budget in chosen]
     lines = plots.accuracy_lines(scores)
     assert {label: [budget for _, _, budget in points] for label, points in lines.items()} == {
-        "losa": [64, 128], "losa:active=2": [64, 128], "losa:budget=16": [None],
+        "losa": [64, 128],
+        "losa:active=2": [64, 128],
+        "losa:budget=16": [None],
     }
     pytest.importorskip("matplotlib", reason="pictures need the extra 'plot'")
     picture = plots.accuracy_picture(scores, "title")

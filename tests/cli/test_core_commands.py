@@ -186,7 +186,8 @@ def test_commands_find_modules_of_the_current_directory_and_leave_the_path_alone
 def test_the_safe_path_of_python_is_respected() -> None:
     result = subprocess.run(
         [sys.executable, "-P", "-m", "sparse_dlm_attn", "policies", "outsider:make_policy"],
-        capture_output=True, text=True,
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 2 and "Check the spelling of 'outsider'" in result.stderr
 

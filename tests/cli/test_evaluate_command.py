@@ -40,8 +40,21 @@ def test_evaluate_writes_scores_parameters_and_versions(call: Call, tmp_path: Pa
 def test_evaluate_gives_the_same_scores_with_several_processes(call: Call, tmp_path: Path) -> None:
     def scores(workers: str) -> list[dict[str, Any]]:
         call(
-            "evaluate", "--length", "256", "--prompts", "2", "--task", "single-key", "--budget", "64",
-            "--policy", "losa", "--workers", workers, "--out", f"{workers}.json",
+            "evaluate",
+            "--length",
+            "256",
+            "--prompts",
+            "2",
+            "--task",
+            "single-key",
+            "--budget",
+            "64",
+            "--policy",
+            "losa",
+            "--workers",
+            workers,
+            "--out",
+            f"{workers}.json",
         )
         found = json.loads((tmp_path / f"{workers}.json").read_text())["scores"]
         return [{key: value for key, value in score.items() if key != "seconds"} for score in found]
@@ -53,8 +66,15 @@ def test_evaluate_exits_with_1_below_what_was_required(call: Call, tmp_path: Pat
     call("evaluate", *QUICK, "--policy", "dense", "--require", "dense=0")
     # The window cannot hold the fact, so no model answers exactly through it except by chance.
     _, err = call(
-        "evaluate", *QUICK, "--seed", "5", "--policy", "sliding-window:window=1", "--require",
-        "sliding-window:window=1=1", code=1,
+        "evaluate",
+        *QUICK,
+        "--seed",
+        "5",
+        "--policy",
+        "sliding-window:window=1",
+        "--require",
+        "sliding-window:window=1=1",
+        code=1,
     )
     assert "required 100 %" in err
     assert (tmp_path / "evaluation.json").exists(), "the report is written all the same"
@@ -108,9 +128,22 @@ def test_the_table_of_whole_sequences_is_numbers_json_and_a_picture(
 def evaluating(folder: Path, workers: str) -> Iterator[subprocess.Popen[str]]:
     """Start a long evaluation in a group of its own, which ends with the test whatever happens."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "sparse_dlm_attn", "evaluate", "--length", "4096", "--prompts", "50",
-         "--workers", workers],
-        stderr=subprocess.PIPE, text=True, cwd=folder, start_new_session=True,
+        [
+            sys.executable,
+            "-m",
+            "sparse_dlm_attn",
+            "evaluate",
+            "--length",
+            "4096",
+            "--prompts",
+            "50",
+            "--workers",
+            workers,
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+        start_new_session=True,
         env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
         # Tests that run in the background of a shell inherit that interrupts are ignored.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),

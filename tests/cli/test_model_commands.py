@@ -76,8 +76,16 @@ def test_decoding_over_the_full_sequence(call: Call) -> None:
 
 def test_the_demonstration_tells_its_story(call: Call) -> None:
     out, _ = call(
-        "decode", "--policy", "losa", "--policy", "quest", "--policy", "sliding-window", "--policy",
-        "streaming-llm", "--json",
+        "decode",
+        "--policy",
+        "losa",
+        "--policy",
+        "quest",
+        "--policy",
+        "sliding-window",
+        "--policy",
+        "streaming-llm",
+        "--json",
     )
     report = json.loads(out)
     assert report["prompt"]["bytes"] == 4096
@@ -104,9 +112,25 @@ def test_processes_of_an_evaluation_find_them_too(tmp_path: Path) -> None:
     program = tmp_path / "bin" / "program.py"  # as an installed one, which has its own folder on the path
     program.write_text("from sparse_dlm_attn.cli import main\nif __name__ == '__main__':\n    main()\n")
     result = subprocess.run(
-        [sys.executable, str(program), "evaluate", "--length", "256", "--task", "single-key", "--prompts",
-         "8", "--policy", "outsider:POLICY", "--steps", "1", "--workers", "2"],
-        capture_output=True, text=True,
+        [
+            sys.executable,
+            str(program),
+            "evaluate",
+            "--length",
+            "256",
+            "--task",
+            "single-key",
+            "--prompts",
+            "8",
+            "--policy",
+            "outsider:POLICY",
+            "--steps",
+            "1",
+            "--workers",
+            "2",
+        ],
+        capture_output=True,
+        text=True,
     )
     assert "outsider:POLICY" in result.stdout, result.stderr
 
@@ -115,23 +139,31 @@ def test_processes_of_an_evaluation_find_them_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--policy lossa", "did you mean 'losa'?"), ("--policy losa:buget=3", "did you mean 'budget'?"),
+        ("--policy lossa", "did you mean 'losa'?"),
+        ("--policy losa:buget=3", "did you mean 'budget'?"),
         ("--policy losa:budget=0", "policy 'losa': budget must be at least 1; got 0"),
-        ("--policy losa:budget=many", "budget must be an int"), ("--policy losa:budget", "--policy"),
-        ("--policy=", "--policy"), ("--policy no_such_module:Policy", "no_such_module"),
+        ("--policy losa:budget=many", "budget must be an int"),
+        ("--policy losa:budget", "--policy"),
+        ("--policy=", "--policy"),
+        ("--policy no_such_module:Policy", "no_such_module"),
         ("--backend referense", "did you mean 'reference'?"),
         ("--device cuda", "leave --device out, or name another --backend"),
         ("--backend torch:device=cpu --device cpu", "--device must not be given together with"),
-        ("--device=", "--device must be one device"), ("--budget 0", "--budget must be at least 1; got 0"),
-        ("--budget much", "--budget"), ("--task multi_key", "did you mean 'multi-key'?"),
+        ("--device=", "--device must be one device"),
+        ("--budget 0", "--budget must be at least 1; got 0"),
+        ("--budget much", "--budget"),
+        ("--task multi_key", "did you mean 'multi-key'?"),
         ("--full-sequence --length 16384", "--length must leave prompt and answer within 16384 bytes"),
         ("--full-sequence --max-blocks 1024", "--max-blocks must leave prompt and answer within"),
         ("--full-sequence --policy losa --policy quest", "--policy must be given once with --full-sequence"),
         ("--length 100", "--length must be a positive multiple of block_length=16; got 100"),
-        ("--length -16", "--length must be a positive multiple"), ("--length 32", "--length must be at least"),
-        ("--length 16400", "at most 16384"), ("--length 99999999999999999999", "--"),
+        ("--length -16", "--length must be a positive multiple"),
+        ("--length 32", "--length must be at least"),
+        ("--length 16400", "at most 16384"),
+        ("--length 99999999999999999999", "--"),
         ("--steps 4 --threshold 0.9", "--steps must not be given together with threshold=0.9; got 4"),
-        ("--steps 0", "--steps must be at least 1; got 0"), ("--steps 17", "--steps must be at most 16"),
+        ("--steps 0", "--steps must be at least 1; got 0"),
+        ("--steps 17", "--steps must be at most 16"),
         ("--threshold 1.5", "--threshold must lie in 0..1; got 1.5"),
         ("--threshold nan", "--threshold must lie in 0..1; got nan"),
         ("--block-length 7", "--block-length must be one of 8, 16, 32"),
@@ -139,20 +171,24 @@ def test_processes_of_an_evaluation_find_them_too(tmp_path: Path) -> None:
         ("--page-size 1000000000", "--page-size must be at most 16384"),
         ("--max-blocks 0", "--max-blocks must be at least 1; got 0"),
         ("--max-blocks 1000000000", "--max-blocks must be at most 1024"),
-        ("--weights missing.safetensors", "no such file"), ("--weights .", "directory"),
-        ("--weights long.txt", "cannot read the model weights"), ("--no-such-option", "--no-such-option"),
-        ("stray", "stray"), ("--question Who?", "--question needs --prompt"),
-        ("--prompt missing.txt", "cannot read 'missing.txt'"), ("--prompt .", "directory"),
-        ("--prompt empty.txt", "at least 1 byte"), ("--prompt=", "cannot read '': No such file"),
+        ("--weights missing.safetensors", "no such file"),
+        ("--weights .", "directory"),
+        ("--weights long.txt", "cannot read the model weights"),
+        ("--no-such-option", "--no-such-option"),
+        ("stray", "stray"),
+        ("--question Who?", "--question needs --prompt"),
+        ("--prompt missing.txt", "cannot read 'missing.txt'"),
+        ("--prompt .", "directory"),
+        ("--prompt empty.txt", "at least 1 byte"),
+        ("--prompt=", "cannot read '': No such file"),
         ("--prompt latin.txt", "not UTF-8 text (byte 0xe9 at offset 3)"),
-        ("--prompt long.txt", "at most 16384 bytes"), ("--prompt /dev/zero", "at most 16384 bytes"),
+        ("--prompt long.txt", "at most 16384 bytes"),
+        ("--prompt /dev/zero", "at most 16384 bytes"),
         ("--prompt whale.txt --question=", "--question must not be empty"),
         ("--prompt whale.txt --seed 3", "--seed must not be given together with --prompt"),
     ],
 )
-def test_bad_input_is_one_clear_message_and_exit_code_2(
-    call: Call, tmp_path: Path, options: str, message: str
-) -> None:
+def test_bad_input_is_one_clear_message_and_exit_code_2(call: Call, tmp_path: Path, options: str, message: str) -> None:
     (tmp_path / "empty.txt").touch()
     (tmp_path / "whale.txt").write_text("whale")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")

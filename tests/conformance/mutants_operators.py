@@ -27,42 +27,89 @@ def keys(x: Call, values: Any) -> Any:
     return x.right(context=replace(x.context, k_pages=values))
 
 
-# fmt: off
-table(R, "page_bounds", {
-    "bounds_of_zero_padded_pages": ("BOUNDS-1", lambda x: PageBounds(*(
-        np.where((x.context.page_lengths < x.context.page_size)[:, None, :, None], limit(side, 0), side)
-        for side, limit in ((x.right().lower, np.minimum), (x.right().upper, np.maximum))))),
-    "bounds_skip_partial_pages": ("BOUNDS-1", lambda x: lengths(x, lambda n, size: np.where(n == size, n, 0))),
-    "bounds_of_whole_pages": ("BOUNDS-1", lambda x: lengths(x, lambda n, size: np.where(n > 0, size, 0))),
-    "bounds_miss_the_last_token": ("BOUNDS-1", lambda x: lengths(x, lambda n, size: np.where(n > 1, n - 1, n))),
-    "bounds_of_the_first_64_tokens": ("BOUNDS-1", lambda x: lengths(x, lambda n, size: np.minimum(n, 64))),
-    "bounds_of_the_first_64_pages": ("BOUNDS-1", lambda x: lengths(x, lambda n, size: first(n, 64, 1))),
-    "bounds_of_absent_pages_are_infinite": ("BOUNDS-1", lambda x: PageBounds(np.where(
-        (x.context.page_lengths == 0)[:, None, :, None], np.asarray(np.inf, x.right().lower.dtype), x.right().lower),
-        x.right().upper)),
-    "bounds_skip_nan": ("BOUNDS-1", lambda x: keys(x, np.nan_to_num(x.context.k_pages, posinf=np.inf, neginf=-np.inf))),
-    "bounds_of_values": ("BOUNDS-1", lambda x: keys(x, x.context.v_pages)),
-    "bounds_are_finite": ("BOUNDS-1", lambda x: both(x.right(), lambda side: np.where(np.isinf(side), 0, side))),
-    "bounds_swapped": ("BOUNDS-1", lambda x: PageBounds(x.right().upper, x.right().lower)),
-    "bounds_rounded_to_half_precision": ("BOUNDS-1", lambda x: both(x.right(), lambda side: side.astype(np.float16))),
-    "bounds_in_single_precision": ("BOUNDS-1", lambda x: PageBounds(
-        x.right().lower.astype(np.float16), x.right().upper.astype(np.float16))),
-    "bounds_cached_for_a_shape": ("BOUNDS-1 PURE-3", lambda x: vars(x.this).setdefault("kept", {}).setdefault(
-        (x.context.k_pages.shape, x.context.page_lengths.tobytes()), x.right())),
-    "bounds_of_the_first_64_channels": ("BOUNDS-1", lambda x: both(x.right(), lambda side: first(side, 64, 3))),
-    "page_numbers_of_bounds_in_uint16": ("CONTEXT-1 CONTEXT-3", lambda x: x.right(
-        context=narrow_table(x.context, np.uint16))),
-})
-table(R, "extend_bounds", {
-    "growth_keeps_the_page_that_was_partly_filled": ("BOUNDS-2", lambda x: x.right(
-        from_page=min(x.from_page + 1, x.context.pages))),
-    "growth_reads_the_whole_context": ("BOUNDS-2", lambda x: R.page_bounds(x.context)),
-    "growth_starts_a_page_too_early": ("BOUNDS-2", lambda x: x.right(from_page=max(x.from_page - 1, 0))),
-    "growth_widens_what_was_known": ("BOUNDS-2", lambda x: PageBounds(*(
-        np.where(np.arange(x.context.pages)[:, None] == x.from_page, wider(new, old), new)
-        for new, old, wider in ((x.right().lower, x.bounds.lower, np.minimum),
-                                (x.right().upper, x.bounds.upper, np.maximum))))),
-})
+table(
+    R,
+    "page_bounds",
+    {
+        "bounds_of_zero_padded_pages": (
+            "BOUNDS-1",
+            lambda x: PageBounds(
+                *(
+                    np.where((x.context.page_lengths < x.context.page_size)[:, None, :, None], limit(side, 0), side)
+                    for side, limit in ((x.right().lower, np.minimum), (x.right().upper, np.maximum))
+                )
+            ),
+        ),
+        "bounds_skip_partial_pages": ("BOUNDS-1", lambda x: lengths(x, lambda n, size: np.where(n == size, n, 0))),
+        "bounds_of_whole_pages": ("BOUNDS-1", lambda x: lengths(x, lambda n, size: np.where(n > 0, size, 0))),
+        "bounds_miss_the_last_token": ("BOUNDS-1", lambda x: lengths(x, lambda n, size: np.where(n > 1, n - 1, n))),
+        "bounds_of_the_first_64_tokens": ("BOUNDS-1", lambda x: lengths(x, lambda n, size: np.minimum(n, 64))),
+        "bounds_of_the_first_64_pages": ("BOUNDS-1", lambda x: lengths(x, lambda n, size: first(n, 64, 1))),
+        "bounds_of_absent_pages_are_infinite": (
+            "BOUNDS-1",
+            lambda x: PageBounds(
+                np.where(
+                    (x.context.page_lengths == 0)[:, None, :, None],
+                    np.asarray(np.inf, x.right().lower.dtype),
+                    x.right().lower,
+                ),
+                x.right().upper,
+            ),
+        ),
+        "bounds_skip_nan": (
+            "BOUNDS-1",
+            lambda x: keys(x, np.nan_to_num(x.context.k_pages, posinf=np.inf, neginf=-np.inf)),
+        ),
+        "bounds_of_values": ("BOUNDS-1", lambda x: keys(x, x.context.v_pages)),
+        "bounds_are_finite": ("BOUNDS-1", lambda x: both(x.right(), lambda side: np.where(np.isinf(side), 0, side))),
+        "bounds_swapped": ("BOUNDS-1", lambda x: PageBounds(x.right().upper, x.right().lower)),
+        "bounds_rounded_to_half_precision": (
+            "BOUNDS-1",
+            lambda x: both(x.right(), lambda side: side.astype(np.float16)),
+        ),
+        "bounds_in_single_precision": (
+            "BOUNDS-1",
+            lambda x: PageBounds(x.right().lower.astype(np.float16), x.right().upper.astype(np.float16)),
+        ),
+        "bounds_cached_for_a_shape": (
+            "BOUNDS-1 PURE-3",
+            lambda x: (
+                vars(x.this)
+                .setdefault("kept", {})
+                .setdefault((x.context.k_pages.shape, x.context.page_lengths.tobytes()), x.right())
+            ),
+        ),
+        "bounds_of_the_first_64_channels": ("BOUNDS-1", lambda x: both(x.right(), lambda side: first(side, 64, 3))),
+        "page_numbers_of_bounds_in_uint16": (
+            "CONTEXT-1 CONTEXT-3",
+            lambda x: x.right(context=narrow_table(x.context, np.uint16)),
+        ),
+    },
+)
+table(
+    R,
+    "extend_bounds",
+    {
+        "growth_keeps_the_page_that_was_partly_filled": (
+            "BOUNDS-2",
+            lambda x: x.right(from_page=min(x.from_page + 1, x.context.pages)),
+        ),
+        "growth_reads_the_whole_context": ("BOUNDS-2", lambda x: R.page_bounds(x.context)),
+        "growth_starts_a_page_too_early": ("BOUNDS-2", lambda x: x.right(from_page=max(x.from_page - 1, 0))),
+        "growth_widens_what_was_known": (
+            "BOUNDS-2",
+            lambda x: PageBounds(
+                *(
+                    np.where(np.arange(x.context.pages)[:, None] == x.from_page, wider(new, old), new)
+                    for new, old, wider in (
+                        (x.right().lower, x.bounds.lower, np.minimum),
+                        (x.right().upper, x.bounds.upper, np.maximum),
+                    )
+                )
+            ),
+        ),
+    },
+)
 
 
 def scores_in(x: Call, middle: Callable[[Any, Any], Any]) -> Any:
@@ -75,27 +122,38 @@ def group(x: Call) -> int:
     return int(x.q.shape[1] // x.bounds.lower.shape[1])
 
 
-table(R, "page_scores", {
-    "scores_scaled": ("SCORES-1", lambda x: (x.right() * softmax_scale(x.q.shape[3], None)).astype(np.float32)),
-    "scores_averaged_over_channels": ("SCORES-1", lambda x: (x.right() / x.q.shape[3]).astype(np.float32)),
-    "scores_by_the_middle_of_the_box": ("SCORES-1 SCORES-2", lambda x: scores_in(
-        x, lambda lower, upper: lower / 2 + upper / 2)),
-    "scores_by_the_upper_bound_only": ("SCORES-1 SCORES-2", lambda x: scores_in(x, lambda lower, upper: upper)),
-    "scores_ignore_negative_queries": ("SCORES-1 SCORES-2", lambda x: x.right(q=np.maximum(x.q, 0))),
-    "scores_of_the_first_group_head_for_all": ("GQA-1", lambda x: np.repeat(
-        x.right()[:, :: group(x)], group(x), axis=1)),
-    "scores_head_modulo_kv_heads": ("GQA-1", lambda x: x.right(bounds=both(
-        x.bounds, lambda side: side[:, np.arange(x.q.shape[1]) % side.shape[1]]))),
-    "scores_by_the_bounds_of_sequence_0": ("SCORES-1 GQA-1", lambda x: x.right(bounds=both(x.bounds, of_first))),
-    "scores_of_the_first_128_channels": ("SCORES-1", lambda x: x.right(q=first(x.q, 128, 3))),
-    "scores_of_the_first_32_rows": ("SCORES-1", lambda x: first(x.right(), 32, 2)),
-})
-table(R, "page_scores", {
-    "scores_in_half_precision": ("SCORES-1", lambda x: x.right().astype(np.float16).astype(np.float32)),
-}, HALF)
-table(R, "page_scores", {
-    "scores_in_double_precision": ("SCORES-1", lambda x: x.right().astype(np.float64)),
-}, DOUBLE)
+table(
+    R,
+    "page_scores",
+    {
+        "scores_scaled": ("SCORES-1", lambda x: (x.right() * softmax_scale(x.q.shape[3], None)).astype(np.float32)),
+        "scores_averaged_over_channels": ("SCORES-1", lambda x: (x.right() / x.q.shape[3]).astype(np.float32)),
+        "scores_by_the_middle_of_the_box": (
+            "SCORES-1 SCORES-2",
+            lambda x: scores_in(x, lambda lower, upper: lower / 2 + upper / 2),
+        ),
+        "scores_by_the_upper_bound_only": ("SCORES-1 SCORES-2", lambda x: scores_in(x, lambda lower, upper: upper)),
+        "scores_ignore_negative_queries": ("SCORES-1 SCORES-2", lambda x: x.right(q=np.maximum(x.q, 0))),
+        "scores_of_the_first_group_head_for_all": (
+            "GQA-1",
+            lambda x: np.repeat(x.right()[:, :: group(x)], group(x), axis=1),
+        ),
+        "scores_head_modulo_kv_heads": (
+            "GQA-1",
+            lambda x: x.right(bounds=both(x.bounds, lambda side: side[:, np.arange(x.q.shape[1]) % side.shape[1]])),
+        ),
+        "scores_by_the_bounds_of_sequence_0": ("SCORES-1 GQA-1", lambda x: x.right(bounds=both(x.bounds, of_first))),
+        "scores_of_the_first_128_channels": ("SCORES-1", lambda x: x.right(q=first(x.q, 128, 3))),
+        "scores_of_the_first_32_rows": ("SCORES-1", lambda x: first(x.right(), 32, 2)),
+    },
+)
+table(
+    R,
+    "page_scores",
+    {"scores_in_half_precision": ("SCORES-1", lambda x: x.right().astype(np.float16).astype(np.float32))},
+    HALF,
+)
+table(R, "page_scores", {"scores_in_double_precision": ("SCORES-1", lambda x: x.right().astype(np.float64))}, DOUBLE)
 
 
 def swept(mistake: Callable[[Call], Any]) -> Callable[[Call], Any]:
@@ -136,24 +194,42 @@ def span_of_64(x: Call) -> Any:
     return x.right(q=x.q[:, :, :64], lse=None if x.lse is None else x.lse[:, :, :64], span=64)
 
 
-table(R, "pooled_scores", {
-    "pooled_without_the_partial_tail": ("POOLED-1", swept(lambda x: lengths(
-        x, lambda n, size: np.where(n == size, n, 0)))),
-    "pooled_mean_instead_of_mass": ("POOLED-1", swept(lambda x: (
-        x.right() / np.maximum(x.context.page_lengths, 1)[:, None, None]).astype(np.float32))),
-    "pooled_sums_the_rows": ("POOLED-1", swept(lambda x: (
-        x.right() * min(x.span, x.q.shape[2])).astype(np.float32))),
-    "pooled_divides_the_last_span_by_a_whole_one": ("POOLED-1", swept(last_span_diluted)),
-    "pooled_first_row_stands_for_its_span": ("POOLED-1", swept(lambda x: x.right(q=x.q[:, :, :: x.span], span=1))),
-    "pooled_without_scale": ("POOLED-1", swept(lambda x: x.right(scale=1.0))),
-    "pooled_nan_without_context": ("POOLED-2", swept(lambda x: np.where(
-        (x.context.page_lengths > 0).any(axis=1)[:, None, None, None], x.right(), np.float32(np.nan)))),
-    "pooled_uniform_mass_for_absent_pages": ("POOLED-2", swept(lambda x: np.where(
-        (x.context.page_lengths > 0)[:, None, None], x.right(), np.float32(1e-3)))),
-    "pooled_softmax_of_each_page_alone": ("POOLED-1", swept(one_page_at_a_time)),
-    "pooled_weighs_keys_above_1": ("POOLED-3", weighed_above_1),
-    "spans_of_at_most_64_rows": ("POOLED-1", span_of_64),
-})
+table(
+    R,
+    "pooled_scores",
+    {
+        "pooled_without_the_partial_tail": (
+            "POOLED-1",
+            swept(lambda x: lengths(x, lambda n, size: np.where(n == size, n, 0))),
+        ),
+        "pooled_mean_instead_of_mass": (
+            "POOLED-1",
+            swept(lambda x: (x.right() / np.maximum(x.context.page_lengths, 1)[:, None, None]).astype(np.float32)),
+        ),
+        "pooled_sums_the_rows": (
+            "POOLED-1",
+            swept(lambda x: (x.right() * min(x.span, x.q.shape[2])).astype(np.float32)),
+        ),
+        "pooled_divides_the_last_span_by_a_whole_one": ("POOLED-1", swept(last_span_diluted)),
+        "pooled_first_row_stands_for_its_span": ("POOLED-1", swept(lambda x: x.right(q=x.q[:, :, :: x.span], span=1))),
+        "pooled_without_scale": ("POOLED-1", swept(lambda x: x.right(scale=1.0))),
+        "pooled_nan_without_context": (
+            "POOLED-2",
+            swept(
+                lambda x: np.where(
+                    (x.context.page_lengths > 0).any(axis=1)[:, None, None, None], x.right(), np.float32(np.nan)
+                )
+            ),
+        ),
+        "pooled_uniform_mass_for_absent_pages": (
+            "POOLED-2",
+            swept(lambda x: np.where((x.context.page_lengths > 0)[:, None, None], x.right(), np.float32(1e-3))),
+        ),
+        "pooled_softmax_of_each_page_alone": ("POOLED-1", swept(one_page_at_a_time)),
+        "pooled_weighs_keys_above_1": ("POOLED-3", weighed_above_1),
+        "spans_of_at_most_64_rows": ("POOLED-1", span_of_64),
+    },
+)
 
 
 def threshold(x: Call) -> Any:
@@ -179,36 +255,54 @@ def highest_first(x: Call) -> Any:
     return backwards(x.right(scores=backwards(x.scores), eligible=mask))
 
 
-table(R, "top_pages", {
-    "ties_to_the_highest_index": ("TOP-2", highest_first),
-    "one_page_too_many": ("TOP-1", lambda x: x.right(count=x.count + 1)),
-    "one_page_too_few": ("TOP-1", lambda x: x.right(count=x.count - 1)),
-    "at_least_one_page": ("TOP-1", lambda x: x.right(count=np.maximum(x.count, 1))),
-    "pages_not_eligible_fill_up": ("TOP-3", lambda x: x.right(
-        scores=np.where(x.eligible, x.scores, -np.inf).astype(np.float32), eligible=all_pages(x))),
-    "pages_not_eligible_use_up_the_count": ("TOP-1 TOP-3", lambda x: x.right(eligible=all_pages(x)) & x.eligible),
-    "nan_ranks_last": ("TOP-4", lambda x: x.right(scores=np.where(np.isnan(x.scores), np.float32(-np.inf), x.scores))),
-    "tiny_scores_tie": ("TOP-1", lambda x: x.right(
-        scores=np.where(np.abs(x.scores) < np.float32(1e-12), np.float32(0), x.scores))),
-    "count_of_the_first_row_for_all": ("TOP-1", lambda x: x.right(count=int(np.asarray(x.count).flat[0]))),
-    "all_pages_that_reach_the_threshold": ("TOP-1", threshold),
-    "lowest_scores_win": ("TOP-1", lambda x: x.right(scores=-x.scores)),
-    "at_most_128_pages_chosen": ("TOP-1 TOP-2", lambda x: x.right(count=np.minimum(x.count, 128))),
-    "pages_ranked_in_tiles_of_256": ("TOP-1 TOP-2", lambda x: x.right() & (np.arange(x.scores.shape[-1]) < 512)),
-    "index_packed_into_the_score": ("TOP-1", lambda x: x.right(scores=fewer_bits(x.scores, 0xFF))),
-    "ties_broken_by_the_common_random_state": ("PURE-5", lambda x: (
-        np.random.rand(x.scores.shape[-1]), x.right())[1]),
-})
-table(R, "query_change", {
-    "change_is_a_sum": ("CHANGE-1", lambda x: (x.right() * (x.q.shape[1] * x.q.shape[3])).astype(np.float32)),
-    "change_averaged_over_tokens": ("CHANGE-1", lambda x: np.repeat(
-        x.right().mean(axis=1, keepdims=True), x.q.shape[2], axis=1).astype(np.float32)),
-    "change_is_absolute": ("CHANGE-1", lambda x: np.abs(x.q - x.q_reference).mean(axis=(1, 3)).astype(np.float32)),
-    "change_is_a_norm": ("CHANGE-1", lambda x: np.sqrt(x.right())),
-    "change_of_the_first_head": ("CHANGE-1", lambda x: x.right(q=x.q[:, :1], q_reference=x.q_reference[:, :1])),
-    "nan_change_taken_for_none": ("CHANGE-1", lambda x: np.nan_to_num(x.right())),
-})
-# fmt: on
+table(
+    R,
+    "top_pages",
+    {
+        "ties_to_the_highest_index": ("TOP-2", highest_first),
+        "one_page_too_many": ("TOP-1", lambda x: x.right(count=x.count + 1)),
+        "one_page_too_few": ("TOP-1", lambda x: x.right(count=x.count - 1)),
+        "at_least_one_page": ("TOP-1", lambda x: x.right(count=np.maximum(x.count, 1))),
+        "pages_not_eligible_fill_up": (
+            "TOP-3",
+            lambda x: x.right(scores=np.where(x.eligible, x.scores, -np.inf).astype(np.float32), eligible=all_pages(x)),
+        ),
+        "pages_not_eligible_use_up_the_count": ("TOP-1 TOP-3", lambda x: x.right(eligible=all_pages(x)) & x.eligible),
+        "nan_ranks_last": (
+            "TOP-4",
+            lambda x: x.right(scores=np.where(np.isnan(x.scores), np.float32(-np.inf), x.scores)),
+        ),
+        "tiny_scores_tie": (
+            "TOP-1",
+            lambda x: x.right(scores=np.where(np.abs(x.scores) < np.float32(1e-12), np.float32(0), x.scores)),
+        ),
+        "count_of_the_first_row_for_all": ("TOP-1", lambda x: x.right(count=int(np.asarray(x.count).flat[0]))),
+        "all_pages_that_reach_the_threshold": ("TOP-1", threshold),
+        "lowest_scores_win": ("TOP-1", lambda x: x.right(scores=-x.scores)),
+        "at_most_128_pages_chosen": ("TOP-1 TOP-2", lambda x: x.right(count=np.minimum(x.count, 128))),
+        "pages_ranked_in_tiles_of_256": ("TOP-1 TOP-2", lambda x: x.right() & (np.arange(x.scores.shape[-1]) < 512)),
+        "index_packed_into_the_score": ("TOP-1", lambda x: x.right(scores=fewer_bits(x.scores, 0xFF))),
+        "ties_broken_by_the_common_random_state": (
+            "PURE-5",
+            lambda x: (np.random.rand(x.scores.shape[-1]), x.right())[1],
+        ),
+    },
+)
+table(
+    R,
+    "query_change",
+    {
+        "change_is_a_sum": ("CHANGE-1", lambda x: (x.right() * (x.q.shape[1] * x.q.shape[3])).astype(np.float32)),
+        "change_averaged_over_tokens": (
+            "CHANGE-1",
+            lambda x: np.repeat(x.right().mean(axis=1, keepdims=True), x.q.shape[2], axis=1).astype(np.float32),
+        ),
+        "change_is_absolute": ("CHANGE-1", lambda x: np.abs(x.q - x.q_reference).mean(axis=(1, 3)).astype(np.float32)),
+        "change_is_a_norm": ("CHANGE-1", lambda x: np.sqrt(x.right())),
+        "change_of_the_first_head": ("CHANGE-1", lambda x: x.right(q=x.q[:, :1], q_reference=x.q_reference[:, :1])),
+        "nan_change_taken_for_none": ("CHANGE-1", lambda x: np.nan_to_num(x.right())),
+    },
+)
 
 
 @mutant(R, "query_change", "CHANGE-1 ACCURACY-1", dtypes=HALF)
@@ -241,33 +335,49 @@ def massive(mistake: Callable[[Call], Any]) -> Callable[[Call], Any]:
     return lambda x: x.right() if x.mass is None else mistake(x)
 
 
-# fmt: off
-table(R, "largest_changes", {
-    "one_row_too_many": ("CHANGE-2", lambda x: x.right(count=None if x.count is None else x.count + 1)),
-    "row_ties_to_the_highest": ("CHANGE-2", lambda x: backwards(x.right(change=backwards(x.change)))),
-    "nan_changes_rank_last": ("CHANGE-2", lambda x: x.right() if x.count is None else x.right(
-        change=np.where(np.isnan(x.change), np.float32(-1), x.change))),
-    "changes_below_an_epsilon_tie": ("CHANGE-2 CHANGE-3", lambda x: x.right(
-        change=np.where(x.change < np.float32(1e-12), np.float32(0), x.change))),
-    "changes_of_the_first_128_rows": ("CHANGE-2", lambda x: x.right(
-        change=first(x.change, 128, 1, 0 if x.count is None else -1))),
-    "changes_ranked_in_few_bits": ("CHANGE-2", lambda x: x.right() if x.count is None else x.right(
-        change=fewer_bits(x.change, 0x7F))),
-    "mass_must_be_exceeded": ("CHANGE-3", massive(lambda x: by_mass(x, exceeds=True))),
-    "mass_of_an_unsorted_prefix": ("CHANGE-3", massive(lambda x: by_mass(x, order=range(x.change.shape[1])))),
-    "mass_of_the_whole_batch": ("CHANGE-3", massive(lambda x: by_mass(x, total=x.change.sum(dtype=np.float64)))),
-    "mass_takes_at_least_one_row": ("CHANGE-3", massive(lambda x: x.right() | x.right(count=1, mass=None))),
-    "mass_leaves_the_last_row_out": ("CHANGE-3", massive(within_mass)),
-    "mass_ignores_nan": ("CHANGE-3", massive(lambda x: x.right(change=np.nan_to_num(x.change)))),
-    "mass_over_at_most_64_rows": ("CHANGE-3", massive(lambda x: x.right() & x.right(count=64, mass=None))),
-    "mass_reached_but_for_a_tolerance": ("CHANGE-3", massive(lambda x: x.right(mass=x.mass * (1 - 1e-9)))),
-})
-table(R, "why_not", {
-    "why_not_stops_at_the_first_reason": ("CAPS-1", lambda x: x.right()[:1]),
-    "why_not_answers_with_a_bool": ("CAPS-1", lambda x: not x.right()),
-})
+table(
+    R,
+    "largest_changes",
+    {
+        "one_row_too_many": ("CHANGE-2", lambda x: x.right(count=None if x.count is None else x.count + 1)),
+        "row_ties_to_the_highest": ("CHANGE-2", lambda x: backwards(x.right(change=backwards(x.change)))),
+        "nan_changes_rank_last": (
+            "CHANGE-2",
+            lambda x: (
+                x.right() if x.count is None else x.right(change=np.where(np.isnan(x.change), np.float32(-1), x.change))
+            ),
+        ),
+        "changes_below_an_epsilon_tie": (
+            "CHANGE-2 CHANGE-3",
+            lambda x: x.right(change=np.where(x.change < np.float32(1e-12), np.float32(0), x.change)),
+        ),
+        "changes_of_the_first_128_rows": (
+            "CHANGE-2",
+            lambda x: x.right(change=first(x.change, 128, 1, 0 if x.count is None else -1)),
+        ),
+        "changes_ranked_in_few_bits": (
+            "CHANGE-2",
+            lambda x: x.right() if x.count is None else x.right(change=fewer_bits(x.change, 0x7F)),
+        ),
+        "mass_must_be_exceeded": ("CHANGE-3", massive(lambda x: by_mass(x, exceeds=True))),
+        "mass_of_an_unsorted_prefix": ("CHANGE-3", massive(lambda x: by_mass(x, order=range(x.change.shape[1])))),
+        "mass_of_the_whole_batch": ("CHANGE-3", massive(lambda x: by_mass(x, total=x.change.sum(dtype=np.float64)))),
+        "mass_takes_at_least_one_row": ("CHANGE-3", massive(lambda x: x.right() | x.right(count=1, mass=None))),
+        "mass_leaves_the_last_row_out": ("CHANGE-3", massive(within_mass)),
+        "mass_ignores_nan": ("CHANGE-3", massive(lambda x: x.right(change=np.nan_to_num(x.change)))),
+        "mass_over_at_most_64_rows": ("CHANGE-3", massive(lambda x: x.right() & x.right(count=64, mass=None))),
+        "mass_reached_but_for_a_tolerance": ("CHANGE-3", massive(lambda x: x.right(mass=x.mass * (1 - 1e-9)))),
+    },
+)
+table(
+    R,
+    "why_not",
+    {
+        "why_not_stops_at_the_first_reason": ("CAPS-1", lambda x: x.right()[:1]),
+        "why_not_answers_with_a_bool": ("CAPS-1", lambda x: not x.right()),
+    },
+)
 table(R, "asarray", {"asarray_ignores_the_dtype": ("STATE-4", lambda x: np.asarray(x.values))})
-# fmt: on
 
 
 def merged(
@@ -305,32 +415,49 @@ def pairs_forgotten(x: Call) -> AttentionState:
     return AttentionState(pair.out, x.right().lse)
 
 
-# fmt: off
-table(R, "merge", {
-    "merge_averages_the_outs": ("MERGE-1", lambda x: state(
-        np.mean([part.out for part in x.states], axis=0), x.right().lse, x.right())),
-    "merge_takes_the_largest_lse": ("MERGE-1", lambda x: merged(x, lse=lambda logs: logs.max(axis=0))),
-    "merge_adds_the_lses": ("MERGE-1", lambda x: merged(x, lse=lambda logs: logs.sum(axis=0))),
-    "merge_drops_a_third_state": ("MERGE-1", lambda x: x.right(states=x.states[:2])),
-    "merge_in_base_two": ("MERGE-1", lambda x: merged(x, base=2.0)),
-    "merge_without_a_shift_overflows": ("MERGE-1", lambda x: merged(x, shift=False)),
-    "merge_multiplies_by_zero": ("MERGE-4", lambda x: merged(x, where=False)),
-    "merge_papers_nan_over": ("MERGE-4", lambda x: R.merge(
-        *(AttentionState(np.nan_to_num(part.out), part.lse) for part in x.states))),
-    "merge_subtracts_infinities": ("MERGE-3", infinities_subtracted),
-    "merge_keeps_the_weights_of_pairs": ("MERGE-1 MERGE-2", pairs_forgotten),
-    "merge_in_half_precision": ("ACCURACY-2 MERGE-1", lambda x: merged(x, dtype=np.float16)),
-    "merge_hands_a_single_state_back": ("PURE-2", lambda x: x.states[0] if len(x.states) == 1 else x.right()),
-    "merge_of_the_first_32_rows": ("MERGE-1", lambda x: kept(x.right(), np.arange(x.right().lse.shape[2]) < 32)),
-    "merge_of_at_most_16_states": ("MERGE-1", lambda x: x.right(states=x.states[:16])),
-    "merge_of_the_first_four_sequences": ("MERGE-1", lambda x: kept(
-        x.right(), (np.arange(len(x.right().lse)) < 4)[:, None, None])),
-})
-table(R, "merge", {
-    "merge_rounds_the_lse_to_the_dtype": ("ACCURACY-2 MERGE-1", lambda x: R.merge(
-        *(AttentionState(part.out, part.lse.astype(np.float16).astype(np.float32)) for part in x.states))),
-}, ("float16",))
-# fmt: on
+table(
+    R,
+    "merge",
+    {
+        "merge_averages_the_outs": (
+            "MERGE-1",
+            lambda x: state(np.mean([part.out for part in x.states], axis=0), x.right().lse, x.right()),
+        ),
+        "merge_takes_the_largest_lse": ("MERGE-1", lambda x: merged(x, lse=lambda logs: logs.max(axis=0))),
+        "merge_adds_the_lses": ("MERGE-1", lambda x: merged(x, lse=lambda logs: logs.sum(axis=0))),
+        "merge_drops_a_third_state": ("MERGE-1", lambda x: x.right(states=x.states[:2])),
+        "merge_in_base_two": ("MERGE-1", lambda x: merged(x, base=2.0)),
+        "merge_without_a_shift_overflows": ("MERGE-1", lambda x: merged(x, shift=False)),
+        "merge_multiplies_by_zero": ("MERGE-4", lambda x: merged(x, where=False)),
+        "merge_papers_nan_over": (
+            "MERGE-4",
+            lambda x: R.merge(*(AttentionState(np.nan_to_num(part.out), part.lse) for part in x.states)),
+        ),
+        "merge_subtracts_infinities": ("MERGE-3", infinities_subtracted),
+        "merge_keeps_the_weights_of_pairs": ("MERGE-1 MERGE-2", pairs_forgotten),
+        "merge_in_half_precision": ("ACCURACY-2 MERGE-1", lambda x: merged(x, dtype=np.float16)),
+        "merge_hands_a_single_state_back": ("PURE-2", lambda x: x.states[0] if len(x.states) == 1 else x.right()),
+        "merge_of_the_first_32_rows": ("MERGE-1", lambda x: kept(x.right(), np.arange(x.right().lse.shape[2]) < 32)),
+        "merge_of_at_most_16_states": ("MERGE-1", lambda x: x.right(states=x.states[:16])),
+        "merge_of_the_first_four_sequences": (
+            "MERGE-1",
+            lambda x: kept(x.right(), (np.arange(len(x.right().lse)) < 4)[:, None, None]),
+        ),
+    },
+)
+table(
+    R,
+    "merge",
+    {
+        "merge_rounds_the_lse_to_the_dtype": (
+            "ACCURACY-2 MERGE-1",
+            lambda x: R.merge(
+                *(AttentionState(part.out, part.lse.astype(np.float16).astype(np.float32)) for part in x.states)
+            ),
+        )
+    },
+    ("float16",),
+)
 
 
 def blended(x: Call) -> AttentionState:
@@ -348,20 +475,26 @@ def written_into_the_cache(x: Call) -> AttentionState:
     return right
 
 
-# fmt: off
-table(R, "reuse", {
-    "reuse_inverted": ("REUSE-1", lambda x: x.right(active=~x.active)),
-    "reuse_keeps_the_cached_lse": ("REUSE-1", lambda x: AttentionState(x.right().out, x.cached.lse.copy())),
-    "reuse_blends": ("REUSE-1", blended),
-    "reuse_by_the_rows_of_sequence_0": ("REUSE-1", lambda x: x.right(active=of_first(x.active))),
-    "reuse_takes_nan_for_empty": ("REUSE-1", lambda x: state(
-        x.right().out, np.where(np.isnan(x.right().lse), -np.inf, x.right().lse), x.right())),
-    "reuse_returns_views": ("PURE-2", lambda x: x.fresh if x.active.all() else x.right()),
-    "reuse_writes_into_the_cache": ("PURE-1", written_into_the_cache),
-    "reuse_of_the_first_four_sequences": ("REUSE-1", lambda x: x.right(
-        active=x.active | (np.arange(len(x.active)) >= 4)[:, None])),
-})
-# fmt: on
+table(
+    R,
+    "reuse",
+    {
+        "reuse_inverted": ("REUSE-1", lambda x: x.right(active=~x.active)),
+        "reuse_keeps_the_cached_lse": ("REUSE-1", lambda x: AttentionState(x.right().out, x.cached.lse.copy())),
+        "reuse_blends": ("REUSE-1", blended),
+        "reuse_by_the_rows_of_sequence_0": ("REUSE-1", lambda x: x.right(active=of_first(x.active))),
+        "reuse_takes_nan_for_empty": (
+            "REUSE-1",
+            lambda x: state(x.right().out, np.where(np.isnan(x.right().lse), -np.inf, x.right().lse), x.right()),
+        ),
+        "reuse_returns_views": ("PURE-2", lambda x: x.fresh if x.active.all() else x.right()),
+        "reuse_writes_into_the_cache": ("PURE-1", written_into_the_cache),
+        "reuse_of_the_first_four_sequences": (
+            "REUSE-1",
+            lambda x: x.right(active=x.active | (np.arange(len(x.active)) >= 4)[:, None]),
+        ),
+    },
+)
 
 
 class SizesAsAList(ReferenceBackend):

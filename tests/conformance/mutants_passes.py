@@ -46,32 +46,62 @@ def tainted(x: Call, fresh: Any, used: Any, block: Any) -> Any:
     return (R.merge(used, block).out + taint).astype(x.q.dtype), used
 
 
-# fmt: off
-table(R, "attend", {
-    "attend_forgets_what_was_cached": ("ATTEND-4", fused(lambda x, fresh, used, block: (
-        R.merge(fresh, block).out, fresh))),
-    "attend_returns_the_fresh_part_only": ("ATTEND-4", fused(lambda x, fresh, used, block: (
-        R.merge(used, block).out, fresh))),
-    "attend_caches_the_block_too": ("ATTEND-4", fused(lambda x, fresh, used, block: (
-        R.merge(used, block).out, R.merge(used, block)))),
-    "attend_counts_the_block_twice": ("ATTEND-4", fused(lambda x, fresh, used, block: (
-        R.merge(used, block, block).out, used))),
-    "attend_merges_fresh_with_cached": ("ATTEND-4", fused(twice_merged)),
-    "attend_leaves_the_block_out": ("ATTEND-4", fused(lambda x, fresh, used, block: (used.out, used))),
-    "attend_multiplies_unwritten_memory_by_zero": ("MERGE-4", fused(zero_times_unwritten)),
-    "attend_papers_cached_nan_over": ("MERGE-4", fused(lambda x, fresh, used, block: (
-        R.merge(AttentionState(np.nan_to_num(used.out), used.lse), block).out, used))),
-    "attend_hands_back_the_cached_state": ("PURE-2", fused(lambda x, fresh, used, block: (
-        R.merge(used, block).out, used if x.cached is None or x.active.any() else x.cached))),
-    "attend_reads_what_is_cached_for_active_rows": ("ATTEND-4", fused(tainted)),
-    "cached_states_of_at_most_three_sequences": ("ATTEND-4", lambda x: x.right(
-        cached=None if len(x.q) > 3 else x.cached)),
-    "cached_states_of_at_most_sixteen_sequences": ("ATTEND-4", lambda x: x.right(
-        cached=None if len(x.q) > 16 else x.cached)),
-    "blocks_of_the_first_eight_kv_heads": ("ATTEND-4", lambda x: x.right(v=np.where(
-        (np.arange(x.k.shape[1]) < 8)[None, :, None, None], x.v, 0).astype(x.v.dtype))),
-})
-# fmt: on
+table(
+    R,
+    "attend",
+    {
+        "attend_forgets_what_was_cached": (
+            "ATTEND-4",
+            fused(lambda x, fresh, used, block: (R.merge(fresh, block).out, fresh)),
+        ),
+        "attend_returns_the_fresh_part_only": (
+            "ATTEND-4",
+            fused(lambda x, fresh, used, block: (R.merge(used, block).out, fresh)),
+        ),
+        "attend_caches_the_block_too": (
+            "ATTEND-4",
+            fused(lambda x, fresh, used, block: (R.merge(used, block).out, R.merge(used, block))),
+        ),
+        "attend_counts_the_block_twice": (
+            "ATTEND-4",
+            fused(lambda x, fresh, used, block: (R.merge(used, block, block).out, used)),
+        ),
+        "attend_merges_fresh_with_cached": ("ATTEND-4", fused(twice_merged)),
+        "attend_leaves_the_block_out": ("ATTEND-4", fused(lambda x, fresh, used, block: (used.out, used))),
+        "attend_multiplies_unwritten_memory_by_zero": ("MERGE-4", fused(zero_times_unwritten)),
+        "attend_papers_cached_nan_over": (
+            "MERGE-4",
+            fused(
+                lambda x, fresh, used, block: (
+                    R.merge(AttentionState(np.nan_to_num(used.out), used.lse), block).out,
+                    used,
+                )
+            ),
+        ),
+        "attend_hands_back_the_cached_state": (
+            "PURE-2",
+            fused(
+                lambda x, fresh, used, block: (
+                    R.merge(used, block).out,
+                    used if x.cached is None or x.active.any() else x.cached,
+                )
+            ),
+        ),
+        "attend_reads_what_is_cached_for_active_rows": ("ATTEND-4", fused(tainted)),
+        "cached_states_of_at_most_three_sequences": (
+            "ATTEND-4",
+            lambda x: x.right(cached=None if len(x.q) > 3 else x.cached),
+        ),
+        "cached_states_of_at_most_sixteen_sequences": (
+            "ATTEND-4",
+            lambda x: x.right(cached=None if len(x.q) > 16 else x.cached),
+        ),
+        "blocks_of_the_first_eight_kv_heads": (
+            "ATTEND-4",
+            lambda x: x.right(v=np.where((np.arange(x.k.shape[1]) < 8)[None, :, None, None], x.v, 0).astype(x.v.dtype)),
+        ),
+    },
+)
 
 
 def ruled(x: Call, ops: Any = R, cached: Any = ..., **changes: Any) -> RankedResult:
@@ -125,43 +155,76 @@ def change_of_16_heads(x: Call) -> RankedResult:
     return replace(x.right(), active=R.largest_changes(change, count=rule.count, mass=rule.mass))
 
 
-# fmt: off
-table(R, "attend_ranked", {
-    "ranked_ties_to_the_highest_page": ("RANKED-1", lambda x: ruled(x, Instead(R, top_pages=ties_to_the_highest))),
-    "ranked_budget_must_exceed_the_context": ("RANKED-1", lambda x: ruled(x, budget=max(x.ranked_pass.budget - 1, 0))),
-    "ranked_budget_of_one_token_more": ("RANKED-1", lambda x: ruled(x, budget=x.ranked_pass.budget + 1)),
-    "ranked_takes_one_page_more": ("RANKED-1", lambda x: ruled(x, pages=x.ranked_pass.pages + 1)),
-    "ranked_chooses_in_a_context_that_fits": ("RANKED-1", lambda x: ruled(x, budget=0)),
-    "ranked_budget_of_the_longest_sequence": ("RANKED-1", lambda x: ruled(  # as a check on the host would
-        x, budget=2**31 - 1 if (x.context.tokens <= x.ranked_pass.budget).all() else 0)),
-    "ranked_by_the_largest_change_of_a_head": ("RANKED-1", lambda x: ruled(
-        x, Instead(R, query_change=change_of_a_head))),
-    "ranked_count_takes_one_row_more": ("RANKED-1", lambda x: ruled(  # rank <= count for rank < count
-        x, count=None if x.ranked_pass.count is None else x.ranked_pass.count + 1)),
-    "ranked_mass_of_every_row": ("RANKED-1", lambda x: ruled(
-        x, mass=None if x.ranked_pass.mass is None else 1.0)),
-    "ranked_mass_in_single_precision": ("RANKED-1", lambda x: ruled(x, mass=single(x.ranked_pass.mass))),
-    "ranked_union_over_inactive_rows_too": ("RANKED-1", lambda x: replace(x.right(), selection=ruled(
-        x, reference=None, count=None, mass=None, keep="nothing").selection)),
-    "ranked_union_over_the_group_where_heads_choose": ("RANKED-1", shared_by_the_group),
-    "ranked_keeps_the_old_reference": ("RANKED-1", lambda x: x.right() if (
-        x.right().kept is None or x.ranked_pass.reference is None
-    ) else replace(x.right(), kept=x.ranked_pass.reference.copy())),
-    "ranked_keeps_the_queries_of_inactive_rows": ("RANKED-1", lambda x: x.right() if x.right().kept is None else (
-        replace(x.right(), kept=x.q.copy()))),
-    "ranked_keeps_the_queries_without_a_copy": ("PURE-2", lambda x: replace(
-        x.right(), kept=x.q) if x.ranked_pass.keep == "queries" else x.right()),
-    "ranked_forgets_what_was_cached": ("RANKED-1", lambda x: ruled(x, cached=None)),
-    "ranked_reads_the_last_page_in_any_case": ("RANKED-1", last_page_read),
-    "ranked_pages_in_one_word": ("RANKED-1", lambda x: with_pages(
-        x.right(), x.right().selection.mask & (np.arange(x.context.pages) < 64))),
-    "ranked_rows_in_one_warp": ("RANKED-1", lambda x: replace(
-        x.right(), active=x.right().active & (np.arange(x.q.shape[2]) < 32))),
-    "ranked_states_of_at_most_eight_sequences": ("RANKED-1", lambda x: x.right(
-        cached=None if len(x.q) > 8 else x.cached)),
-    "ranked_change_of_the_first_sixteen_heads": ("RANKED-1", change_of_16_heads),
-})
-# fmt: on
+table(
+    R,
+    "attend_ranked",
+    {
+        "ranked_ties_to_the_highest_page": ("RANKED-1", lambda x: ruled(x, Instead(R, top_pages=ties_to_the_highest))),
+        "ranked_budget_must_exceed_the_context": (
+            "RANKED-1",
+            lambda x: ruled(x, budget=max(x.ranked_pass.budget - 1, 0)),
+        ),
+        "ranked_budget_of_one_token_more": ("RANKED-1", lambda x: ruled(x, budget=x.ranked_pass.budget + 1)),
+        "ranked_takes_one_page_more": ("RANKED-1", lambda x: ruled(x, pages=x.ranked_pass.pages + 1)),
+        "ranked_chooses_in_a_context_that_fits": ("RANKED-1", lambda x: ruled(x, budget=0)),
+        "ranked_budget_of_the_longest_sequence": (
+            "RANKED-1",
+            lambda x: ruled(  # as a check on the host would
+                x, budget=2**31 - 1 if (x.context.tokens <= x.ranked_pass.budget).all() else 0
+            ),
+        ),
+        "ranked_by_the_largest_change_of_a_head": (
+            "RANKED-1",
+            lambda x: ruled(x, Instead(R, query_change=change_of_a_head)),
+        ),
+        "ranked_count_takes_one_row_more": (
+            "RANKED-1",
+            lambda x: ruled(  # rank <= count for rank < count
+                x, count=None if x.ranked_pass.count is None else x.ranked_pass.count + 1
+            ),
+        ),
+        "ranked_mass_of_every_row": ("RANKED-1", lambda x: ruled(x, mass=None if x.ranked_pass.mass is None else 1.0)),
+        "ranked_mass_in_single_precision": ("RANKED-1", lambda x: ruled(x, mass=single(x.ranked_pass.mass))),
+        "ranked_union_over_inactive_rows_too": (
+            "RANKED-1",
+            lambda x: replace(
+                x.right(), selection=ruled(x, reference=None, count=None, mass=None, keep="nothing").selection
+            ),
+        ),
+        "ranked_union_over_the_group_where_heads_choose": ("RANKED-1", shared_by_the_group),
+        "ranked_keeps_the_old_reference": (
+            "RANKED-1",
+            lambda x: (
+                x.right()
+                if (x.right().kept is None or x.ranked_pass.reference is None)
+                else replace(x.right(), kept=x.ranked_pass.reference.copy())
+            ),
+        ),
+        "ranked_keeps_the_queries_of_inactive_rows": (
+            "RANKED-1",
+            lambda x: x.right() if x.right().kept is None else (replace(x.right(), kept=x.q.copy())),
+        ),
+        "ranked_keeps_the_queries_without_a_copy": (
+            "PURE-2",
+            lambda x: replace(x.right(), kept=x.q) if x.ranked_pass.keep == "queries" else x.right(),
+        ),
+        "ranked_forgets_what_was_cached": ("RANKED-1", lambda x: ruled(x, cached=None)),
+        "ranked_reads_the_last_page_in_any_case": ("RANKED-1", last_page_read),
+        "ranked_pages_in_one_word": (
+            "RANKED-1",
+            lambda x: with_pages(x.right(), x.right().selection.mask & (np.arange(x.context.pages) < 64)),
+        ),
+        "ranked_rows_in_one_warp": (
+            "RANKED-1",
+            lambda x: replace(x.right(), active=x.right().active & (np.arange(x.q.shape[2]) < 32)),
+        ),
+        "ranked_states_of_at_most_eight_sequences": (
+            "RANKED-1",
+            lambda x: x.right(cached=None if len(x.q) > 8 else x.cached),
+        ),
+        "ranked_change_of_the_first_sixteen_heads": ("RANKED-1", change_of_16_heads),
+    },
+)
 
 
 def kept_in_the_policy(x: Call) -> Any:
@@ -210,58 +273,115 @@ def in_this_block(x: Call) -> Any:
     return x.inputs.info.index == 0 if isinstance(x.inputs.info.index, int) else False
 
 
-# fmt: off
-table(DRIFTING_LOSA, "remember", {
-    "drift_measured_from_the_previous_pass": ("POLICY-6", lambda x: RuleMemory(np.array(x.inputs.q))),
-    "refreshed_rows_keep_their_old_reference": ("POLICY-6", lambda x: x.inputs.memory or x.right()),
-})
-table(LOSA, "remember", {
-    "drift_measured_from_the_last_refresh": ("POLICY-6", lambda x: x.right() if x.inputs.memory is None else (
-        RuleMemory(np.where(x.active[:, None, :, None], x.inputs.q, x.inputs.memory.reference)))),
-    "reference_queries_frozen_at_pass_0": ("POLICY-6", lambda x: x.inputs.memory or x.right()),
-    "reference_is_a_view_of_the_queries": ("PURE-2 POLICY-1", lambda x: RuleMemory(x.inputs.q)),
-    "memory_kept_in_the_policy": ("POLICY-1 MEMORY-1 POLICY-6", kept_in_the_policy),
-    "memory_changed_in_place": ("POLICY-1 PURE-1", changed_in_place),
-})
-table(LOSA, "reuse", {
-    "cached_rows_win": ("POLICY-5 REUSE-1", lambda x: x.fresh if x.inputs.cached is None else (
-        x.inputs.ops.reuse(~x.active, x.fresh, x.inputs.cached))),
-    "fresh_and_cached_are_merged": ("POLICY-5 REUSE-1", lambda x: x.fresh if x.inputs.cached is None else (
-        x.inputs.ops.merge(x.fresh, x.inputs.cached))),
-    "cached_state_changed_in_place": ("POLICY-1 PURE-1", cached_in_place),
-    "save_pass_stores_the_cached_states": ("REUSE-1 POLICY-5", lambda x: x.inputs.cached if (
-        x.inputs.saves() is True and x.inputs.cached) else x.right()),
-})
-table(LOSA, "merge", {
-    "merge_without_the_block": ("POLICY-5 ATTEND-4", lambda x: x.context_state.out.copy()),
-    "merge_by_averaging": ("POLICY-5 ATTEND-4", lambda x: (
-        (x.context_state.out + x.block_state.out) / 2).astype(x.block_state.out.dtype)),
-})
-table(LOSA, "reorder", {
-    "references_stay_in_the_order_they_had": ("MEMORY-4", lambda x: RuleMemory(
-        x.memory.reference[np.arange(len(x.indices)) % len(x.memory.reference)])),
-})
-table(FlashBlock(limit=2), "remember", {
-    "dirty_rows_never_cleared": ("POLICY-6", lambda x: FlashBlockMemory(x.this._dirty(x.inputs))),
-    "dirty_rows_of_one_pass_only": ("POLICY-6", lambda x: FlashBlockMemory(x.inputs.no_rows())),
-    "dirty_rows_are_a_view_of_the_decoded": ("PURE-2 POLICY-1", view_of_the_decoded),
-})
+table(
+    DRIFTING_LOSA,
+    "remember",
+    {
+        "drift_measured_from_the_previous_pass": ("POLICY-6", lambda x: RuleMemory(np.array(x.inputs.q))),
+        "refreshed_rows_keep_their_old_reference": ("POLICY-6", lambda x: x.inputs.memory or x.right()),
+    },
+)
+table(
+    LOSA,
+    "remember",
+    {
+        "drift_measured_from_the_last_refresh": (
+            "POLICY-6",
+            lambda x: (
+                x.right()
+                if x.inputs.memory is None
+                else (RuleMemory(np.where(x.active[:, None, :, None], x.inputs.q, x.inputs.memory.reference)))
+            ),
+        ),
+        "reference_queries_frozen_at_pass_0": ("POLICY-6", lambda x: x.inputs.memory or x.right()),
+        "reference_is_a_view_of_the_queries": ("PURE-2 POLICY-1", lambda x: RuleMemory(x.inputs.q)),
+        "memory_kept_in_the_policy": ("POLICY-1 MEMORY-1 POLICY-6", kept_in_the_policy),
+        "memory_changed_in_place": ("POLICY-1 PURE-1", changed_in_place),
+    },
+)
+table(
+    LOSA,
+    "reuse",
+    {
+        "cached_rows_win": (
+            "POLICY-5 REUSE-1",
+            lambda x: x.fresh if x.inputs.cached is None else (x.inputs.ops.reuse(~x.active, x.fresh, x.inputs.cached)),
+        ),
+        "fresh_and_cached_are_merged": (
+            "POLICY-5 REUSE-1",
+            lambda x: x.fresh if x.inputs.cached is None else (x.inputs.ops.merge(x.fresh, x.inputs.cached)),
+        ),
+        "cached_state_changed_in_place": ("POLICY-1 PURE-1", cached_in_place),
+        "save_pass_stores_the_cached_states": (
+            "REUSE-1 POLICY-5",
+            lambda x: x.inputs.cached if (x.inputs.saves() is True and x.inputs.cached) else x.right(),
+        ),
+    },
+)
+table(
+    LOSA,
+    "merge",
+    {
+        "merge_without_the_block": ("POLICY-5 ATTEND-4", lambda x: x.context_state.out.copy()),
+        "merge_by_averaging": (
+            "POLICY-5 ATTEND-4",
+            lambda x: ((x.context_state.out + x.block_state.out) / 2).astype(x.block_state.out.dtype),
+        ),
+    },
+)
+table(
+    LOSA,
+    "reorder",
+    {
+        "references_stay_in_the_order_they_had": (
+            "MEMORY-4",
+            lambda x: RuleMemory(x.memory.reference[np.arange(len(x.indices)) % len(x.memory.reference)]),
+        )
+    },
+)
+table(
+    FlashBlock(limit=2),
+    "remember",
+    {
+        "dirty_rows_never_cleared": ("POLICY-6", lambda x: FlashBlockMemory(x.this._dirty(x.inputs))),
+        "dirty_rows_of_one_pass_only": ("POLICY-6", lambda x: FlashBlockMemory(x.inputs.no_rows())),
+        "dirty_rows_are_a_view_of_the_decoded": ("PURE-2 POLICY-1", view_of_the_decoded),
+    },
+)
 table(FlashBlock(limit=3), "remember", {"dirty_rows_added_in_place": ("POLICY-1", dirty_in_place)})
-table(FlashBlock(limit=1), "reuse", {
-    "dirty_rows_lose_their_fresh_part": ("POLICY-5", lambda x: x.inputs.ops.reuse(
-        x.this._dirty(x.inputs), AttentionState.empty_like(x.inputs.q), x.fresh)),
-})
-table(MAGE, "remember", {
-    "mage_chooses_anew_in_every_pass": ("POLICY-6", lambda x: x.of(restarts=True)),
-    "mage_chooses_by_the_pass_number_alone": ("MEMORY-3 POLICY-6", by_the_pass_number),
-})
-table(MAGE, "reorder", {
-    "pages_of_the_first_sequence_for_all": ("MEMORY-4", lambda x: x.right(indices=np.zeros_like(x.indices))),
-})
-table(SNAPKV, "remember", {
-    "snapkv_chooses_anew_in_every_block": ("POLICY-6", lambda x: x.of(memory=None) if in_this_block(x) else x.right()),
-})
-# fmt: on
+table(
+    FlashBlock(limit=1),
+    "reuse",
+    {
+        "dirty_rows_lose_their_fresh_part": (
+            "POLICY-5",
+            lambda x: x.inputs.ops.reuse(x.this._dirty(x.inputs), AttentionState.empty_like(x.inputs.q), x.fresh),
+        )
+    },
+)
+table(
+    MAGE,
+    "remember",
+    {
+        "mage_chooses_anew_in_every_pass": ("POLICY-6", lambda x: x.of(restarts=True)),
+        "mage_chooses_by_the_pass_number_alone": ("MEMORY-3 POLICY-6", by_the_pass_number),
+    },
+)
+table(
+    MAGE,
+    "reorder",
+    {"pages_of_the_first_sequence_for_all": ("MEMORY-4", lambda x: x.right(indices=np.zeros_like(x.indices)))},
+)
+table(
+    SNAPKV,
+    "remember",
+    {
+        "snapkv_chooses_anew_in_every_block": (
+            "POLICY-6",
+            lambda x: x.of(memory=None) if in_this_block(x) else x.right(),
+        )
+    },
+)
 
 
 @dataclass(frozen=True, eq=False)

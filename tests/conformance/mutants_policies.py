@@ -93,14 +93,26 @@ def bound_scores(x: Call) -> Any:
 
 def absent_eligible(x: Call) -> Any:
     ops = x.inputs.ops
-    return x.of(ops=Instead(ops, top_pages=lambda scores, count, *, eligible: ops.top_pages(
-        scores, count, eligible=np.ones(scores.shape, bool))))  # fmt: skip
+    return x.of(
+        ops=Instead(
+            ops,
+            top_pages=lambda scores, count, *, eligible: ops.top_pages(
+                scores, count, eligible=np.ones(scores.shape, bool)
+            ),
+        )
+    )
 
 
 def coarse_scores(x: Call) -> Any:
     ops = x.inputs.ops  # rounded as bfloat16 does from 2048 on
-    return x.of(ops=Instead(ops, page_scores=lambda q, bounds, *, active=None: (
-        np.round(ops.page_scores(q, bounds, active=active) / 16) * 16).astype(np.float32)))  # fmt: skip
+    return x.of(
+        ops=Instead(
+            ops,
+            page_scores=lambda q, bounds, *, active=None: (
+                np.round(ops.page_scores(q, bounds, active=active) / 16) * 16
+            ).astype(np.float32),
+        )
+    )
 
 
 def cached_by_shape(x: Call) -> Any:
@@ -109,50 +121,94 @@ def cached_by_shape(x: Call) -> Any:
     return kind.cache.setdefault((x.inputs.q.shape, x.inputs.context.pages), x.right())
 
 
-# fmt: off
-table(QUEST, "select_pages", {
-    "quest_takes_one_page_more": ("POLICY-6", lambda x: as_policy(
-        x, replace(QUEST, budget=x.this.budget + x.inputs.context.page_size))),
-    "quest_takes_one_page_less": ("POLICY-6", lambda x: as_policy(
-        x, replace(QUEST, budget=max(x.this.budget - x.inputs.context.page_size, 1)))),
-    "budget_of_tokens_counted_in_pages": ("POLICY-6", lambda x: as_policy(
-        x, replace(QUEST, budget=x.this.budget * x.inputs.context.page_size))),
-    "pages_of_sequence_0_for_all": ("POLICY-2 POLICY-6", lambda x: read(x, of_first)),
-    "mask_of_one_sequence_for_a_batch": ("POLICY-6 SELECTION-1 POLICY-2", lambda x: read(x, lambda mask: mask[:1])),
-    "absent_pages_use_up_the_budget": ("POLICY-6", absent_eligible),
-    "ranks_in_half_precision": ("POLICY-6", coarse_scores),
-    "lowest_scores_are_read": ("POLICY-6", lambda x: x.of(q=-x.inputs.q)),
-    "table_entries_of_absent_pages_matter": ("POLICY-4", lambda x: read(
-        x, lambda mask: mask | (x.inputs.context.page_table.sum(axis=1) < -1)[:, None, None, None])),
-    "physical_order_instead_of_logical": ("POLICY-4", lambda x: read(x, lambda mask: mask | first_physical_page(x))),
-    "contexts_that_fit_by_their_capacity_only": ("POLICY-6", lambda x: Selection(  # few tokens in many pages fit, too
-        ranked_anew(x, bound_scores(x), exists(x)) & x.active[:, None, :, None], 1)),
-    "budget_bought_by_the_shortest_sequence": ("POLICY-2 POLICY-6", lambda x: everything(x) if (
-        x.inputs.context.tokens <= x.this.budget).any() else x.right()),
-    "reads_more_now_and_then": ("POLICY-1", lambda x: read(
-        x, lambda mask: mask | ((time.perf_counter_ns() % 3 == 0) & exists(x)))),
-    "draws_from_the_global_random_state": ("POLICY-1", lambda x: read(
-        x, lambda mask: mask | ((np.random.random() < 0.3) & exists(x)))),
-    "seeds_the_global_random_state": ("POLICY-1", lambda x: (np.random.seed(0), x.right())[1]),
-    "selection_cached_by_shape": ("POLICY-1 MEMORY-1 POLICY-6", cached_by_shape),
-})
-table(WHOLE_QUEST, "select_pages", {
-    "budget_for_the_block_instead_of_each_row": ("POLICY-6", lambda x: Selection(ranked_anew(
-        x, bound_scores(x).max(axis=(1, 2)), x.inputs.context.exists)[:, None, None, :], x.inputs.tokens)),
-    "group_shares_the_first_heads_choice": ("POLICY-6", lambda x: x.of(q=of_group(x))),
-})
-table(Quest(budget=4, page_count="ceil"), "select_pages", {
-    "quest_floors_where_it_says_ceil": ("POLICY-6", lambda x: replace(x.this, page_count="floor").rule(
-        x.inputs).selection(x.inputs, x.active)),
-})
-table(NEWEST_QUEST, "select_pages", {
-    "quest_drops_the_newest_page": ("POLICY-6", lambda x: ruled(x, newest=False)),
-    "newest_page_of_the_suffix": ("POLICY-6", unsegmented),
-})
-table(Quest(budget=4, first_pass="dense"), "select_pages", {
-    "quest_forgets_its_dense_pass_0": ("POLICY-6", lambda x: ruled(x, all_pages=False)),
-})
-# fmt: on
+table(
+    QUEST,
+    "select_pages",
+    {
+        "quest_takes_one_page_more": (
+            "POLICY-6",
+            lambda x: as_policy(x, replace(QUEST, budget=x.this.budget + x.inputs.context.page_size)),
+        ),
+        "quest_takes_one_page_less": (
+            "POLICY-6",
+            lambda x: as_policy(x, replace(QUEST, budget=max(x.this.budget - x.inputs.context.page_size, 1))),
+        ),
+        "budget_of_tokens_counted_in_pages": (
+            "POLICY-6",
+            lambda x: as_policy(x, replace(QUEST, budget=x.this.budget * x.inputs.context.page_size)),
+        ),
+        "pages_of_sequence_0_for_all": ("POLICY-2 POLICY-6", lambda x: read(x, of_first)),
+        "mask_of_one_sequence_for_a_batch": ("POLICY-6 SELECTION-1 POLICY-2", lambda x: read(x, lambda mask: mask[:1])),
+        "absent_pages_use_up_the_budget": ("POLICY-6", absent_eligible),
+        "ranks_in_half_precision": ("POLICY-6", coarse_scores),
+        "lowest_scores_are_read": ("POLICY-6", lambda x: x.of(q=-x.inputs.q)),
+        "table_entries_of_absent_pages_matter": (
+            "POLICY-4",
+            lambda x: read(x, lambda mask: mask | (x.inputs.context.page_table.sum(axis=1) < -1)[:, None, None, None]),
+        ),
+        "physical_order_instead_of_logical": (
+            "POLICY-4",
+            lambda x: read(x, lambda mask: mask | first_physical_page(x)),
+        ),
+        "contexts_that_fit_by_their_capacity_only": (
+            "POLICY-6",
+            lambda x: Selection(  # few tokens in many pages fit, too
+                ranked_anew(x, bound_scores(x), exists(x)) & x.active[:, None, :, None], 1
+            ),
+        ),
+        "budget_bought_by_the_shortest_sequence": (
+            "POLICY-2 POLICY-6",
+            lambda x: everything(x) if (x.inputs.context.tokens <= x.this.budget).any() else x.right(),
+        ),
+        "reads_more_now_and_then": (
+            "POLICY-1",
+            lambda x: read(x, lambda mask: mask | ((time.perf_counter_ns() % 3 == 0) & exists(x))),
+        ),
+        "draws_from_the_global_random_state": (
+            "POLICY-1",
+            lambda x: read(x, lambda mask: mask | ((np.random.random() < 0.3) & exists(x))),
+        ),
+        "seeds_the_global_random_state": ("POLICY-1", lambda x: (np.random.seed(0), x.right())[1]),
+        "selection_cached_by_shape": ("POLICY-1 MEMORY-1 POLICY-6", cached_by_shape),
+    },
+)
+table(
+    WHOLE_QUEST,
+    "select_pages",
+    {
+        "budget_for_the_block_instead_of_each_row": (
+            "POLICY-6",
+            lambda x: Selection(
+                ranked_anew(x, bound_scores(x).max(axis=(1, 2)), x.inputs.context.exists)[:, None, None, :],
+                x.inputs.tokens,
+            ),
+        ),
+        "group_shares_the_first_heads_choice": ("POLICY-6", lambda x: x.of(q=of_group(x))),
+    },
+)
+table(
+    Quest(budget=4, page_count="ceil"),
+    "select_pages",
+    {
+        "quest_floors_where_it_says_ceil": (
+            "POLICY-6",
+            lambda x: replace(x.this, page_count="floor").rule(x.inputs).selection(x.inputs, x.active),
+        )
+    },
+)
+table(
+    NEWEST_QUEST,
+    "select_pages",
+    {
+        "quest_drops_the_newest_page": ("POLICY-6", lambda x: ruled(x, newest=False)),
+        "newest_page_of_the_suffix": ("POLICY-6", unsegmented),
+    },
+)
+table(
+    Quest(budget=4, first_pass="dense"),
+    "select_pages",
+    {"quest_forgets_its_dense_pass_0": ("POLICY-6", lambda x: ruled(x, all_pages=False))},
+)
 
 
 def least_changed(x: Call) -> Any:
@@ -172,38 +228,72 @@ def counted(x: Call) -> Any:
     return x.right() | (kind.calls % 3 == 2)
 
 
-# fmt: off
-table(LOSA, "select_pages", {
-    "pages_of_inactive_rows_count": ("POLICY-4", lambda x: x.right(active=x.inputs.all_rows())),
-    "losa_forgets_its_dense_pass_0": ("POLICY-6", lambda x: ruled(x, all_pages=False)),
-    "save_pass_reads_everything": ("POLICY-6", lambda x: x.inputs.dense_where(x.inputs.saves(), lambda: x.right())),
-})
-table(LOSA, "active_set", {
-    "one_active_row_too_many": ("POLICY-6", lambda x: replace(LOSA, active=x.this.active + 1).active_set(x.inputs)),
-    "rows_that_changed_least_are_active": ("POLICY-6", least_changed),
-    "change_ranked_over_the_batch": ("POLICY-2 POLICY-6", lambda x: x.right() if begun(x) else for_all(x.right())),
-    "restart_leaves_rows_out": ("POLICY-6", lambda x: but_the_last(x.right())),
-    "counts_its_calls": ("POLICY-1", counted),
-})
-table(Losa(budget=4, mass=0.5), "active_set", {
-    "count_where_mass_was_asked": ("POLICY-6", lambda x: Losa(budget=4, active=1).active_set(x.inputs)),
-})
-table(replace(LOSA, save_pass="reuse"), "active_set", {
-    "save_pass_goes_on_as_usual": ("POLICY-6", lambda x: LOSA.active_set(x.inputs)),
-})
-table(Dense(), "select_pages", {
-    "dense_drops_the_last_page": ("POLICY-6", lambda x: read(
-        x, lambda mask: mask & (np.arange(x.inputs.context.pages) < x.inputs.context.pages - 1))),
-})
-table(WINDOW, "select_pages", {
-    "window_one_token_short": ("POLICY-6", lambda x: as_policy(x, SlidingWindow(window=4))),
-    "window_counts_pages": ("POLICY-6", lambda x: as_policy(x, SlidingWindow(window=5 * x.inputs.context.page_size))),
-    "window_by_capacity_instead_of_tokens": ("POLICY-6", lambda x: Selection(
-        exists(x) & (np.arange(x.inputs.context.pages) >= x.inputs.context.pages - -(
-            -x.this.window // x.inputs.context.page_size)), x.inputs.tokens)),
-    "window_of_the_longest_sequence": ("POLICY-6 POLICY-2", lambda x: read(
-        x, lambda mask: of_first(np.roll(mask, -int(x.inputs.context.tokens.argmax()), axis=0)))),
-})
+table(
+    LOSA,
+    "select_pages",
+    {
+        "pages_of_inactive_rows_count": ("POLICY-4", lambda x: x.right(active=x.inputs.all_rows())),
+        "losa_forgets_its_dense_pass_0": ("POLICY-6", lambda x: ruled(x, all_pages=False)),
+        "save_pass_reads_everything": ("POLICY-6", lambda x: x.inputs.dense_where(x.inputs.saves(), lambda: x.right())),
+    },
+)
+table(
+    LOSA,
+    "active_set",
+    {
+        "one_active_row_too_many": ("POLICY-6", lambda x: replace(LOSA, active=x.this.active + 1).active_set(x.inputs)),
+        "rows_that_changed_least_are_active": ("POLICY-6", least_changed),
+        "change_ranked_over_the_batch": ("POLICY-2 POLICY-6", lambda x: x.right() if begun(x) else for_all(x.right())),
+        "restart_leaves_rows_out": ("POLICY-6", lambda x: but_the_last(x.right())),
+        "counts_its_calls": ("POLICY-1", counted),
+    },
+)
+table(
+    Losa(budget=4, mass=0.5),
+    "active_set",
+    {"count_where_mass_was_asked": ("POLICY-6", lambda x: Losa(budget=4, active=1).active_set(x.inputs))},
+)
+table(
+    replace(LOSA, save_pass="reuse"),
+    "active_set",
+    {"save_pass_goes_on_as_usual": ("POLICY-6", lambda x: LOSA.active_set(x.inputs))},
+)
+table(
+    Dense(),
+    "select_pages",
+    {
+        "dense_drops_the_last_page": (
+            "POLICY-6",
+            lambda x: read(x, lambda mask: mask & (np.arange(x.inputs.context.pages) < x.inputs.context.pages - 1)),
+        )
+    },
+)
+table(
+    WINDOW,
+    "select_pages",
+    {
+        "window_one_token_short": ("POLICY-6", lambda x: as_policy(x, SlidingWindow(window=4))),
+        "window_counts_pages": (
+            "POLICY-6",
+            lambda x: as_policy(x, SlidingWindow(window=5 * x.inputs.context.page_size)),
+        ),
+        "window_by_capacity_instead_of_tokens": (
+            "POLICY-6",
+            lambda x: Selection(
+                exists(x)
+                & (
+                    np.arange(x.inputs.context.pages)
+                    >= x.inputs.context.pages - -(-x.this.window // x.inputs.context.page_size)
+                ),
+                x.inputs.tokens,
+            ),
+        ),
+        "window_of_the_longest_sequence": (
+            "POLICY-6 POLICY-2",
+            lambda x: read(x, lambda mask: of_first(np.roll(mask, -int(x.inputs.context.tokens.argmax()), axis=0))),
+        ),
+    },
+)
 table(SlidingWindow(window=3), "select_pages", {"suffix_counts_as_recent": ("POLICY-6", unsegmented)})
 
 
@@ -215,27 +305,45 @@ def generated_only(x: Call) -> Any:
     return x.of(context=replace(context, page_lengths=left))
 
 
-table(STREAMING, "select_pages", {
-    "sinks_dropped": ("POLICY-6", lambda x: as_policy(x, SlidingWindow(window=x.this.window))),
-    "sinks_in_the_first_page_only": ("POLICY-6", lambda x: Selection(
-        as_policy(x, SlidingWindow(window=x.this.window)).mask
-        | (exists(x) & (np.arange(x.inputs.context.pages) == 0)), x.inputs.tokens)),
-    "sinks_in_the_generated_pages": ("POLICY-6", generated_only),
-})
-# fmt: on
+table(
+    STREAMING,
+    "select_pages",
+    {
+        "sinks_dropped": ("POLICY-6", lambda x: as_policy(x, SlidingWindow(window=x.this.window))),
+        "sinks_in_the_first_page_only": (
+            "POLICY-6",
+            lambda x: Selection(
+                as_policy(x, SlidingWindow(window=x.this.window)).mask
+                | (exists(x) & (np.arange(x.inputs.context.pages) == 0)),
+                x.inputs.tokens,
+            ),
+        ),
+        "sinks_in_the_generated_pages": ("POLICY-6", generated_only),
+    },
+)
 
 
-# fmt: off
-table(FlashBlock(limit=1), "_refreshes", {
-    "limit_must_be_exceeded": ("POLICY-6", lambda x: FlashBlock(limit=2)._refreshes(x.inputs, x.dirty)),
-})
-table(FlashBlock(limit=3), "_refreshes", {
-    "limit_counted_over_the_batch": ("POLICY-2 POLICY-6", lambda x: x.right(dirty=for_all(x.dirty))),
-})
-table(FlashBlock(limit=1), "active_set", {
-    "save_pass_does_not_refresh": ("POLICY-6", lambda x: FlashBlock(limit=1, save_pass="reuse").active_set(x.inputs)),
-    "one_sequence_refreshes_all": ("POLICY-2 POLICY-6", lambda x: for_all(x.right())),
-})
+table(
+    FlashBlock(limit=1),
+    "_refreshes",
+    {"limit_must_be_exceeded": ("POLICY-6", lambda x: FlashBlock(limit=2)._refreshes(x.inputs, x.dirty))},
+)
+table(
+    FlashBlock(limit=3),
+    "_refreshes",
+    {"limit_counted_over_the_batch": ("POLICY-2 POLICY-6", lambda x: x.right(dirty=for_all(x.dirty)))},
+)
+table(
+    FlashBlock(limit=1),
+    "active_set",
+    {
+        "save_pass_does_not_refresh": (
+            "POLICY-6",
+            lambda x: FlashBlock(limit=1, save_pass="reuse").active_set(x.inputs),
+        ),
+        "one_sequence_refreshes_all": ("POLICY-2 POLICY-6", lambda x: for_all(x.right())),
+    },
+)
 
 
 def mean_of_the_batch(x: Call) -> Any:
@@ -248,17 +356,29 @@ def mean_of_the_batch(x: Call) -> Any:
     return x.of(ops=Instead(ops, pooled_scores=pooled_scores))
 
 
-table(MAGE, "_best_pages", {
-    "mage_chooses_by_the_first_group_head": ("POLICY-6", lambda x: x.of(q=of_group(x))),
-    "mage_takes_the_newest_pages": ("POLICY-6", lambda x: np.broadcast_to(exists(x), x.right().shape) & ~x.right()),
-    "mage_ranks_by_the_mean_of_the_batch": ("POLICY-2 POLICY-6", mean_of_the_batch),
-    "mage_ranks_by_all_heads_and_says_it_does_not": ("POLICY-8 POLICY-6", lambda x: np.broadcast_to(
-        x.right()[:, :1], x.right().shape).copy()),
-})
-table(Mage(budget=4, dense_layers=1), "select_pages", {
-    "mage_forgets_its_dense_layers": ("POLICY-6", lambda x: everything(x) if x.inputs.info.layer else (
-        Selection.no_pages(x.inputs.context, x.inputs.tokens))),
-})
+table(
+    MAGE,
+    "_best_pages",
+    {
+        "mage_chooses_by_the_first_group_head": ("POLICY-6", lambda x: x.of(q=of_group(x))),
+        "mage_takes_the_newest_pages": ("POLICY-6", lambda x: np.broadcast_to(exists(x), x.right().shape) & ~x.right()),
+        "mage_ranks_by_the_mean_of_the_batch": ("POLICY-2 POLICY-6", mean_of_the_batch),
+        "mage_ranks_by_all_heads_and_says_it_does_not": (
+            "POLICY-8 POLICY-6",
+            lambda x: np.broadcast_to(x.right()[:, :1], x.right().shape).copy(),
+        ),
+    },
+)
+table(
+    Mage(budget=4, dense_layers=1),
+    "select_pages",
+    {
+        "mage_forgets_its_dense_layers": (
+            "POLICY-6",
+            lambda x: everything(x) if x.inputs.info.layer else (Selection.no_pages(x.inputs.context, x.inputs.tokens)),
+        )
+    },
+)
 
 
 def one_page_less(x: Call) -> Any:
@@ -275,20 +395,36 @@ def counted_by_sequence_0(x: Call) -> Any:
 
 
 table(SPARSED, "select_pages", {"sparsed_keeps_one_page_less": ("POLICY-6", one_page_less)})
-table(SPARSED, "_best_pages", {
-    "sparsed_ranks_prompt_and_generated_together": ("POLICY-6", lambda x: x.this._best_of(
-        x.inputs, x.inputs.context, x.inputs.context.exists)),
-    "sparsed_forgets_generated_pages": ("POLICY-6", lambda x: x.this._best_of(
-        x.inputs, x.inputs.context, x.inputs.context.in_segment(0))),
-})
-table(SparseD(ratio=0.4, skip=0.0), "warmup_passes", {
-    "sparsed_warms_up_one_pass_less": ("POLICY-6", lambda x: x.right() - 1),
-})
+table(
+    SPARSED,
+    "_best_pages",
+    {
+        "sparsed_ranks_prompt_and_generated_together": (
+            "POLICY-6",
+            lambda x: x.this._best_of(x.inputs, x.inputs.context, x.inputs.context.exists),
+        ),
+        "sparsed_forgets_generated_pages": (
+            "POLICY-6",
+            lambda x: x.this._best_of(x.inputs, x.inputs.context, x.inputs.context.in_segment(0)),
+        ),
+    },
+)
+table(
+    SparseD(ratio=0.4, skip=0.0),
+    "warmup_passes",
+    {"sparsed_warms_up_one_pass_less": ("POLICY-6", lambda x: x.right() - 1)},
+)
 table(SPARSED, "_best_of", {"sparsed_counts_the_pages_of_sequence_0": ("POLICY-6 POLICY-2", counted_by_sequence_0)})
-table(replace(SPARSED, span=2), "_best_of", {
-    "sparsed_shares_one_choice_among_heads": ("POLICY-6", lambda x: np.repeat(
-        x.right()[:, :1], x.right().shape[1], axis=1)),
-})
+table(
+    replace(SPARSED, span=2),
+    "_best_of",
+    {
+        "sparsed_shares_one_choice_among_heads": (
+            "POLICY-6",
+            lambda x: np.repeat(x.right()[:, :1], x.right().shape[1], axis=1),
+        )
+    },
+)
 
 
 def one_page_more(x: Call) -> Any:
@@ -297,20 +433,37 @@ def one_page_more(x: Call) -> Any:
 
 
 table(SparseDLLM(ratio=0.4, delay=0), "_best_pages", {"sparse_dllm_keeps_one_page_more": ("POLICY-6", one_page_more)})
-table(SparseDLLM(ratio=0.4, delay=0), "select_pages", {
-    "sparse_dllm_chooses_anew": ("POLICY-6", lambda x: x.right() if x.inputs.memory is None or begun(x) else (
-        read(x, x.this._best_pages(x.inputs)))),
-})
-table(SNAPKV, "_best_pages", {
-    "snapkv_drops_its_window": ("POLICY-6", lambda x: x.right() & ~(
-        exists(x) & (np.arange(x.inputs.context.pages) == x.inputs.context.pages - 1))),
-})
+table(
+    SparseDLLM(ratio=0.4, delay=0),
+    "select_pages",
+    {
+        "sparse_dllm_chooses_anew": (
+            "POLICY-6",
+            lambda x: x.right() if x.inputs.memory is None or begun(x) else (read(x, x.this._best_pages(x.inputs))),
+        )
+    },
+)
+table(
+    SNAPKV,
+    "_best_pages",
+    {
+        "snapkv_drops_its_window": (
+            "POLICY-6",
+            lambda x: x.right() & ~(exists(x) & (np.arange(x.inputs.context.pages) == x.inputs.context.pages - 1)),
+        )
+    },
+)
 table(SnapKV(capacity=5, window=2), "select_pages", {"snapkv_reads_everything_again": ("POLICY-6", everything)})
-table(SNAPKV, "select_pages", {
-    "snapkv_never_sees_the_grown_prefix": ("POLICY-6", lambda x: x.right() if x.inputs.memory is None else (
-        Selection(x.inputs.memory.mask, x.inputs.tokens))),
-})
-# fmt: on
+table(
+    SNAPKV,
+    "select_pages",
+    {
+        "snapkv_never_sees_the_grown_prefix": (
+            "POLICY-6",
+            lambda x: x.right() if x.inputs.memory is None else (Selection(x.inputs.memory.mask, x.inputs.tokens)),
+        )
+    },
+)
 
 
 def with_sequence_0(x: Call) -> Any:
@@ -360,24 +513,55 @@ def in_order(masked: list[int], centres: list[int], order: list[int], left: bool
     return found
 
 
-# fmt: off
-table(FastDLLM(), "computed_tokens", {
-    "fast_dllm_never_refreshes": ("POLICY-7", lambda x: x.rows if x.info.window is None else x.rows & x.info.window),
-    "fast_dllm_refreshes_when_sequence_0_does": ("POLICY-7 POLICY-2", with_sequence_0),
-})
-table(DKVCache(reload=4), "computed_tokens", {
-    "dkv_keeps_the_key_of_a_mask": ("POLICY-7 POLICY-6", lambda x: x.right() if (  # a decoded token is due once more
-        x.info.decoded is None or x.right().all()) else x.right() & ~x.info.newly_decoded),
-    "planned_rows_are_not_computed": ("POLICY-7", lambda x: x.right() if (
-        x.info.planned is None or x.right().all()) else x.right() & ~x.info.planned),
-})
+table(
+    FastDLLM(),
+    "computed_tokens",
+    {
+        "fast_dllm_never_refreshes": (
+            "POLICY-7",
+            lambda x: x.rows if x.info.window is None else x.rows & x.info.window,
+        ),
+        "fast_dllm_refreshes_when_sequence_0_does": ("POLICY-7 POLICY-2", with_sequence_0),
+    },
+)
+table(
+    DKVCache(reload=4),
+    "computed_tokens",
+    {
+        "dkv_keeps_the_key_of_a_mask": (
+            "POLICY-7 POLICY-6",
+            lambda x: (
+                x.right()
+                # a decoded token is due once more
+                if (x.info.decoded is None or x.right().all())
+                else x.right() & ~x.info.newly_decoded
+            ),
+        ),
+        "planned_rows_are_not_computed": (
+            "POLICY-7",
+            lambda x: x.right() if (x.info.planned is None or x.right().all()) else x.right() & ~x.info.planned,
+        ),
+    },
+)
 table(DKVCache(reload=2), "computed_tokens", {"dkv_reloads_one_pass_late": ("POLICY-6", one_pass_late)})
-table(GREEDY, "_being_decoded", {
-    "dkv_centres_choose_from_left_to_right": ("POLICY-6", lambda x: x.right(info=replace(x.info, planned_order=None))),
-    "dkv_neighbours_in_turns_whatever_their_distance": ("POLICY-6", neighbours(turns)),
-    "dkv_prefers_the_right_neighbour": ("POLICY-6", neighbours(lambda *given: in_order(*given, left=False))),
-    "dkv_counts_centres_as_neighbours": ("POLICY-6", neighbours(lambda *given: in_order(*given, own=True))),
-    "dkv_counts_a_row_for_every_centre": ("POLICY-6", neighbours(lambda masked, centres, order: [
-        row for centre in order for row in nearest([r for r in masked if r not in centres], centre)])),
-})
-# fmt: on
+table(
+    GREEDY,
+    "_being_decoded",
+    {
+        "dkv_centres_choose_from_left_to_right": (
+            "POLICY-6",
+            lambda x: x.right(info=replace(x.info, planned_order=None)),
+        ),
+        "dkv_neighbours_in_turns_whatever_their_distance": ("POLICY-6", neighbours(turns)),
+        "dkv_prefers_the_right_neighbour": ("POLICY-6", neighbours(lambda *given: in_order(*given, left=False))),
+        "dkv_counts_centres_as_neighbours": ("POLICY-6", neighbours(lambda *given: in_order(*given, own=True))),
+        "dkv_counts_a_row_for_every_centre": (
+            "POLICY-6",
+            neighbours(
+                lambda masked, centres, order: [
+                    row for centre in order for row in nearest([r for r in masked if r not in centres], centre)
+                ]
+            ),
+        ),
+    },
+)

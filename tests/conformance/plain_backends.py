@@ -34,8 +34,9 @@ class SplitKeys(ReferenceBackend):
         first = np.arange(context.pages) < context.pages // 2
         masks = (selection.mask & first, selection.mask & ~first)
         parts = [Selection(mask, selection.span) for mask in masks]
-        return Backend.merge(self, *(super(SplitKeys, self).attend_pages(q, context, part, active, scale=scale)
-                                     for part in parts))  # fmt: skip
+        return Backend.merge(
+            self, *(super(SplitKeys, self).attend_pages(q, context, part, active, scale=scale) for part in parts)
+        )
 
     def attend_block(self, q: Any, k: Any, v: Any, *, scale: float | None = None) -> AttentionState:
         cut = (k.shape[2] + 1) // 2

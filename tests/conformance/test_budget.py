@@ -49,8 +49,17 @@ def test_the_oracle_and_the_reference_agree_in_double_precision(case: Case) -> N
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_an_error_of_a_few_roundings_is_refused(dtype: str) -> None:
-    case = Case(head_dim=8, page_size=4, tokens=3, lengths=((4, 3),), table=((0, 1),), num_pages=2,
-                masks=(3,), active=(7,), span=3)  # fmt: skip
+    case = Case(
+        head_dim=8,
+        page_size=4,
+        tokens=3,
+        lengths=((4, 3),),
+        table=((0, 1),),
+        num_pages=2,
+        masks=(3,),
+        active=(7,),
+        span=3,
+    )
     arrays = case.arrays(dtype)
     expected = accuracy.attention(arrays, context_keys(arrays))
     largest = np.abs(arrays.v_pages).max()
@@ -63,8 +72,17 @@ def test_an_error_of_a_few_roundings_is_refused(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_budget_exceeds_the_ceiling(dtype: str) -> None:
-    case = Case(head_dim=8, page_size=4, tokens=3, lengths=((4, 3),), table=((0, 1),), num_pages=2,
-                masks=(3,), active=(7,), span=3)  # fmt: skip
+    case = Case(
+        head_dim=8,
+        page_size=4,
+        tokens=3,
+        lengths=((4, 3),),
+        table=((0, 1),),
+        num_pages=2,
+        masks=(3,),
+        active=(7,),
+        span=3,
+    )
     arrays = case.arrays(dtype)
     keys = context_keys(arrays)
     condition = np.einsum("bhtd,bhnd->bhtn", np.abs(arrays.q), np.abs(keys.keys)).max() * scale_of(arrays)
@@ -81,8 +99,13 @@ def test_no_budget_exceeds_the_ceiling(dtype: str) -> None:
 def test_closeness_fails_on_values_nan_and_infinities() -> None:
     good = np.asarray([1.0, np.nan, -np.inf, 2.0])
     expect_close(good, good, 0.0, "x", "STATE-1")
-    for bad in ([1.1, np.nan, -np.inf, 2.0], [1.0, 0.0, -np.inf, 2.0], [1.0, np.nan, -1e30, 2.0],
-                [np.nan, np.nan, -np.inf, 2.0], [1.0, np.nan, np.inf, 2.0]):  # fmt: skip
+    for bad in (
+        [1.1, np.nan, -np.inf, 2.0],
+        [1.0, 0.0, -np.inf, 2.0],
+        [1.0, np.nan, -1e30, 2.0],
+        [np.nan, np.nan, -np.inf, 2.0],
+        [1.0, np.nan, np.inf, 2.0],
+    ):
         with pytest.raises(ConformanceFailure, match="STATE-1"):
             expect_close(np.asarray(bad), good, 0.01, "x", "STATE-1")
 

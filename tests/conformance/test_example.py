@@ -20,8 +20,20 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Install the distribution into a folder of its own, without a network."""
     pytest.importorskip("hatchling", reason="hatchling, which builds the example, is not installed")
     target = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index",
-               "--no-deps", "--no-build-isolation", "--target", str(target), str(PROJECT)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-index",
+        "--no-deps",
+        "--no-build-isolation",
+        "--target",
+        str(target),
+        str(PROJECT),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return target
@@ -31,10 +43,26 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_example_conforms_under_its_registered_names(installed: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(installed), "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "sparse_dlm_attn", "conformance", "--backend", "online",
-         "--policy", "newest-and-best", "--share", "0.2", "--report", "out.json"],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "sparse_dlm_attn",
+            "conformance",
+            "--backend",
+            "online",
+            "--policy",
+            "newest-and-best",
+            "--share",
+            "0.2",
+            "--report",
+            "out.json",
+        ],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     assert report["counts"]["passed"] > 200 and "failed" not in report["counts"]

@@ -33,8 +33,18 @@ def backends(names: Iterable[str]) -> list[str]:
 
 
 def test_backends_that_do_not_load_give_a_report(folder: Path) -> None:
-    done = run(folder, *backends(UNLOADABLE), "--policy", "dense", "--clause", "MERGE-3", "--seconds", "1",
-               "--report", "out.json")  # fmt: skip
+    done = run(
+        folder,
+        *backends(UNLOADABLE),
+        "--policy",
+        "dense",
+        "--clause",
+        "MERGE-3",
+        "--seconds",
+        "1",
+        "--report",
+        "out.json",
+    )
     assert done.returncode == 1
     assert done.stdout.count("nothing is proven") == len(UNLOADABLE)
     assert "Traceback" not in done.stdout + done.stderr
@@ -56,8 +66,22 @@ MISBEHAVING = {
 
 def test_backends_that_misbehave_give_a_report(folder: Path) -> None:
     names = [f"broken:{kind}" for kind in MISBEHAVING]
-    done = run(folder, *backends(names), "--policy", "dense", "--clause", "MERGE-3", "--dtype", "float32",
-               "--seconds", "1", "--report", "out.json", "--report", "out.md")  # fmt: skip
+    done = run(
+        folder,
+        *backends(names),
+        "--policy",
+        "dense",
+        "--clause",
+        "MERGE-3",
+        "--dtype",
+        "float32",
+        "--seconds",
+        "1",
+        "--report",
+        "out.json",
+        "--report",
+        "out.md",
+    )
     assert done.returncode == 1
     assert "Traceback" not in done.stdout + done.stderr
     report = json.loads((folder / "out.json").read_text(encoding="utf-8"))
@@ -83,8 +107,19 @@ def test_a_failure_prints_all_one_needs_and_a_snippet_that_fails_again(
     folder: Path, given: tuple[str, str], said: str
 ) -> None:
     """A problem, a problem and an operator, an episode and a policy, the steps of the state machine."""
-    done = run(folder, "--backend", f"broken:{given[0]}", "--clause", given[1], "--dtype", "float32",
-               "--policy", "streaming-llm:sinks=3,window=2", "--seed", "1")  # fmt: skip
+    done = run(
+        folder,
+        "--backend",
+        f"broken:{given[0]}",
+        "--clause",
+        given[1],
+        "--dtype",
+        "float32",
+        "--policy",
+        "streaming-llm:sinks=3,window=2",
+        "--seed",
+        "1",
+    )
     assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr
     text = done.stdout[done.stdout.index(said) :]
     for part in ("law: test_", f"backend: broken:{given[0]}, dtype float32", "reproduce with:"):
@@ -93,15 +128,31 @@ def test_a_failure_prints_all_one_needs_and_a_snippet_that_fails_again(
     end = next(i for i, line in enumerate(lines) if not line.startswith("  "))
     again = subprocess.run(
         [sys.executable, "-c", "\n".join(line[2:] for line in lines[:end])],
-        cwd=folder, text=True, capture_output=True, check=False,
-    )  # fmt: skip
+        cwd=folder,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
     wanted = said.partition("raised ")[2] or f"ConformanceFailure: {said}"
     assert wanted in again.stderr, again.stderr
 
 
 def test_a_setting_that_the_backend_changes_is_named_and_does_not_spoil_the_run(folder: Path) -> None:
-    done = run(folder, "--backend", "broken:RaisesOnErrors", "--clause", "PURE-5", "--clause", "MERGE-3",
-               "--dtype", "float32", "--policy", "dense", "--report", "out.json")  # fmt: skip
+    done = run(
+        folder,
+        "--backend",
+        "broken:RaisesOnErrors",
+        "--clause",
+        "PURE-5",
+        "--clause",
+        "MERGE-3",
+        "--dtype",
+        "float32",
+        "--policy",
+        "dense",
+        "--report",
+        "out.json",
+    )
     assert done.returncode == 1
     assert "PURE-5: merge must leave the process as it was, but: numpy.geterr() was" in done.stdout
     report = json.loads((folder / "out.json").read_text(encoding="utf-8"))
@@ -110,8 +161,9 @@ def test_a_setting_that_the_backend_changes_is_named_and_does_not_spoil_the_run(
 
 
 def test_printing_is_no_failure_and_does_not_spoil_the_report(folder: Path) -> None:
-    done = run(folder, "--backend", "broken:Prints", "--clause", "MERGE-3", "--dtype", "float32",
-               "--report", "out.json")  # fmt: skip
+    done = run(
+        folder, "--backend", "broken:Prints", "--clause", "MERGE-3", "--dtype", "float32", "--report", "out.json"
+    )
     assert done.returncode == 0 and "merging" not in done.stdout
     assert json.loads((folder / "out.json").read_text(encoding="utf-8"))["counts"]["passed"] >= 2
 
@@ -137,8 +189,21 @@ def test_a_wrong_result_names_worst_index_error_and_budget() -> None:
 
 def test_a_worker_that_dies_is_a_failed_law_in_the_report(folder: Path) -> None:
     pytest.importorskip("xdist", reason="pytest-xdist is not installed")
-    done = run(folder, "--backend", "broken:Dies", "--clause", "MERGE-3", "--dtype", "float32",
-               "--policy", "dense", "--workers", "2", "--report", "out.json")  # fmt: skip
+    done = run(
+        folder,
+        "--backend",
+        "broken:Dies",
+        "--clause",
+        "MERGE-3",
+        "--dtype",
+        "float32",
+        "--policy",
+        "dense",
+        "--workers",
+        "2",
+        "--report",
+        "out.json",
+    )
     assert done.returncode == 1
     results = json.loads((folder / "out.json").read_text(encoding="utf-8"))["results"]
     failed = [result for result in results if result["outcome"] == "failed"]

@@ -26,9 +26,14 @@ def test_a_mistake_is_found_by_a_law_of_its_clause(name: str) -> None:
     backend, policies = ("reference", (mutant.subject,)) if of_policy else (mutant.subject, ())
     for profile in ("few", "ci"):  # most die on the first problems; other laws of their clauses need not run long
         found = check_backend(
-            backend, clauses=mutant.clauses, dtypes=mutant.dtypes, policies=policies, profile=profile,
-            first_only=True, shrink=False,
-        )  # fmt: skip
+            backend,
+            clauses=mutant.clauses,
+            dtypes=mutant.dtypes,
+            policies=policies,
+            profile=profile,
+            first_only=True,
+            shrink=False,
+        )
         if found:
             break
     assert found, f"{name} survives every law of {', '.join(mutant.clauses)}"

@@ -23,8 +23,7 @@ def test_a_device_that_is_not_there_is_a_failure_with_a_reason(folder: Path) -> 
     torch = pytest.importorskip("torch", reason="torch is not installed")
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    done = run(folder, "--backend", "sparse_dlm_attn_torch:TorchBackend", "--device", "cuda", "--clause",
-               "TOP-2")  # fmt: skip
+    done = run(folder, "--backend", "sparse_dlm_attn_torch:TorchBackend", "--device", "cuda", "--clause", "TOP-2")
     assert done.returncode == 1
     assert "must load; UnavailableError: " in done.stdout and "device" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
@@ -33,8 +32,21 @@ def test_a_device_that_is_not_there_is_a_failure_with_a_reason(folder: Path) -> 
 def test_share_draws_fewer_problems(folder: Path) -> None:
     counts = []
     for share in ("1", "0.2"):
-        done = run(folder, "--backend", "reference", "--clause", "MERGE-2", "--dtype", "float32",
-                   "--policy", "dense", "--share", share, "--report", "out.json")  # fmt: skip
+        done = run(
+            folder,
+            "--backend",
+            "reference",
+            "--clause",
+            "MERGE-2",
+            "--dtype",
+            "float32",
+            "--policy",
+            "dense",
+            "--share",
+            share,
+            "--report",
+            "out.json",
+        )
         assert done.returncode == 0, done.stdout
         report = json.loads((folder / "out.json").read_text(encoding="utf-8"))
         counts.append(sum(result["examples"] for result in report["results"]))
@@ -43,8 +55,21 @@ def test_share_draws_fewer_problems(folder: Path) -> None:
 
 
 def test_a_run_in_which_nothing_ran_fails(folder: Path) -> None:
-    done = run(folder, "--backend", "broken:DeclaresNothing", "--clause", "BLOCK", "--clause", "MEMORY-2",
-               "--policy", "dense", "--dtype", "float32", "--report", "out.json")  # fmt: skip
+    done = run(
+        folder,
+        "--backend",
+        "broken:DeclaresNothing",
+        "--clause",
+        "BLOCK",
+        "--clause",
+        "MEMORY-2",
+        "--policy",
+        "dense",
+        "--dtype",
+        "float32",
+        "--report",
+        "out.json",
+    )
     assert done.returncode == 1
     report = json.loads((folder / "out.json").read_text(encoding="utf-8"))
     skipped = [result for result in report["results"] if result["outcome"] == "skipped"]
@@ -56,8 +81,17 @@ def test_a_ledger_turns_failures_into_known_ones(folder: Path) -> None:
         "[[known_failure]]\nclause = 'MERGE-3'\nreason = 'does not compile'\nlink = 'https://example.org/1'\n",
         encoding="utf-8",
     )
-    done = run(folder, "--backend", "broken:Raises", "--clause", "MERGE-3", "--dtype", "float32",
-               "--known-failures", "known.toml")  # fmt: skip
+    done = run(
+        folder,
+        "--backend",
+        "broken:Raises",
+        "--clause",
+        "MERGE-3",
+        "--dtype",
+        "float32",
+        "--known-failures",
+        "known.toml",
+    )
     assert done.returncode == 0
     assert "known failure: does not compile" in done.stdout
 
@@ -180,8 +214,21 @@ def test_pytest_without_a_backend_says_what_is_missing(folder: Path) -> None:
 
 def test_several_backends_in_several_processes_report_like_one(folder: Path) -> None:
     pytest.importorskip("xdist", reason="pytest-xdist is not installed")
-    done = run(folder, "--backend", "reference", "--backend", "broken:Fine", "--clause", "TOP", "--dtype", "float32",
-               "--workers", "2", "--report", "out.json")  # fmt: skip
+    done = run(
+        folder,
+        "--backend",
+        "reference",
+        "--backend",
+        "broken:Fine",
+        "--clause",
+        "TOP",
+        "--dtype",
+        "float32",
+        "--workers",
+        "2",
+        "--report",
+        "out.json",
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     matrix = json.loads((folder / "out.json").read_text(encoding="utf-8"))["matrix"]
     assert matrix["TOP-1"] == {"reference float32": "passed", "broken:Fine float32": "passed"}
@@ -207,8 +254,21 @@ def test_the_suite_runs_from_a_plain_checkout(tmp_path: Path) -> None:
 
     if python("-c", find).stdout.strip() != "[]":
         pytest.skip("the base interpreter of this environment has the package installed")
-    done = python("-m", "sparse_dlm_attn", "conformance", "--workers", "1", "--backend", "reference", "--policy",
-                  "losa:budget=3", "--clause", "MERGE-2", "--dtype", "float32")  # fmt: skip
+    done = python(
+        "-m",
+        "sparse_dlm_attn",
+        "conformance",
+        "--workers",
+        "1",
+        "--backend",
+        "reference",
+        "--policy",
+        "losa:budget=3",
+        "--clause",
+        "MERGE-2",
+        "--dtype",
+        "float32",
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"reference: [1-9]\d* passed; [1-9]\d* problems", done.stdout)
 

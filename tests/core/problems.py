@@ -12,7 +12,13 @@ Array = np.ndarray[Any, Any]
 
 
 def ragged_context(
-    seed: int, *, batch: int = 2, kv_heads: int = 2, page_size: int = 4, head_dim: int = 8, pages: int = 6,
+    seed: int,
+    *,
+    batch: int = 2,
+    kv_heads: int = 2,
+    page_size: int = 4,
+    head_dim: int = 8,
+    pages: int = 6,
     dtype: str = "float32",
 ) -> Context:
     """Pages shuffled in memory, of random lengths; the first of sequence 0 is absent, the last partial."""
@@ -26,8 +32,16 @@ def ragged_context(
     return Context(keys, values, table, lengths)
 
 
-def block(seed: int, *, batch: int = 2, q_heads: int = 4, kv_heads: int = 2, tokens: int = 5,
-          head_dim: int = 8, dtype: str = "float32") -> tuple[Array, Array, Array]:
+def block(
+    seed: int,
+    *,
+    batch: int = 2,
+    q_heads: int = 4,
+    kv_heads: int = 2,
+    tokens: int = 5,
+    head_dim: int = 8,
+    dtype: str = "float32",
+) -> tuple[Array, Array, Array]:
     """Queries, keys and values of one block."""
     rng = np.random.default_rng(seed)
     return tuple(  # type: ignore[return-value]

@@ -38,8 +38,12 @@ def contexts(backend: Any, block: int = 0) -> list[Context]:
     for layer in range(LAYERS):
         host = ragged_context(layer)
         host.page_lengths[:, -1] += block
-        made.append(Context(*(backend.asarray(array) for array in (
-            host.k_pages, host.v_pages, host.page_table, host.page_lengths)), version=block))
+        made.append(
+            Context(
+                *(backend.asarray(array) for array in (host.k_pages, host.v_pages, host.page_table, host.page_lengths)),
+                version=block,
+            )
+        )
     return made
 
 

@@ -148,8 +148,13 @@ def test_a_target_that_cannot_be_written_is_refused_before_the_work(tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [(".", "Is a directory"), ("missing/out", "No such file"), ("circle", "symbolic links"),
-     ("x" * 300, "too long"), ("file/out", "Not a directory")],
+    [
+        (".", "Is a directory"),
+        ("missing/out", "No such file"),
+        ("circle", "symbolic links"),
+        ("x" * 300, "too long"),
+        ("file/out", "Not a directory"),
+    ],
 )
 def test_every_failure_to_write_is_one_typed_error(tmp_path: Path, name: str, reason: str) -> None:
     (tmp_path / "circle").symlink_to("circle")

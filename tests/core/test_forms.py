@@ -22,10 +22,14 @@ def block(**changes: Any) -> tuple[Any, Any, Any, Context]:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"q": np.zeros((1, 4, 2, 8), np.float32)}, {"k": np.zeros((1, 2, 3, 8), np.float16)}, {"v": [[1.0]]},
-        {"v": None}, {"context": None}, {"k": np.zeros((1, 3, 3, 8), np.float32)},
+        {"q": np.zeros((1, 4, 2, 8), np.float32)},
+        {"k": np.zeros((1, 2, 3, 8), np.float16)},
+        {"v": [[1.0]]},
+        {"v": None},
+        {"context": None},
+        {"k": np.zeros((1, 3, 3, 8), np.float32)},
     ],
-)  # fmt: skip
+)
 def test_another_form_is_checked_after_one_that_passed(changes: dict[str, Any]) -> None:
     for _ in range(2):
         check_block(*block())

@@ -46,9 +46,20 @@ LIBRARIES = pytest.mark.parametrize(
 
 
 def run(
-    attention: PrefixAttention, memory: LayerMemory | None, info: PassInfo, convert: Callable[[Array], Any],
-    *, batch: int = 2, tokens: int = 64, page: int = PAGE, heads: tuple[int, int] = (4, 2), dim: int = 16,
-    dtype: str = "float32", lengths: Any = None, rows: int = 4, seed: int = 0,
+    attention: PrefixAttention,
+    memory: LayerMemory | None,
+    info: PassInfo,
+    convert: Callable[[Array], Any],
+    *,
+    batch: int = 2,
+    tokens: int = 64,
+    page: int = PAGE,
+    heads: tuple[int, int] = (4, 2),
+    dim: int = 16,
+    dtype: str = "float32",
+    lengths: Any = None,
+    rows: int = 4,
+    seed: int = 0,
 ) -> LayerMemory:
     rng = np.random.default_rng(seed)
     q, k, v = (convert(rng.standard_normal((batch, count, rows, dim)).astype(dtype)) for count in (*heads, heads[1]))
@@ -227,9 +238,15 @@ def test_numbers_of_sequences_are_checked_and_nothing_changes() -> None:
     step(0, q, k, v)
     kept = decoder.memories
     for wrong, error in (
-        ([0, 2], InvalidArgumentError), ([-1], InvalidArgumentError), (np.array([[0]]), InvalidArgumentError),
-        ([[0]], InvalidTypeError), ([0.0], InvalidTypeError), ([True], InvalidTypeError),
-        ("01", InvalidTypeError), (1, InvalidTypeError), (None, InvalidTypeError),
+        ([0, 2], InvalidArgumentError),
+        ([-1], InvalidArgumentError),
+        (np.array([[0]]), InvalidArgumentError),
+        ([[0]], InvalidTypeError),
+        ([0.0], InvalidTypeError),
+        ([True], InvalidTypeError),
+        ("01", InvalidTypeError),
+        (1, InvalidTypeError),
+        (None, InvalidTypeError),
         (np.array([0.5]), InvalidTypeError),
     ):
         with pytest.raises(error, match="indices must"):
@@ -273,7 +290,8 @@ def test_every_array_of_a_policy_s_value_is_taken_along_its_first_axis() -> None
 @LIBRARIES
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize(
-    "copied", [copy.deepcopy, copy.copy, lambda memory: pickle.loads(pickle.dumps(memory))],
+    "copied",
+    [copy.deepcopy, copy.copy, lambda memory: pickle.loads(pickle.dumps(memory))],
     ids=["deepcopy", "copy", "pickle"],
 )
 def test_a_copy_of_the_memory_serves_like_itself(

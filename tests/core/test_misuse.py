@@ -66,8 +66,15 @@ def arguments_of(backend: Backend) -> dict[str, dict[str, Any]]:
         "attend_pages": {"q": q, "context": context, "selection": selection, "active": active},
         "attend_block": {"q": q, "k": k, "v": v},
         "reuse": {"active": active, "fresh": state, "cached": state},
-        "attend": {"q": q, "k": k, "v": v, "context": context, "selection": selection, "active": active,
-                   "cached": state},
+        "attend": {
+            "q": q,
+            "k": k,
+            "v": v,
+            "context": context,
+            "selection": selection,
+            "active": active,
+            "cached": state,
+        },
     }
 
 
@@ -136,9 +143,9 @@ def test_a_cache_without_tokens_is_an_empty_context(batch: int) -> None:
 def test_absent_pages_may_point_into_a_cache_without_any_page(name: str, policy: str) -> None:
     backend = backend_named(name)
     good = ragged_context(0)
-    context = of_backend(backend, Context(
-        good.k_pages[:0], good.v_pages[:0], good.page_table, np.zeros_like(good.page_lengths)
-    ))
+    context = of_backend(
+        backend, Context(good.k_pages[:0], good.v_pages[:0], good.page_table, np.zeros_like(good.page_lengths))
+    )
     q, k, v = (backend.asarray(values) for values in block(1))
     out, _ = PrefixAttention(policy, backend)(q, k, v, context)
     np.testing.assert_allclose(out, backend.attend_block(q, k, v).out, atol=1e-6)

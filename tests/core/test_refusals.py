@@ -84,24 +84,38 @@ VALUES: list[tuple[str, Call]] = [
     ("batch stride", lambda: Context.from_dense(SIDEWAYS, SIDEWAYS, 4, valid=VALID)),
     ("v must be laid out as k is", lambda: Context.from_dense(PADDED, LONG[:, :, :8], 4, valid=VALID)),
     # A context
-    (r"page_table must point into .* got 15 at \(1, 5\)",
-     lambda: replace(CONTEXT, page_table=changed(CONTEXT.page_table, (1, -1), 15)).check_contents()),
-    (r"0..page_size = 0..4; got 5 at \(1, 2\)",
-     lambda: replace(CONTEXT, page_lengths=changed(CONTEXT.page_lengths, (1, 2), 5)).check_contents()),
-    (r"page_segments must be 0 prompt.* got 7",
-     lambda: replace(CONTEXT, page_segments=np.full((2, 6), 7, np.int8)).check_contents()),
+    (
+        r"page_table must point into .* got 15 at \(1, 5\)",
+        lambda: replace(CONTEXT, page_table=changed(CONTEXT.page_table, (1, -1), 15)).check_contents(),
+    ),
+    (
+        r"0..page_size = 0..4; got 5 at \(1, 2\)",
+        lambda: replace(CONTEXT, page_lengths=changed(CONTEXT.page_lengths, (1, 2), 5)).check_contents(),
+    ),
+    (
+        r"page_segments must be 0 prompt.* got 7",
+        lambda: replace(CONTEXT, page_segments=np.full((2, 6), 7, np.int8)).check_contents(),
+    ),
     ("segment must be 0", lambda: CONTEXT.in_segment(3)),
-    *(("contiguous in its last axis", lambda pages=pages: replace(CONTEXT, k_pages=pages, v_pages=pages.copy("C")))
-      for pages in (CONTEXT.k_pages[..., ::2], CONTEXT.k_pages[..., ::-1], np.asfortranarray(CONTEXT.k_pages))),
-    *((f"{field} must be a ndarray .*k_pages is; got a Tensor",
-       lambda field=field: replace(CONTEXT, **{field: tensor(getattr(CONTEXT, field))}))
-      for field in ("v_pages", "page_table", "page_lengths")),
+    *(
+        ("contiguous in its last axis", lambda pages=pages: replace(CONTEXT, k_pages=pages, v_pages=pages.copy("C")))
+        for pages in (CONTEXT.k_pages[..., ::2], CONTEXT.k_pages[..., ::-1], np.asfortranarray(CONTEXT.k_pages))
+    ),
+    *(
+        (
+            f"{field} must be a ndarray .*k_pages is; got a Tensor",
+            lambda field=field: replace(CONTEXT, **{field: tensor(getattr(CONTEXT, field))}),
+        )
+        for field in ("v_pages", "page_table", "page_lengths")
+    ),
     # A selection
     ("span", lambda: Selection(EVERY.mask, 0)),
     ("capacity must be at least 0; got -1", lambda: EVERY.page_lists(-1)),
     ("context", lambda: EVERY.to_csr(None)),  # type: ignore[arg-type]
-    ("2 sequences of 6 pages; got 2 sequences of 2 pages",
-     lambda: EVERY.to_csr(Context.from_dense(*np.zeros((2, 2, 2, 8, 8), np.float32), 4))),
+    (
+        "2 sequences of 6 pages; got 2 sequences of 2 pages",
+        lambda: EVERY.to_csr(Context.from_dense(*np.zeros((2, 2, 2, 8, 8), np.float32), 4)),
+    ),
     ("CSR", lambda: EVERY.to_csr(CONTEXT)),  # a partial page in the middle
     ("context", lambda: Selection.all_pages(None, 5)),  # type: ignore[arg-type]
     ("tokens must be at least 0; got -1", lambda: Selection.all_pages(CONTEXT, -1)),
@@ -127,31 +141,50 @@ VALUES: list[tuple[str, Call]] = [
     (r"index .*\[-1, 2\]", lambda: PassInfo([-1, 2])),
     ("window_index", lambda: PassInfo(0, window_index=-1)),
     ("window_index", lambda: PassInfo(0, window_index=2**31)),
-    *((field, lambda field=field, wrong=wrong: PassInfo(**{"index": 0, field: wrong}))
-      for field in ("index", "is_save", "layer", "num_layers", "total_passes")
-      for wrong in ("1", 2.5, [1.5], {}, np.zeros((0,)), [[1], [2, 3]], *(() if field == "is_save" else (True, -1)))),
+    *(
+        (field, lambda field=field, wrong=wrong: PassInfo(**{"index": 0, field: wrong}))
+        for field in ("index", "is_save", "layer", "num_layers", "total_passes")
+        for wrong in ("1", 2.5, [1.5], {}, np.zeros((0,)), [[1], [2, 3]], *(() if field == "is_save" else (True, -1)))
+    ),
     (r"planned_order.*Pass planned too", lambda: PassInfo(0, planned_order=np.array([[0]]))),
-    *(("planned_order.*planned once", lambda rows=rows: order(*rows)) for rows in (
-        ([0, 1], [1, -1]), ([0, 0], [1, -1]), ([0, 2, 2], [1, -1, -1]), ([0, 2], [-1, 1]), ([0, 2], [1, -2]),
-        ([0, 2, 3], [1, -1, -1]), ([0], [1]))),
+    *(
+        ("planned_order.*planned once", lambda rows=rows: order(*rows))
+        for rows in (
+            ([0, 1], [1, -1]),
+            ([0, 0], [1, -1]),
+            ([0, 2, 2], [1, -1, -1]),
+            ([0, 2], [-1, 1]),
+            ([0, 2], [1, -2]),
+            ([0, 2, 3], [1, -1, -1]),
+            ([0], [1]),
+        )
+    ),
     (r"planned_order.*shape \(2, rows\)", lambda: order([0, 2])),
     (r"planned_order.*shape \(2, rows\)", lambda: order(0, 2)),
     ("planned_order.*dtype int8", lambda: order([0, 2], [1, -1], dtype="float64")),
-    *(("drift must be one of previous, refresh", lambda drift=drift: get_policy("losa", drift=drift))
-      for drift in (np.zeros(2), ["previous"])),
+    *(
+        ("drift must be one of previous, refresh", lambda drift=drift: get_policy("losa", drift=drift))
+        for drift in (np.zeros(2), ["previous"])
+    ),
     # Operators
-    *(("count|mass", lambda rule=rule: largest_changes(np.zeros((1, 2), np.float32), **rule)) for rule in (
-        {}, {"count": 1, "mass": 0.5}, {"count": -1}, {"count": 1.5}, {"mass": 1.1}, {"mass": -0.1})),
+    *(
+        ("count|mass", lambda rule=rule: largest_changes(np.zeros((1, 2), np.float32), **rule))
+        for rule in ({}, {"count": 1, "mass": 0.5}, {"count": -1}, {"count": 1.5}, {"mass": 1.1}, {"mass": -0.1})
+    ),
     *(("from_page", lambda first=first: grow(first)) for first in (-1, 5, True, 1.0)),
     ("bounds must hold the first from_page=3 pages", lambda: grow(3, pages=2)),
     (r"bounds\.lower", lambda: grow(1, heads=2)),
-    *(("lse", lambda pooled=pooled: pooled(Q, CONTEXT, span=2, lse=np.zeros((2, 4, 4), np.float32)))
-      for pooled in (pooled_scores, REFERENCE.pooled_scores)),
-    *(("scale", lambda scale=scale: softmax_scale(8, scale))
-      for scale in (True, "1", math.nan, math.inf, 0, -1.0, 10**400, [1.0])),
+    *(
+        ("lse", lambda pooled=pooled: pooled(Q, CONTEXT, span=2, lse=np.zeros((2, 4, 4), np.float32)))
+        for pooled in (pooled_scores, REFERENCE.pooled_scores)
+    ),
+    *(
+        ("scale", lambda scale=scale: softmax_scale(8, scale))
+        for scale in (True, "1", math.nan, math.inf, 0, -1.0, 10**400, [1.0])
+    ),
     ("lse must be a ndarray", lambda: AttentionState(np.zeros((1, 1, 1, 2), "f4"), tensor(np.zeros((1, 1, 1), "f4")))),
     ("multiple of kv_heads, itself at least 1", lambda: REFERENCE.why_not(Problem("float32", 8, 4, 4, 0, 5))),
-]  # fmt: skip
+]
 TYPES: list[tuple[str, Call]] = [
     ("page_table must have dtype int32", lambda: replace(CONTEXT, page_table=CONTEXT.page_table.astype(np.int64))),
     ("v_pages must have dtype float32", lambda: replace(CONTEXT, v_pages=CONTEXT.v_pages.astype(np.float64))),
@@ -169,20 +202,23 @@ TYPES: list[tuple[str, Call]] = [
     ("memory must be", lambda: attend(Q, K, V, CONTEXT, "x", PassInfo(1))),
     ("info must be a PassInfo", lambda: attend(Q, K, V, CONTEXT, None, 1)),
     ("bounds must be PageBounds", lambda: REFERENCE.extend_bounds(ONE_PAGE, None, 1)),  # type: ignore[arg-type]
-    *(("lse", lambda pooled=pooled: pooled(Q, CONTEXT, span=2, lse=np.zeros((2, 4, 5))))
-      for pooled in (pooled_scores, REFERENCE.pooled_scores)),
+    *(
+        ("lse", lambda pooled=pooled: pooled(Q, CONTEXT, span=2, lse=np.zeros((2, 4, 5))))
+        for pooled in (pooled_scores, REFERENCE.pooled_scores)
+    ),
     ("check_contents", lambda: PrefixAttention("dense", "reference", check_contents="yes")),  # type: ignore[arg-type]
     ("q must be an array", lambda: AttentionState.empty_like(None)),
     ("problem must be a Problem", lambda: REFERENCE.why_not(None)),  # type: ignore[arg-type]
     ("must be constructible with these options", lambda: get_policy("sys:exit")),
     ("active must have dtype bool", lambda: EVERY.loaded(np.ones((2, 5)), 4, 2)),
     ("q_shape must be the shape", lambda: EVERY.check_fits((2, 4), CONTEXT)),
-]  # fmt: skip
+]
 
 
-@pytest.mark.parametrize(("error", "words", "call"), [
-    *((InvalidArgumentError, *case) for case in VALUES), *((InvalidTypeError, *case) for case in TYPES),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("error", "words", "call"),
+    [*((InvalidArgumentError, *case) for case in VALUES), *((InvalidTypeError, *case) for case in TYPES)],
+)
 def test_what_does_not_fit_is_refused_in_these_words(error: type[SparseAttentionError], words: str, call: Call) -> None:
     with pytest.raises(error, match=words):
         call()

@@ -35,7 +35,8 @@ def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     info = tmp_path / "strangers-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: strangers\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(textwrap.dedent("""\
+    (info / "entry_points.txt").write_text(
+        textwrap.dedent("""\
         [sparse_dlm_attn.backends]
         good = strangers:Good
         needs-missing = strangers_missing:Backend
@@ -45,8 +46,10 @@ def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         wrong-product = strangers:make_wrong
         [sparse_dlm_attn.policies]
         dense = strangers:Other
-    """))
-    (tmp_path / "strangers.py").write_text(textwrap.dedent("""\
+    """)
+    )
+    (tmp_path / "strangers.py").write_text(
+        textwrap.dedent("""\
         from sparse_dlm_attn_reference import ReferenceBackend
         from sparse_dlm_attn.policies.dense import Dense
         class Good(ReferenceBackend):
@@ -56,7 +59,8 @@ def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         class Other(Dense): pass
         NOT_A_BACKEND = 3
         def make_wrong(): return 3
-    """))
+    """)
+    )
     (tmp_path / "strangers_missing.py").write_text("import a_package_that_is_missing\n")
     (tmp_path / "strangers_broken.py").write_text("raise RuntimeError('no driver')\n")
     (tmp_path / "strangers_exits.py").write_text("raise SystemExit(3)\n")
@@ -124,8 +128,9 @@ def test_instances_pass_through_and_take_no_options() -> None:
     assert "dense" in list_policies()
 
 
-@pytest.mark.parametrize(("get", "name"), [(get_policy, "sparsed:ratio"), (get_backend, "torch:"),
-                                           (get_backend, "reference:speed")])
+@pytest.mark.parametrize(
+    ("get", "name"), [(get_policy, "sparsed:ratio"), (get_backend, "torch:"), (get_backend, "reference:speed")]
+)
 def test_a_parameter_without_a_value_is_no_module(get: Callable[[str], object], name: str) -> None:
     with pytest.raises(InvalidArgumentError, match=r"name:key=value.*is registered"):
         get(name)
@@ -133,10 +138,16 @@ def test_a_parameter_without_a_value_is_no_module(get: Callable[[str], object], 
 
 @pytest.mark.parametrize(
     "error",
-    [InvalidArgumentError("k", "must be 1", (2, 3), "Pass 1."), InvalidTypeError("k", "must be int", "'a'"),
-     UnknownNameError("policy", "dens", ["dense"]), UnavailableError("backend 'x'", ["no y"], "Install y."),
-     UnsupportedError("x", ["head_dim 7"]), StaleMemoryError("memory is old."),
-     CallOrderError("next()", "must be last", "first", "Wait."), DataFileError("no such file")],
+    [
+        InvalidArgumentError("k", "must be 1", (2, 3), "Pass 1."),
+        InvalidTypeError("k", "must be int", "'a'"),
+        UnknownNameError("policy", "dens", ["dense"]),
+        UnavailableError("backend 'x'", ["no y"], "Install y."),
+        UnsupportedError("x", ["head_dim 7"]),
+        StaleMemoryError("memory is old."),
+        CallOrderError("next()", "must be last", "first", "Wait."),
+        DataFileError("no such file"),
+    ],
     ids=lambda error: type(error).__name__,
 )
 @pytest.mark.parametrize("again", [copy.copy, lambda error: pickle.loads(pickle.dumps(error))])

@@ -76,8 +76,12 @@ def test_a_padded_sequence_gets_what_it_gets_alone(name: str, policy: str) -> No
     together = run(slice(0, 3), k, v, ragged())
     for b in range(2):  # the third has a hole, which no dense cache of its own would have
         mine = ragged()[b]
-        alone = run(slice(b, b + 1), k[b : b + 1][:, :, mine], v[b : b + 1][:, :, mine],
-                    np.ones((1, int(mine.sum())), dtype=bool))
+        alone = run(
+            slice(b, b + 1),
+            k[b : b + 1][:, :, mine],
+            v[b : b + 1][:, :, mine],
+            np.ones((1, int(mine.sum())), dtype=bool),
+        )
         np.testing.assert_allclose(together[b], alone[0], rtol=0, atol=1e-6)
 
 

@@ -33,9 +33,9 @@ def blocks() -> list[Block]:
     for block, tokens in zip(made, ((17, 30), (23, 36), (1, 12)), strict=True):
         starts = torch.arange(CAPACITY) * SIZE
         lengths = (torch.tensor(tokens)[:, None] - starts).clamp(0, SIZE).to(torch.int32)
-        object.__setattr__(block, "context", Context(
-            first.context.k_pages, first.context.v_pages, block.context.page_table, lengths
-        ))  # fmt: skip
+        object.__setattr__(
+            block, "context", Context(first.context.k_pages, first.context.v_pages, block.context.page_table, lengths)
+        )
     return made
 
 

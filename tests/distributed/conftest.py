@@ -36,7 +36,9 @@ class Ranks:
         started = [
             subprocess.Popen(
                 [*command, str(rank), str(world), str(folder), str(limit)],
-                stdout=log, stderr=subprocess.STDOUT, env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
             )
             for rank, log in enumerate(logs)
         ]

@@ -45,8 +45,12 @@ def infos(block: Block) -> list[PassInfo]:
     """The passes of a block; the last one saves."""
     return [
         PassInfo(
-            index, is_save=index == block.passes - 1, newly_decoded=block.newly[index], layer=1,
-            num_layers=4, total_passes=TOTAL_PASSES,
+            index,
+            is_save=index == block.passes - 1,
+            newly_decoded=block.newly[index],
+            layer=1,
+            num_layers=4,
+            total_passes=TOTAL_PASSES,
         )
         for index in range(block.passes)
     ]

@@ -33,10 +33,14 @@ def on_one_device(policy: str, name: str) -> list[dict[str, Any]]:
     attention, memory, seen = PrefixAttention(policy_of(policy), TorchBackend()), None, []
     for index, info in enumerate(infos(block)):
         out, memory = attention(block.q[index], block.k, block.v, block.context, memory, info)
-        seen.append({
-            "out": out, "lse": memory.state.lse, "active": memory.active,
-            "mask": memory.selection.for_rows(out.shape[1], out.shape[2]),
-        })
+        seen.append(
+            {
+                "out": out,
+                "lse": memory.state.lse,
+                "active": memory.active,
+                "mask": memory.selection.for_rows(out.shape[1], out.shape[2]),
+            }
+        )
     return seen
 
 
@@ -131,7 +135,8 @@ def test_kv_heads_can_lie_on_other_ranks_too(ranks: Any) -> None:
             heads = slice(2 * column, 2 * column + 2)
             expect_same(passes, on_one_device(policy, "pages of 4"), "pages of 4", heads)
     assert refused == {
-        policy for policy in policies()
+        policy
+        for policy in policies()
         if policy.startswith("sparse-dllm") or "union_over=layer" in policy or "score_scale=heads" in policy
     }
 

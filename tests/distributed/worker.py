@@ -51,10 +51,14 @@ def denoised(attention: DistributedAttention, block: Any, context: Any) -> list[
     memory, seen = None, []
     for index, info in enumerate(infos(block)):
         out, memory = attention(block.q[index], block.k, block.v, context, memory, info)
-        seen.append({
-            "out": out.float().cpu(), "lse": memory.state.lse.cpu(), "active": memory.active.cpu(),
-            "mask": memory.selection.for_rows(out.shape[1], out.shape[2]).cpu(),
-        })
+        seen.append(
+            {
+                "out": out.float().cpu(),
+                "lse": memory.state.lse.cpu(),
+                "active": memory.active.cpu(),
+                "mask": memory.selection.for_rows(out.shape[1], out.shape[2]).cpu(),
+            }
+        )
     return seen
 
 
@@ -71,7 +75,8 @@ def every_ownership(on: Rank) -> Any:
     mesh, block = on.mesh(), on.block("pages of 4")
     return {
         (policy, rule): denoised(on.attention(policy, mesh), block, on.shard(block.context, rule))
-        for policy in ("dense", "losa:active=2,budget=8", "mage:budget=8,dense_layers=0") for rule in RULES
+        for policy in ("dense", "losa:active=2,budget=8", "mage:budget=8,dense_layers=0")
+        for rule in RULES
     }
 
 
@@ -112,7 +117,8 @@ def bounds(on: Rank) -> Any:
         grown = backend.extend_bounds(shard, got, 4)
         results += [
             torch.equal(getattr(made, side).view(torch.uint8), getattr(want, side).view(torch.uint8))
-            for made in (got, grown) for side in ("lower", "upper")
+            for made in (got, grown)
+            for side in ("lower", "upper")
         ]
         shard.with_bounds(grown)  # they are of the type that a sharded context takes
     return results
@@ -155,8 +161,10 @@ def mistakes(on: Rank) -> Any:
     acts: list[tuple[str, Any]] = [
         ("q must be the same on every rank", lambda: one_pass(rows=5 if other else 6, keys=5 if other else 6)),
         ("k must be the same on every rank", lambda: one_pass(keys=2 if other else 6)),
-        ("context.page_lengths must be the same on every rank",
-         lambda: one_pass(page_lengths=clamped if other else context.page_lengths)),
+        (
+            "context.page_lengths must be the same on every rank",
+            lambda: one_pass(page_lengths=clamped if other else context.page_lengths),
+        ),
         ("context.page_size must be the same on every rank", lambda: one_pass(page_lengths=clamped, **half)),
         ("context.version must be the same on every rank", lambda: one_pass(version=on.rank)),
         ("pass 0, is_save False, layer 0", lambda: one_pass(info=PassInfo(0, is_save=other))),
@@ -166,9 +174,11 @@ def mistakes(on: Rank) -> Any:
         ("bounds must be ShardedBounds", lambda: context.with_bounds(local.page_bounds(context.local))),
         ("policy must be the same on every rank", lambda: on.attention(f"quest:budget={8 if other else 16}", mesh)),
         ("with pages over", lambda: DistributedBackend(local, both, **swapped)),
-        ("compute on tensors of PyTorch",
-         lambda: DistributedBackend("sparse_dlm_attn_reference:ReferenceBackend", mesh)),
-    ]  # fmt: skip
+        (
+            "compute on tensors of PyTorch",
+            lambda: DistributedBackend("sparse_dlm_attn_reference:ReferenceBackend", mesh),
+        ),
+    ]
     wrong = []
     for words, act in acts:
         for call, wanted in ((act, words), (one_pass, "")):

@@ -36,8 +36,16 @@ def hiding(q: Any, k: Any, v: Any, count: int, scale: float) -> tuple[Any, Any]:
 
 
 def flash_attn_varlen_func(
-    q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: int, max_seqlen_k: int,
-    softmax_scale: float | None = None, causal: bool = False, return_attn_probs: bool = False,
+    q: Any,
+    k: Any,
+    v: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    return_attn_probs: bool = False,
 ) -> Any:
     assert q.ndim == k.ndim == 3
     assert k.shape[1] == 1
@@ -60,8 +68,14 @@ def flash_attn_varlen_func(
 
 
 def flash_attn_with_kvcache(
-    q: Any, k_cache: Any, v_cache: Any, cache_seqlens: Any, block_table: Any, softmax_scale: float,
-    causal: bool = False, return_softmax_lse: bool = False,
+    q: Any,
+    k_cache: Any,
+    v_cache: Any,
+    cache_seqlens: Any,
+    block_table: Any,
+    softmax_scale: float,
+    causal: bool = False,
+    return_softmax_lse: bool = False,
 ) -> Any:
     assert q.ndim == k_cache.ndim == 4
     assert k_cache.shape[2] == 1
@@ -80,9 +94,20 @@ class PrefillWrapper:
     """The part of ``BatchPrefillWithPagedKVCacheWrapper`` that is used, for layout HND."""
 
     def plan(
-        self, qo_indptr: Any, paged_kv_indptr: Any, paged_kv_indices: Any, paged_kv_last_page_len: Any, *,
-        num_qo_heads: int, num_kv_heads: int, head_dim_qk: int, page_size: int, causal: bool,
-        sm_scale: float, q_data_type: Any, kv_data_type: Any,
+        self,
+        qo_indptr: Any,
+        paged_kv_indptr: Any,
+        paged_kv_indices: Any,
+        paged_kv_last_page_len: Any,
+        *,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim_qk: int,
+        page_size: int,
+        causal: bool,
+        sm_scale: float,
+        q_data_type: Any,
+        kv_data_type: Any,
     ) -> None:
         assert num_qo_heads == num_kv_heads == 1
         assert not causal

@@ -33,8 +33,11 @@ KERNELS = ("Planned", "Packed", "Paged")
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_attention_keeps_the_specification(kernel: str) -> None:
     found = check_backend(
-        getattr(stand_ins, kernel)(), clauses=("ATTEND-1", "BLOCK-1", "CONTEXT-2", "PURE-6"),
-        dtypes=("float32",), first_only=True, shrink=False,
+        getattr(stand_ins, kernel)(),
+        clauses=("ATTEND-1", "BLOCK-1", "CONTEXT-2", "PURE-6"),
+        dtypes=("float32",),
+        first_only=True,
+        shrink=False,
     )
     assert not found, found[0].text
 
@@ -50,16 +53,24 @@ def test_a_log_sum_exp_left_in_base_2_is_noticed() -> None:
 
 @pytest.mark.parametrize(
     ("owed", "kind"),
-    [("nothing", InvalidTypeError), ("no lse", InvalidTypeError), ("fewer channels", InvalidArgumentError),
-     ("an axis too many", InvalidArgumentError), ("another device", InvalidArgumentError)],
+    [
+        ("nothing", InvalidTypeError),
+        ("no lse", InvalidTypeError),
+        ("fewer channels", InvalidArgumentError),
+        ("an axis too many", InvalidArgumentError),
+        ("another device", InvalidArgumentError),
+    ],
 )
 def test_a_kernel_that_returns_something_else_is_told_what_it_owes(owed: str, kind: type[Exception]) -> None:
     class Wrong(stand_ins.Planned):
         def run(self, *arguments: Any) -> Any:
             out, lse = super().run(*arguments)
             return {
-                "nothing": None, "no lse": out, "fewer channels": (out[:, :3], lse),
-                "an axis too many": (out, lse[:, None]), "another device": (out.to("meta"), lse),
+                "nothing": None,
+                "no lse": out,
+                "fewer channels": (out[:, :3], lse),
+                "an axis too many": (out, lse[:, None]),
+                "another device": (out.to("meta"), lse),
             }[owed]
 
     q, k, v = (torch.randn(1, heads, 4, 16) for heads in (4, 2, 2))

@@ -1,6 +1,6 @@
 """Tests that need a GPU. They run in a bare checkout too, where nothing is installed::
 
-    PYTHONPATH=.:reference:backends:benchmarks:models:conformance python -m pytest tests/gpu -q -p no:cacheprovider
+PYTHONPATH=.:reference:backends:benchmarks:models:conformance python -m pytest tests/gpu -q -p no:cacheprovider
 """
 
 from __future__ import annotations

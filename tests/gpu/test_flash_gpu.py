@@ -88,7 +88,10 @@ def test_passes_of_policies_agree_with_pytorch(kind: str, module: str | None) ->
 @EACH
 def test_the_suite_accepts_it(kind: str, module: str | None) -> None:
     found = check_backend(
-        made(kind, module), clauses=("ATTEND-1", "BLOCK-1", "CONTEXT-2"), dtypes=("bfloat16",),
-        first_only=True, shrink=False,
+        made(kind, module),
+        clauses=("ATTEND-1", "BLOCK-1", "CONTEXT-2"),
+        dtypes=("bfloat16",),
+        first_only=True,
+        shrink=False,
     )
     assert not found, found[0].text

@@ -17,9 +17,16 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 BLOCK, PROMPT, ROOM, LAYERS = 16, 1500, 2048, 3
 POLICIES = (
-    "dense", "quest:budget=256", "losa:budget=256", "losa:budget=256,drift=refresh,save_pass=dense",
-    "mage:budget=256,dense_layers=1", "flashblock", "snapkv:capacity=512", "sparsed:warmup=1", "streaming-llm",
-)  # fmt: skip
+    "dense",
+    "quest:budget=256",
+    "losa:budget=256",
+    "losa:budget=256,drift=refresh,save_pass=dense",
+    "mage:budget=256,dense_layers=1",
+    "flashblock",
+    "snapkv:capacity=512",
+    "sparsed:warmup=1",
+    "streaming-llm",
+)
 BACKENDS = ("triton", "torch:device=cuda")
 
 
@@ -32,9 +39,16 @@ def make_model(dtype: str) -> Any:
     """Return a model of Qwen3's kind with random weights."""
     torch.manual_seed(0)
     config = transformers.Qwen3Config(
-        vocab_size=512, hidden_size=256, intermediate_size=256, num_hidden_layers=LAYERS, num_attention_heads=8,
-        num_key_value_heads=2, head_dim=128, max_position_embeddings=4096, dtype=dtype,
-    )  # fmt: skip
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=256,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=128,
+        max_position_embeddings=4096,
+        dtype=dtype,
+    )
     return transformers.Qwen3ForCausalLM(config).to("cuda", getattr(torch, dtype)).eval()
 
 

@@ -46,11 +46,21 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PATHS = ("masked", "flex")
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 POLICIES = {
-    "dense": Dense(), "sliding-window": SlidingWindow(), "streaming-llm": StreamingLLM(),
-    "quest": Quest(budget=128), "losa": Losa(budget=128), "losa by mass": Losa(budget=128, mass=0.5),
-    "losa, own pages": Losa(budget=128, pages="own", drift="refresh"), "flashblock": FlashBlock(),
-    "mage": Mage(dense_layers=0), "sparsed": SparseD(warmup=1), "sparsed by spans": SparseD(warmup=1, span=8),
-    "sparse-dllm": SparseDLLM(), "snapkv": SnapKV(), "fast-dllm": FastDLLM(), "dkv-cache": DKVCache(),
+    "dense": Dense(),
+    "sliding-window": SlidingWindow(),
+    "streaming-llm": StreamingLLM(),
+    "quest": Quest(budget=128),
+    "losa": Losa(budget=128),
+    "losa by mass": Losa(budget=128, mass=0.5),
+    "losa, own pages": Losa(budget=128, pages="own", drift="refresh"),
+    "flashblock": FlashBlock(),
+    "mage": Mage(dense_layers=0),
+    "sparsed": SparseD(warmup=1),
+    "sparsed by spans": SparseD(warmup=1, span=8),
+    "sparse-dllm": SparseDLLM(),
+    "snapkv": SnapKV(),
+    "fast-dllm": FastDLLM(),
+    "dkv-cache": DKVCache(),
 }
 BATCH, Q_HEADS, KV_HEADS, HEAD_DIM, PAGE, TOKENS, PAGES = 2, 8, 2, 64, 16, 16, 40
 
@@ -73,8 +83,10 @@ def backend(attention: str = "auto") -> TorchBackend:
 
 def block(dtype: torch.dtype, seed: int = 0) -> list[torch.Tensor]:
     torch.manual_seed(seed)
-    return [torch.randn(BATCH, heads, TOKENS, HEAD_DIM, device="cuda", dtype=dtype)
-            for heads in (Q_HEADS, KV_HEADS, KV_HEADS)]
+    return [
+        torch.randn(BATCH, heads, TOKENS, HEAD_DIM, device="cuda", dtype=dtype)
+        for heads in (Q_HEADS, KV_HEADS, KV_HEADS)
+    ]
 
 
 def cache_of(dtype: torch.dtype, pages: int = PAGES, seed: int = 1) -> torch.Tensor:
@@ -115,9 +127,7 @@ def close(got: AttentionState, wanted: AttentionState, dtype: torch.dtype) -> No
 @pytest.mark.parametrize("heads", [1, KV_HEADS, Q_HEADS])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("path", PATHS)
-def test_every_path_computes_what_the_reference_computes(
-    path: str, dtype: torch.dtype, heads: int, span: int
-) -> None:
+def test_every_path_computes_what_the_reference_computes(path: str, dtype: torch.dtype, heads: int, span: int) -> None:
     (q, k, v), context = block(dtype), context_of(dtype)
     chosen = torch.rand(BATCH, heads, -(-TOKENS // span), PAGES, device="cuda") < 0.4
     active = torch.rand(BATCH, TOKENS, device="cuda") < 0.7
@@ -147,9 +157,7 @@ def test_what_pages_are_chosen_by_is_what_the_reference_chooses_by(dtype: torch.
     wanted_mask = reference.top_pages(on_host(scores), 7, eligible=on_host(eligible))
     np.testing.assert_array_equal(on_host(mask), wanted_mask)
     mass = gpu.pooled_scores(q, context, span=8)
-    np.testing.assert_allclose(
-        on_host(mass), reference.pooled_scores(on_host(q), host, span=8), rtol=1e-4, atol=1e-6
-    )
+    np.testing.assert_allclose(on_host(mass), reference.pooled_scores(on_host(q), host, span=8), rtol=1e-4, atol=1e-6)
 
 
 def test_auto_takes_flexattention_where_it_can_and_says_so() -> None:
@@ -162,8 +170,9 @@ def test_auto_takes_flexattention_where_it_can_and_says_so() -> None:
 def test_a_layout_that_flexattention_cannot_read_is_computed_by_masked() -> None:
     (q, _, _), context = block(torch.float32), context_of(torch.float32)
     by_token = Context(
-        *(getattr(context, name).transpose(1, 2).contiguous().transpose(1, 2)
-          for name in ("k_pages", "v_pages")), context.page_table, context.page_lengths,
+        *(getattr(context, name).transpose(1, 2).contiguous().transpose(1, 2) for name in ("k_pages", "v_pages")),
+        context.page_table,
+        context.page_lengths,
     )
     selection = Selection.all_pages(context, TOKENS)
     active = torch.ones(BATCH, TOKENS, dtype=torch.bool, device="cuda")
@@ -335,8 +344,7 @@ def arguments(path: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(
-    "name", ["attend_pages", "attend_block", "attend", "page_bounds", "page_scores", "top_pages",
-             "pooled_scores"],
+    "name", ["attend_pages", "attend_block", "attend", "page_bounds", "page_scores", "top_pages", "pooled_scores"]
 )
 def test_custom_operators_keep_what_they_declare(name: str, path: str) -> None:
     operator, given = arguments(path)[name]
@@ -378,8 +386,7 @@ def test_flash_attn_computes_the_block_where_it_is_installed() -> None:
 
 def test_bad_places_are_refused_with_the_remedy() -> None:
     rows, context = block(torch.float32), context_of(torch.float32)
-    host = Context(*(getattr(context, name).cpu() for name in
-                     ("k_pages", "v_pages", "page_table", "page_lengths")))
+    host = Context(*(getattr(context, name).cpu() for name in ("k_pages", "v_pages", "page_table", "page_lengths")))
     with pytest.raises(UnsupportedError, match="move the tensors to 'cuda'"):
         PrefixAttention(Dense(), backend())(*(row.cpu() for row in rows), host)
     with pytest.raises(InvalidArgumentError, match="Tensor on device cuda:0"):

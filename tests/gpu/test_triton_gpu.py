@@ -23,8 +23,14 @@ from sparse_dlm_attn_triton import TritonBackend, settings  # noqa: E402
 
 SHAPE = Shape(batch=2, context=8192, page_size=64)
 PASSES = 100
-POLICIES = ("dense", "losa:budget=512", "quest:budget=512", "mage:dense_layers=0,budget=512",
-            "flashblock", "sliding-window")
+POLICIES = (
+    "dense",
+    "losa:budget=512",
+    "quest:budget=512",
+    "mage:dense_layers=0,budget=512",
+    "flashblock",
+    "sliding-window",
+)
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +60,18 @@ def test_a_steady_state_takes_no_memory_from_the_driver(policy: str, made: Any) 
     block(PASSES)
     torch.cuda.synchronize()
     after = torch.cuda.memory_stats()
-    grown = {name: after[name] - before[name] for name in (
-        "segment.all.allocated", "num_alloc_retries", "num_ooms", "reserved_bytes.all.current",
-        "allocation.all.allocated", "num_device_alloc",
-    ) if name in after}
+    grown = {
+        name: after[name] - before[name]
+        for name in (
+            "segment.all.allocated",
+            "num_alloc_retries",
+            "num_ooms",
+            "reserved_bytes.all.current",
+            "allocation.all.allocated",
+            "num_device_alloc",
+        )
+        if name in after
+    }
     print(f"\n{policy}: over {PASSES} passes {grown}", end="")
     assert grown["segment.all.allocated"] == 0
     assert grown["num_alloc_retries"] == 0

@@ -17,8 +17,14 @@ from sparse_dlm_attn_small_model.model import TinyModel
 from sparse_dlm_attn_small_model.records import Decoded, PassRecord
 
 POLICIES = [
-    "dense", "sliding-window:window=32", "streaming-llm:sinks=16,window=32", "quest:budget=32",
-    "losa:budget=32", "flashblock", "mage:budget=32", "sparsed",
+    "dense",
+    "sliding-window:window=32",
+    "streaming-llm:sinks=16,window=32",
+    "quest:budget=32",
+    "losa:budget=32",
+    "flashblock",
+    "mage:budget=32",
+    "sparsed",
 ]
 RISING = np.linspace(0.1, 0.8, 8)
 LETTERS = list(b"abcdefgh")
@@ -145,8 +151,16 @@ def test_together_or_one_by_one_makes_no_difference(model: TinyModel, text: byte
 
 def facts_of(decoded: Decoded) -> list[Any]:
     passes = [
-        (record.block, record.index, record.is_save, record.tokens, record.newly_decoded, record.reads,
-         record.active_rows.tolist(), record.loaded.tolist())
+        (
+            record.block,
+            record.index,
+            record.is_save,
+            record.tokens,
+            record.newly_decoded,
+            record.reads,
+            record.active_rows.tolist(),
+            record.loaded.tolist(),
+        )
         for record in decoded.passes
     ]
     totals = [decoded.traffic(), decoded.traffic(first_pass=False)]
@@ -231,11 +245,20 @@ def test_a_block_causal_model_has_nothing_to_refresh(model: TinyModel, text: byt
 @pytest.mark.parametrize(
     ("options", "argument"),
     [
-        ({"steps": 0}, "steps"), ({"steps": 17}, "steps"), ({"steps": 2.0}, "steps"),
-        ({"threshold": -0.1}, "threshold"), ({"threshold": 1.1}, "threshold"), ({"threshold": "high"}, "threshold"),
-        ({"threshold": float("nan")}, "threshold"), ({"steps": 4, "threshold": 0.5}, "steps"),
-        ({"block_length": 12}, "block_length"), ({"max_blocks": 0}, "max_blocks"), ({"page_size": 0}, "page_size"),
-        ({"page_size": "16"}, "page_size"), ({"on_pass": 3}, "on_pass"), ({"prefix": b"text"}, "prefix"),
+        ({"steps": 0}, "steps"),
+        ({"steps": 17}, "steps"),
+        ({"steps": 2.0}, "steps"),
+        ({"threshold": -0.1}, "threshold"),
+        ({"threshold": 1.1}, "threshold"),
+        ({"threshold": "high"}, "threshold"),
+        ({"threshold": float("nan")}, "threshold"),
+        ({"steps": 4, "threshold": 0.5}, "steps"),
+        ({"block_length": 12}, "block_length"),
+        ({"max_blocks": 0}, "max_blocks"),
+        ({"page_size": 0}, "page_size"),
+        ({"page_size": "16"}, "page_size"),
+        ({"on_pass": 3}, "on_pass"),
+        ({"prefix": b"text"}, "prefix"),
     ],
 )
 def test_bad_options_are_refused_by_name(model: TinyModel, options: dict[str, Any], argument: str) -> None:
@@ -250,8 +273,11 @@ def test_a_prefix_of_something_else_is_refused(
 ) -> None:
     prompt = text[:40]
     wrong = [
-        model.prefill(text[:39]), model.prefill(text[1:41]), model.prefill(prompt, block_length=8),
-        make_model(seed=5).prefill(prompt), model.empty_cache(),
+        model.prefill(text[:39]),
+        model.prefill(text[1:41]),
+        model.prefill(prompt, block_length=8),
+        make_model(seed=5).prefill(prompt),
+        model.empty_cache(),
     ]
     for prefix in wrong:
         with pytest.raises(InvalidArgumentError, match="prefix"):
@@ -261,8 +287,12 @@ def test_a_prefix_of_something_else_is_refused(
 @pytest.mark.clause("ERROR-1")
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"policy": "dkv-cache"}, "must compute all rows.*one by one"), ({"max_blocks": [1]}, "max_blocks"),
-     ({"max_blocks": [1, 0]}, "max_blocks"), ({"block_length": 8}, "prefix")],
+    [
+        ({"policy": "dkv-cache"}, "must compute all rows.*one by one"),
+        ({"max_blocks": [1]}, "max_blocks"),
+        ({"max_blocks": [1, 0]}, "max_blocks"),
+        ({"block_length": 8}, "prefix"),
+    ],
 )
 def test_what_cannot_be_decoded_together_is_refused(
     model: TinyModel, text: bytes, options: dict[str, Any], message: str

@@ -108,8 +108,15 @@ def test_full_sequence_logits_equal_those_of_the_training_code(torch_model: Any,
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        (b"", "empty prompt"), (bytes(513), "at most 512 bytes"), ("text", "encode"),
-        ([3, 256], "256"), ([-1], "-1"), ([True], "True"), ([1.5], "1.5"), (None, "NoneType"), (7, "int"),
+        (b"", "empty prompt"),
+        (bytes(513), "at most 512 bytes"),
+        ("text", "encode"),
+        ([3, 256], "256"),
+        ([-1], "-1"),
+        ([True], "True"),
+        ([1.5], "1.5"),
+        (None, "NoneType"),
+        (7, "int"),
     ],
 )
 def test_a_bad_prompt_is_refused(model: TinyModel, prompt: Any, message: str) -> None:

@@ -79,8 +79,12 @@ def test_windows_are_filled_from_the_left_and_stop(model: TinyModel, changed: An
 
 @pytest.mark.parametrize(
     ("policy", "rows"),
-    [("dense", [46] * 8), ("fast-dllm", [46, 8, 8, 8] * 2), ("sparse-dllm:ratio=1", [46, 46, 8, 8] * 2),
-     ("fast-dllm:mode=prefix", [46, 16, 16, 16, 46, 8, 8, 8])],
+    [
+        ("dense", [46] * 8),
+        ("fast-dllm", [46, 8, 8, 8] * 2),
+        ("sparse-dllm:ratio=1", [46, 46, 8, 8] * 2),
+        ("fast-dllm:mode=prefix", [46, 16, 16, 16, 46, 8, 8, 8]),
+    ],
 )
 @pytest.mark.clause("POLICY-7")
 def test_the_loop_computes_the_rows_that_the_policy_names(
@@ -128,8 +132,14 @@ def test_a_policy_is_told_the_rows_of_a_pass_in_the_order_drawn(
             return rows
 
     result = decode_full_sequence(
-        model, text[:LENGTH], policy=Listening(), new_tokens=NEW, block_length=length, steps=steps,
-        order="random", seed=3,
+        model,
+        text[:LENGTH],
+        policy=Listening(),
+        new_tokens=NEW,
+        block_length=length,
+        steps=steps,
+        order="random",
+        seed=3,
     )
     rng = np.random.default_rng(3)
     drawn = [LENGTH + first + rng.permutation(length) for first in range(0, NEW, length)]
@@ -144,10 +154,21 @@ def test_a_policy_is_told_the_rows_of_a_pass_in_the_order_drawn(
 @pytest.mark.parametrize(
     ("prompt", "options"),
     [
-        (b"", {}), (bytes(600), {}), (bytes(500), {"new_tokens": 13}), (b"x", {"new_tokens": 0}), (b"x", {"steps": 17}),
-        (b"x", {"steps": 2, "threshold": 0.5}), (b"x", {"block_length": 5}), (b"x", {"block_length": 0}),
-        (b"x", {"on_pass": 1}), ("x", {}), (b"x", {"page_size": 0}), (b"x", {"order": "left"}), (b"x", {"seed": -1}),
-        (b"x", {"order": "random", "threshold": 0.5}), (b"x", {"policy": "losa:active=-1"}),
+        (b"", {}),
+        (bytes(600), {}),
+        (bytes(500), {"new_tokens": 13}),
+        (b"x", {"new_tokens": 0}),
+        (b"x", {"steps": 17}),
+        (b"x", {"steps": 2, "threshold": 0.5}),
+        (b"x", {"block_length": 5}),
+        (b"x", {"block_length": 0}),
+        (b"x", {"on_pass": 1}),
+        ("x", {}),
+        (b"x", {"page_size": 0}),
+        (b"x", {"order": "left"}),
+        (b"x", {"seed": -1}),
+        (b"x", {"order": "random", "threshold": 0.5}),
+        (b"x", {"policy": "losa:active=-1"}),
     ],
 )
 def test_bad_input_is_refused(model: TinyModel, prompt: Any, options: dict[str, Any]) -> None:

@@ -76,8 +76,17 @@ class _Passes(list):  # type: ignore[type-arg]
 
 
 def make_block(
-    seed: int, *, batch: int = 2, q_heads: int = 4, kv_heads: int = 2, tokens: int = TOKENS,
-    page_size: int = 4, pages: int = 9, head_dim: int = 8, passes: int = 4, segments: bool = True,
+    seed: int,
+    *,
+    batch: int = 2,
+    q_heads: int = 4,
+    kv_heads: int = 2,
+    tokens: int = TOKENS,
+    page_size: int = 4,
+    pages: int = 9,
+    head_dim: int = 8,
+    passes: int = 4,
+    segments: bool = True,
 ) -> Block:
     """Return a block over pages shuffled in memory; some are absent or partial, anywhere."""
     rng = np.random.default_rng(seed)
@@ -99,16 +108,25 @@ def make_block(
 
 
 def denoise(
-    policy: Any, block: Block, backend: str | Backend = "reference", *, save: bool = True,
-    layer: int = 1, total_passes: int | None = None,
+    policy: Any,
+    block: Block,
+    backend: str | Backend = "reference",
+    *,
+    save: bool = True,
+    layer: int = 1,
+    total_passes: int | None = None,
 ) -> Iterator[tuple[Array, LayerMemory]]:
     """Yield output and memory of every pass; the last one is the save pass."""
     attention = PrefixAttention(policy, backend)
     memory = None
     for index in range(block.passes):
         info = PassInfo(
-            index, is_save=save and index == block.passes - 1, newly_decoded=block.newly[index],
-            layer=layer, num_layers=4, total_passes=total_passes,
+            index,
+            is_save=save and index == block.passes - 1,
+            newly_decoded=block.newly[index],
+            layer=layer,
+            num_layers=4,
+            total_passes=total_passes,
         )
         out, memory = attention(block.q[index], block.k, block.v, block.context, memory, info)
         yield out, memory

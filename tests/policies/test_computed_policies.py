@@ -26,10 +26,17 @@ WINDOW = rows("....xxx...")
 
 @pytest.mark.parametrize(
     ("policy", "number", "expected"),
-    [("fast-dllm", 0, "xxxxxxxxxx"), ("fast-dllm", 1, "....xxx..."), ("fast-dllm", 7, "....xxx..."),
-     ("fast-dllm:mode=prefix", 0, "xxxxxxxxxx"), ("fast-dllm:mode=prefix", 1, "....xxxxxx"),
-     ("sparse-dllm", 1, "xxxxxxxxxx"), ("sparse-dllm", 2, "....xxx..."),
-     ("sparse-dllm:delay=0", 1, "....xxx..."), ("dense", 5, "xxxxxxxxxx")],
+    [
+        ("fast-dllm", 0, "xxxxxxxxxx"),
+        ("fast-dllm", 1, "....xxx..."),
+        ("fast-dllm", 7, "....xxx..."),
+        ("fast-dllm:mode=prefix", 0, "xxxxxxxxxx"),
+        ("fast-dllm:mode=prefix", 1, "....xxxxxx"),
+        ("sparse-dllm", 1, "xxxxxxxxxx"),
+        ("sparse-dllm", 2, "....xxx..."),
+        ("sparse-dllm:delay=0", 1, "....xxx..."),
+        ("dense", 5, "xxxxxxxxxx"),
+    ],
 )
 def test_rows_of_a_window_are_computed_alone_after_its_first_passes(policy: str, number: int, expected: str) -> None:
     assert computed(policy, PassInfo(20, window=WINDOW, window_index=number)) == expected
@@ -40,16 +47,27 @@ def test_rows_of_a_window_are_computed_alone_after_its_first_passes(policy: str,
 
 @pytest.mark.parametrize(
     ("policy", "number", "expected"),
-    [("dkv-cache", 0, "xxxxxxxxxx"), ("dkv-cache", 1, "xxxxxxxxxx"), ("dkv-cache", 2, "....x.xxxx"),
-     ("dkv-cache", 8, "xxxxxxxxxx"), ("dkv-cache", 9, "....x.xxxx"), ("dkv-cache:reload=1", 5, "xxxxxxxxxx"),
-     ("dkv-cache:mode=greedy", 2, "xxxxxxxxxx"), ("dkv-cache:mode=greedy,neighbours=0", 3, "....x.x..."),
-     ("dkv-cache:mode=greedy,neighbours=2", 3, "....x.xxx."),
-     ("dkv-cache:mode=greedy,neighbours=9", 3, "....x.xxxx")],
+    [
+        ("dkv-cache", 0, "xxxxxxxxxx"),
+        ("dkv-cache", 1, "xxxxxxxxxx"),
+        ("dkv-cache", 2, "....x.xxxx"),
+        ("dkv-cache", 8, "xxxxxxxxxx"),
+        ("dkv-cache", 9, "....x.xxxx"),
+        ("dkv-cache:reload=1", 5, "xxxxxxxxxx"),
+        ("dkv-cache:mode=greedy", 2, "xxxxxxxxxx"),
+        ("dkv-cache:mode=greedy,neighbours=0", 3, "....x.x..."),
+        ("dkv-cache:mode=greedy,neighbours=2", 3, "....x.xxx."),
+        ("dkv-cache:mode=greedy,neighbours=9", 3, "....x.xxxx"),
+    ],
 )
 def test_decoded_tokens_are_computed_once_more_and_then_cached(policy: str, number: int, expected: str) -> None:
     info = PassInfo(
-        20, decoded=rows("xxxxxx...."), newly_decoded=rows("....x....."), window=WINDOW,
-        window_index=number, planned=rows("......x..."),
+        20,
+        decoded=rows("xxxxxx...."),
+        newly_decoded=rows("....x....."),
+        window=WINDOW,
+        window_index=number,
+        planned=rows("......x..."),
     )
     assert computed(policy, info) == expected
 
@@ -64,11 +82,13 @@ def test_greedy_without_a_plan_computes_every_masked_row_of_the_window() -> None
 
 @pytest.mark.parametrize(
     ("masked", "centres", "wanted", "expected"),
-    [([*range(10, 21), *range(30, 48)], [20], 4, [16, 17, 18, 19, 20]),
-     ([*range(48)], [20, 21], 4, [*range(16, 26)]),
-     # Row 11 lies between both centres, and the one that is decoded first takes it.
-     ([6, 10, 11, 13, 17], [10, 13], 1, [10, 11, 13, 17]),
-     ([6, 10, 11, 13, 17], [13, 10], 1, [6, 10, 11, 13])],
+    [
+        ([*range(10, 21), *range(30, 48)], [20], 4, [16, 17, 18, 19, 20]),
+        ([*range(48)], [20, 21], 4, [*range(16, 26)]),
+        # Row 11 lies between both centres, and the one that is decoded first takes it.
+        ([6, 10, 11, 13, 17], [10, 13], 1, [10, 11, 13, 17]),
+        ([6, 10, 11, 13, 17], [13, 10], 1, [6, 10, 11, 13]),
+    ],
 )
 def test_neighbours_are_the_nearest_masked_rows_that_nobody_has_taken(
     masked: list[int], centres: list[int], wanted: int, expected: list[int]
@@ -76,8 +96,13 @@ def test_neighbours_are_the_nearest_masked_rows_that_nobody_has_taken(
     decoded, planned = ~np.isin(np.arange(48), masked)[None], np.isin(np.arange(48), centres)[None]
     policy = get_policy(f"dkv-cache:mode=greedy,neighbours={wanted}")
     for order in ([centres], None) if centres == sorted(centres) else ([centres],):
-        info = PassInfo(3, decoded=decoded, newly_decoded=decoded & False, planned=planned,
-                        planned_order=None if order is None else np.array(order))
+        info = PassInfo(
+            3,
+            decoded=decoded,
+            newly_decoded=decoded & False,
+            planned=planned,
+            planned_order=None if order is None else np.array(order),
+        )
         assert np.flatnonzero(policy.computed_tokens(info, decoded | True)).tolist() == expected
 
 

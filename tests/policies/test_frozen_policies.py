@@ -41,8 +41,9 @@ def test_sparsed_takes_the_planned_passes_else_the_length_of_the_block() -> None
     block = make_block(74, passes=5)  # 6 tokens: floor(6 x 0.2) + 2 = 3
 
     def dense_passes(total: int | None) -> int:
-        return sum(bool((memory.traffic.density == 1).all())
-                   for _, memory in denoise("sparsed", block, total_passes=total))
+        return sum(
+            bool((memory.traffic.density == 1).all()) for _, memory in denoise("sparsed", block, total_passes=total)
+        )
 
     assert dense_passes(None) == 3
     assert dense_passes(4) == 2

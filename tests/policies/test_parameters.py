@@ -84,11 +84,20 @@ def test_an_unknown_parameter_is_refused_with_the_nearest_one() -> None:
 
 @pytest.mark.parametrize(
     "policy",
-    ["sliding-window:window={n},after={n}", "streaming-llm:sinks={n},window={n}", "quest:budget={n}",
-     "quest:budget=1,min_pages={n},pages=own", "losa:active={n},budget={n},dense_layers={n}",
-     "flashblock:limit={n}", "mage:budget={n},dense_layers={n}", "sparsed:warmup={n},span={n}",
-     "dkv-cache:reload={n}", "dkv-cache:mode=greedy,neighbours={n}", "sparse-dllm:delay={n}",
-     "snapkv:capacity={n}"],
+    [
+        "sliding-window:window={n},after={n}",
+        "streaming-llm:sinks={n},window={n}",
+        "quest:budget={n}",
+        "quest:budget=1,min_pages={n},pages=own",
+        "losa:active={n},budget={n},dense_layers={n}",
+        "flashblock:limit={n}",
+        "mage:budget={n},dense_layers={n}",
+        "sparsed:warmup={n},span={n}",
+        "dkv-cache:reload={n}",
+        "dkv-cache:mode=greedy,neighbours={n}",
+        "sparse-dllm:delay={n}",
+        "snapkv:capacity={n}",
+    ],
 )
 def test_values_beyond_every_integer_type_are_clamped(policy: str) -> None:
     block = make_block(80)

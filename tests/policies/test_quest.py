@@ -28,8 +28,15 @@ def test_a_worked_example() -> None:
 
 @pytest.mark.parametrize(
     ("parameters", "pages"),
-    [("budget=7", 1), ("budget=8", 2), ("budget=7,page_count=ceil", 2), ("budget=3", 1),
-     ("budget=3,min_pages=3", 3), ("budget=9,min_pages=99", 99), ("budget=9,newest=true", 2)],
+    [
+        ("budget=7", 1),
+        ("budget=8", 2),
+        ("budget=7,page_count=ceil", 2),
+        ("budget=3", 1),
+        ("budget=3,min_pages=3", 3),
+        ("budget=9,min_pages=99", 99),
+        ("budget=9,newest=true", 2),
+    ],
 )
 def test_a_row_reads_as_many_pages_as_its_budget_buys(parameters: str, pages: int) -> None:
     block = make_block(22)

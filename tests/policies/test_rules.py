@@ -29,10 +29,16 @@ class Ranking(ReferenceBackend):
 @pytest.mark.parametrize(
     "change",
     [
-        {"newest": True}, {"union": "layer"}, {"group_scores": "max"}, {"all_pages": True}, {"no_rows": True},
-        {"count": 0}, {"count": None, "mass": 0.0}, {"all_rows": np.array([True, False])},
+        {"newest": True},
+        {"union": "layer"},
+        {"group_scores": "max"},
+        {"all_pages": True},
+        {"no_rows": True},
+        {"count": 0},
+        {"count": None, "mass": 0.0},
+        {"all_rows": np.array([True, False])},
     ],
-)  # fmt: skip
+)
 def test_what_no_ranked_pass_can_say_runs_on_operators(change: dict[str, Any]) -> None:
     rule = Rule(reference=np.zeros((2, 4, 6, 8), np.float32), count=2, budget=8)
     assert isinstance(rule.ranked, RankedPass)

@@ -77,7 +77,11 @@ def test_the_code_variant_gives_the_authors_block_mask(
     for ratio in (0.3, 0.0):
         for score_scale, scale in (("attention", 8**-0.5), ("heads", heads[0] ** -0.5)):
             policy = SparseD(
-                ratio=ratio, warmup=1, span=size, isolated=isolated, score_scale=score_scale,  # type: ignore[arg-type]
+                ratio=ratio,
+                warmup=1,
+                span=size,
+                isolated=isolated,
+                score_scale=score_scale,  # type: ignore[arg-type]
             )
             expected = authors_mask(q[0], k[0], size, tokens - prompt, ratio, scale, isolated)
             np.testing.assert_array_equal(choose(policy, q, context), expected)
@@ -100,8 +104,17 @@ def test_the_two_variants_differ_where_the_generation_ranks_high() -> None:
 
 @pytest.mark.parametrize(
     ("pages", "ratio", "code", "paper"),
-    [(32, 0.3, 10, 9), (33, 0.3, 10, 9), (512, 0.3, 154, 153), (3, 0.3, 1, 1), (1, 0.3, 1, 1),
-     (4, 0.5, 3, 2), (8, 0.5, 5, 4), (32, 1.0, 32, 32), (0, 0.3, 0, 0)],
+    [
+        (32, 0.3, 10, 9),
+        (33, 0.3, 10, 9),
+        (512, 0.3, 154, 153),
+        (3, 0.3, 1, 1),
+        (1, 0.3, 1, 1),
+        (4, 0.5, 3, 2),
+        (8, 0.5, 5, 4),
+        (32, 1.0, 32, 32),
+        (0, 0.3, 0, 0),
+    ],
 )
 def test_counts_of_the_worked_examples(pages: int, ratio: float, code: int, paper: int) -> None:
     eligible = (np.arange(600) < pages)[None]
@@ -126,8 +139,9 @@ def test_the_ablations_choose_at_once_or_anew(frozen: bool) -> None:
     other, _, _ = sequence(9, 40, 8, 24)
     attention = PrefixAttention(SparseD(warmup=0, ratio=0.2, span=8, frozen=frozen))
     _, first = attention(q, None, None, context)
-    expected = authors_mask(q[0], np.asarray(context.k_pages).swapaxes(0, 1).reshape(2, -1, 8)[:, :40], 8, 16,
-                            0.2, 8**-0.5)
+    expected = authors_mask(
+        q[0], np.asarray(context.k_pages).swapaxes(0, 1).reshape(2, -1, 8)[:, :40], 8, 16, 0.2, 8**-0.5
+    )
     np.testing.assert_array_equal(np.asarray(first.selection.mask)[0], expected)
     _, second = attention(other, None, None, context, first, PassInfo(1))
     same = np.array_equal(np.asarray(second.selection.mask), np.asarray(first.selection.mask))

@@ -36,7 +36,11 @@ def test_the_policy_of_the_guide_runs_under_its_name_once_installed(tmp_path: Pa
     subprocess.run([sys.executable, "-m", "pip", "install", *install], check=True)
     path = os.pathsep.join([str(target), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, "-c", USE], env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, text=True,
-        check=True, cwd=tmp_path,
-    )  # fmt: skip
+        [sys.executable, "-c", USE],
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    )
     assert done.stdout.splitlines() == ["4 [0, 2, 4, 6]", "0 [0, 2, 4, 6]"] * 2

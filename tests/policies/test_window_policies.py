@@ -15,11 +15,13 @@ def test_a_worked_example() -> None:
     block = make_block(0, batch=1, q_heads=1, kv_heads=1)
     block = Block(block.q, block.k, block.v, context, block.newly)
     # Of the last 12 tokens, 15 to 26, the first lies in page 1; of 4 sinks all lie in page 0.
-    for policy, expected in (("sliding-window:window=12", [0, 1, 1, 1]),
-                             ("sliding-window:window=11", [0, 0, 1, 1]),
-                             ("sliding-window:window=3", [0, 0, 0, 1]),
-                             ("streaming-llm:sinks=4,window=3", [1, 0, 0, 1]),
-                             ("streaming-llm:sinks=9,window=3", [1, 1, 0, 1])):
+    for policy, expected in (
+        ("sliding-window:window=12", [0, 1, 1, 1]),
+        ("sliding-window:window=11", [0, 0, 1, 1]),
+        ("sliding-window:window=3", [0, 0, 0, 1]),
+        ("streaming-llm:sinks=4,window=3", [1, 0, 0, 1]),
+        ("streaming-llm:sinks=9,window=3", [1, 1, 0, 1]),
+    ):
         _, memory = next(denoise(policy, block))
         np.testing.assert_array_equal(memory.selection.mask[0, 0, 0], np.array(expected, bool))
 

@@ -23,9 +23,11 @@ def test_every_clause_is_written_once_listed_by_the_suite_and_held_by_a_test() -
     written = [clause for page in pages for clause in re.findall(r"^### ([A-Z]+-\d+)", page, re.MULTILINE)]
     assert len(written) == len(set(written)) > 50
     marked = {
-        clause for text in texts("tests", "conformance") for mark in MARK.findall(text)
+        clause
+        for text in texts("tests", "conformance")
+        for mark in MARK.findall(text)
         for clause in re.findall(r"[A-Z]+-\d+", mark)
-    }  # fmt: skip
+    }
     assert marked == set(written) == set(CLAUSES)
 
 

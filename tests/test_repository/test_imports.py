@@ -13,9 +13,18 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 HEAVY = {
-    "torch", "transformers", "triton", "hypothesis", "pytest", "_pytest", "matplotlib", "typer", "rich", "click",
+    "torch",
+    "transformers",
+    "triton",
+    "hypothesis",
+    "pytest",
+    "_pytest",
+    "matplotlib",
+    "typer",
+    "rich",
+    "click",
     "safetensors",
-}  # fmt: skip
+}
 FOLDERS = {"reference", "backends", "conformance", "models", "integrations", "tests", "benchmarks", "examples"}
 
 # Which of this project's packages each one may import, besides itself. The suite compares with the
@@ -28,7 +37,10 @@ ALLOWED = {
     "integrations/sparse_dlm_attn_transformers": {"sparse_dlm_attn", "sparse_dlm_attn_cuda_graphs"},
     # Times one backend against others, and tunes the Triton backend.
     "benchmarks/sparse_dlm_attn_benchmarks": {
-        "sparse_dlm_attn", "sparse_dlm_attn_flash", "sparse_dlm_attn_torch", "sparse_dlm_attn_triton",
+        "sparse_dlm_attn",
+        "sparse_dlm_attn_flash",
+        "sparse_dlm_attn_torch",
+        "sparse_dlm_attn_triton",
     },
 }
 

@@ -86,14 +86,24 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("tokens", "lengths", "heads", "listed", "span"),
-    [(256, [[128] * 3], (2, 2), 2, 128), (300, [[128, 9, 128, 0], [0, 128, 128, 77]], (4, 2), 1, 128),
-     (290, [[128, 128, 50]], (4, 2), 4, 128), (100, [[128, 128]], (2, 1), 1, 128),
-     (300, [[128, 90]], (4, 2), 4, 300), (290, [[128, 7, 128]], (2, 2), 2, 32),
-     (16, [[128, 90]], (2, 1), 2, 1), (300, [[128, 128]], (2, 2), 1, 48)],
+    [
+        (256, [[128] * 3], (2, 2), 2, 128),
+        (300, [[128, 9, 128, 0], [0, 128, 128, 77]], (4, 2), 1, 128),
+        (290, [[128, 128, 50]], (4, 2), 4, 128),
+        (100, [[128, 128]], (2, 1), 1, 128),
+        (300, [[128, 90]], (4, 2), 4, 300),
+        (290, [[128, 7, 128]], (2, 2), 2, 32),
+        (16, [[128, 90]], (2, 1), 2, 1),
+        (300, [[128, 128]], (2, 2), 1, 48),
+    ],
 )
 @pytest.mark.clause("ATTEND-1", "ATTEND-2")
 def test_the_lists_are_the_selection(
-    tokens: int, lengths: list[list[int]], heads: tuple[int, int], listed: int, span: int,
+    tokens: int,
+    lengths: list[list[int]],
+    heads: tuple[int, int],
+    listed: int,
+    span: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     arguments, context = problem(tokens, lengths, heads, listed, span)
@@ -106,9 +116,7 @@ def test_the_lists_are_the_selection(
 
 
 @pytest.mark.clause("ATTEND-1")
-def test_any_number_of_spans_and_strides_of_tables_compile_at_one_shape(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_any_number_of_spans_and_strides_of_tables_compile_at_one_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's limit is eight forms of what is compiled for a shape."""
     stand_in(monkeypatch)
     for span in range(71, 81):  # each pads 140 rows to another length
@@ -141,9 +149,7 @@ def test_a_value_that_is_not_finite_reaches_no_row_of_its_tile_that_did_not_sele
 
 @pytest.mark.clause("MERGE-4", "STATE-1")
 @pytest.mark.parametrize(("side", "value"), [(1, math.nan), (1, math.inf), (2, math.nan), (0, math.nan)])
-def test_what_flash_attn_would_hide_shows(
-    side: int, value: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_flash_attn_would_hide_shows(side: int, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments, context = problem(140, [[128, 128]], (2, 2), 1)
     stand_in(monkeypatch)
     arguments[5][:], arguments[7][:] = True, True
@@ -160,8 +166,7 @@ def test_what_flash_attn_would_hide_shows(
 
 
 @pytest.mark.parametrize(
-    ("change", "rule"),
-    [({"dtype": torch.float32}, "dtype float32"), ({"page": 64}, "page_size 64 is not 128")],
+    ("change", "rule"), [({"dtype": torch.float32}, "dtype float32"), ({"page": 64}, "page_size 64 is not 128")]
 )
 @pytest.mark.clause("ERROR-2")
 def test_what_its_tile_does_not_fit_is_refused(change: dict[str, Any], rule: str) -> None:

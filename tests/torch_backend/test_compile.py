@@ -48,8 +48,11 @@ ATTENDS = ("attend_pages", "attend")
 @pytest.mark.parametrize(
     ("name", "path", "dtype"),
     [(name, "gather", torch.float32) for name in NAMES]
-    + [(name, path, dtype) for name in ATTENDS
-       for path, dtype in (("masked", torch.float32), ("gather", torch.bfloat16))],
+    + [
+        (name, path, dtype)
+        for name in ATTENDS
+        for path, dtype in (("masked", torch.float32), ("gather", torch.bfloat16))
+    ],
     ids=str,
 )
 def test_custom_operators_keep_what_they_declare(name: str, path: str, dtype: torch.dtype) -> None:
@@ -59,8 +62,12 @@ def test_custom_operators_keep_what_they_declare(name: str, path: str, dtype: to
 
 @pytest.mark.parametrize(
     ("policy", "path"),
-    [("losa:budget=32", "gather"), ("losa:budget=32,mass=0.5", "masked"), ("sparsed:warmup=2", "gather"),
-     ("flashblock:limit=2", "gather")],
+    [
+        ("losa:budget=32", "gather"),
+        ("losa:budget=32,mass=0.5", "masked"),
+        ("sparsed:warmup=2", "gather"),
+        ("flashblock:limit=2", "gather"),
+    ],
 )
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a")  # array-api-compat caches a look-up
 def test_a_layer_compiles_as_one_graph_whatever_the_context_s_length(
@@ -102,9 +109,7 @@ def test_contexts_and_pass_numbers_are_made_of_tensors_while_a_compiler_traces()
         torch.testing.assert_close(compiled(*given), run(*given))
 
 
-@pytest.mark.parametrize(
-    "policy", ["dkv-cache:reload=3", "sparse-dllm", "losa:budget=32", "sparsed:warmup=2"]
-)
+@pytest.mark.parametrize("policy", ["dkv-cache:reload=3", "sparse-dllm", "losa:budget=32", "sparsed:warmup=2"])
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a")  # array-api-compat caches a look-up
 def test_with_symbolic_numbers_no_length_and_no_version_compiles_anew(
     policy: str, toy_layer: Callable[..., Any]
@@ -142,7 +147,6 @@ def test_masked_neighbours_compile_as_one_graph(ordered: bool) -> None:
         order = torch.rand(2, 40).argsort()[:, :3]
         planned = torch.zeros(2, 40, dtype=torch.bool).scatter(1, order, True)
         decoded = (torch.rand(2, 40) < 0.4) & ~planned
-        info = PassInfo(3, False, decoded, decoded & False, planned=planned,
-                        planned_order=order if ordered else None)
+        info = PassInfo(3, False, decoded, decoded & False, planned=planned, planned_order=order if ordered else None)
         assert torch.equal(compiled(info, rows), policy.computed_tokens(info, rows))
     assert counter.frame_count == 1

@@ -20,43 +20,72 @@ Tensor = Any
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
     """Compute as flash-attn does: ``(batch, tokens, heads, head_dim)``, LSE ``(batch, heads, tokens)``."""
     group = q.shape[2] // k.shape[2]
-    rows, keys, values = q.transpose(1, 2), *(
-        side.transpose(1, 2).repeat_interleave(group, 1) for side in (k, v)
-    )
+    rows, keys, values = q.transpose(1, 2), *(side.transpose(1, 2).repeat_interleave(group, 1) for side in (k, v))
     logits = rows @ keys.mT * (scale or q.shape[-1] ** -0.5)
     return (logits.softmax(-1) @ values).transpose(1, 2), logits.logsumexp(-1)
 
 
 def version_2(
-    q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None,
-    causal: bool = False, window_size: Any = (-1, -1), softcap: float = 0.0, alibi_slopes: Any = None,
-    deterministic: bool = False, return_attn_probs: bool = False,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Any = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
 ) -> Any:
     out, lse = attention(q, k, v, softmax_scale)
     return (out, lse, None) if return_attn_probs else out
 
 
 def version_3(
-    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None, causal: bool = False, qv: Any = None,
-    q_descale: Any = None, k_descale: Any = None, v_descale: Any = None, window_size: Any = (-1, -1),
-    attention_chunk: int = 0, softcap: float = 0.0, num_splits: int = 1, pack_gqa: Any = None,
-    deterministic: bool = False, sm_margin: int = 0, return_attn_probs: bool = False,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    qv: Any = None,
+    q_descale: Any = None,
+    k_descale: Any = None,
+    v_descale: Any = None,
+    window_size: Any = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    num_splits: int = 1,
+    pack_gqa: Any = None,
+    deterministic: bool = False,
+    sm_margin: int = 0,
+    return_attn_probs: bool = False,
 ) -> Any:
     out, lse = attention(q, k, v, softmax_scale)
     return (out, lse) if return_attn_probs else out
 
 
 def version_4(
-    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None, causal: bool = False,
-    window_size: Any = (None, None), softcap: float | None = None, num_splits: int = 1, pack_gqa: Any = None,
-    deterministic: bool = False, return_lse: bool = False,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Any = (None, None),
+    softcap: float | None = None,
+    num_splits: int = 1,
+    pack_gqa: Any = None,
+    deterministic: bool = False,
+    return_lse: bool = False,
 ) -> Any:
     out, lse = attention(q, k, v, softmax_scale)
     return out, lse if return_lse else None
 
 
 VERSIONS = {
-    "flash_attn_interface": version_3, "fa3_fwd_interface": version_3, "flash_attn.cute": version_4,
+    "flash_attn_interface": version_3,
+    "fa3_fwd_interface": version_3,
+    "flash_attn.cute": version_4,
     "flash_attn": version_2,
 }
 
@@ -80,9 +109,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.mark.clause("BLOCK-1")
 @pytest.mark.parametrize("name", VERSIONS)
-def test_each_version_is_found_by_name_and_asked_for_its_lse(
-    installed: Callable[..., None], name: str
-) -> None:
+def test_each_version_is_found_by_name_and_asked_for_its_lse(installed: Callable[..., None], name: str) -> None:
     installed(**{name: VERSIONS[name]})
     assert dense.flash_attention()[0] == name
     torch.manual_seed(0)
@@ -94,12 +121,12 @@ def test_each_version_is_found_by_name_and_asked_for_its_lse(
 
 
 @pytest.mark.clause("ERROR-1")
-def test_a_version_without_lse_and_none_at_all_are_errors_that_name_the_remedy(
-    installed: Callable[..., None]
-) -> None:
+def test_a_version_without_lse_and_none_at_all_are_errors_that_name_the_remedy(installed: Callable[..., None]) -> None:
     q = torch.randn(1, 1, 2, 4)
-    for silent in (lambda q, k, v, softmax_scale=None, causal=False: q,
-                   lambda q, k, v, softmax_scale=None, causal=False: (q, None)):
+    for silent in (
+        lambda q, k, v, softmax_scale=None, causal=False: q,
+        lambda q, k, v, softmax_scale=None, causal=False: (q, None),
+    ):
         installed(flash_attn=silent)
         with pytest.raises(UnavailableError, match=r"returns no log-sum-exp.*Upgrade it"):
             dense.attend_flash(q, q, q, 1.0)

@@ -27,8 +27,13 @@ from sparse_dlm_attn import (  # noqa: E402
 )
 
 POLICIES = (
-    "dense", "losa:budget=32,active=2", "quest:budget=32", "mage:budget=32,dense_layers=0",
-    "sparsed:warmup=1", "flashblock", "snapkv:capacity=48,window=16",
+    "dense",
+    "losa:budget=32,active=2",
+    "quest:budget=32",
+    "mage:budget=32,dense_layers=0",
+    "sparsed:warmup=1",
+    "flashblock",
+    "snapkv:capacity=48,window=16",
 )
 NO_RECORD = pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 
@@ -55,9 +60,7 @@ def recorded(name: str) -> dict[str, Any]:
 @pytest.mark.clause("ERROR-1", "DRIVER-1")
 @pytest.mark.parametrize("name", ["q", "k", "v", "k_pages", "v_pages", "bounds"])
 @pytest.mark.parametrize("backend", ["torch", "torch:attention=masked"])
-def test_an_argument_that_requires_a_gradient_is_refused_where_one_is_recorded(
-    name: str, backend: str
-) -> None:
+def test_an_argument_that_requires_a_gradient_is_refused_where_one_is_recorded(name: str, backend: str) -> None:
     given, attention = recorded(name), PrefixAttention("losa:budget=32,active=2", backend)
     with pytest.raises(InvalidArgumentError, match=rf"{name} must not require a gradient.*no_grad\(\)"):
         attention(**given)
@@ -128,10 +131,16 @@ def test_no_pass_keeps_an_earlier_one_alive(policy: str, mode: Any) -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("modes", [
-    (torch.inference_mode, torch.enable_grad), (torch.enable_grad, torch.inference_mode),
-    (torch.no_grad, torch.inference_mode), (torch.inference_mode, torch.no_grad),
-], ids=lambda modes: " then ".join(mode.__name__ for mode in modes))  # fmt: skip
+@pytest.mark.parametrize(
+    "modes",
+    [
+        (torch.inference_mode, torch.enable_grad),
+        (torch.enable_grad, torch.inference_mode),
+        (torch.no_grad, torch.inference_mode),
+        (torch.inference_mode, torch.no_grad),
+    ],
+    ids=lambda modes: " then ".join(mode.__name__ for mode in modes),
+)
 def test_memory_of_one_mode_serves_in_another(policy: str, modes: tuple[Any, Any]) -> None:
     given, flags = problem(), torch.zeros(1, 8, dtype=torch.bool)
     results: list[list[Any]] = [[], []]

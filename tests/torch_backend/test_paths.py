@@ -25,10 +25,7 @@ def inputs(
     q = torch.randn(2, 6, 5, head_dim)
     mask = torch.rand(2, heads, -(-5 // span), pages) < 0.5
     active = torch.rand(2, 5) < 0.7
-    return (
-        q, context.k_pages, context.v_pages, context.page_table, context.page_lengths, mask, span, active,
-        0.25,
-    )
+    return (q, context.k_pages, context.v_pages, context.page_table, context.page_lengths, mask, span, active, 0.25)
 
 
 @pytest.mark.clause("ATTEND-1", "ATTEND-2", "GQA-1")
@@ -116,11 +113,7 @@ def test_flexattention_refuses_such_caches_where_it_was_asked_for() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "rule"),
-    [
-        ({"attention": "flex"}, "needs a GPU"),
-        ({"dense": "flash"}, "dense='flash' needs a GPU"),
-    ],
+    ("options", "rule"), [({"attention": "flex"}, "needs a GPU"), ({"dense": "flash"}, "dense='flash' needs a GPU")]
 )
 def test_a_way_that_a_processor_lacks_is_refused(options: dict[str, str], rule: str) -> None:
     with pytest.raises(UnsupportedError, match=rule):
@@ -148,9 +141,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, k.numel() * 4
 
 def test_gathering_holds_one_head_s_selected_pages_not_the_context() -> None:
     """In a process of its own, since a peak is never forgotten. Whole K: 128 MiB; selected: 4 MiB."""
-    run = subprocess.run(
-        [sys.executable, "-c", MEMORY, "gather"], capture_output=True, text=True, check=True
-    )
+    run = subprocess.run([sys.executable, "-c", MEMORY, "gather"], capture_output=True, text=True, check=True)
     extra, keys = map(int, run.stdout.split())
     assert keys == 128 << 10
     assert extra < 16 << 10

@@ -24,9 +24,14 @@ from sparse_dlm_attn.ranked import RankedPass  # noqa: E402
 from sparse_dlm_attn_torch import ops  # noqa: E402
 
 POLICIES = (
-    *(name for name in list_policies() if name != "losa"), "losa:budget=64,active=3", "quest:budget=64,pages=own",
-    "losa:budget=64,mass=0.5,drift=refresh", "mage:budget=64,dense_layers=0", "sparsed:warmup=1,span=4",
-    "snapkv:capacity=48,window=16", "quest:budget=64,group_scores=mean,newest=true",
+    *(name for name in list_policies() if name != "losa"),
+    "losa:budget=64,active=3",
+    "quest:budget=64,pages=own",
+    "losa:budget=64,mass=0.5,drift=refresh",
+    "mage:budget=64,dense_layers=0",
+    "sparsed:warmup=1,span=4",
+    "snapkv:capacity=48,window=16",
+    "quest:budget=64,group_scores=mean,newest=true",
 )
 PATHS = ("torch:attention=gather", "torch:attention=masked")
 
@@ -68,9 +73,7 @@ class Layer:
         """Return everything that four passes give: outputs, states, decisions, traffic."""
         attention, memory, results = PrefixAttention(policy, backend), None, []
         for index, q in enumerate(self.queries):
-            info = PassInfo(
-                index, index == 3, self.newly[:index].any(0), self.newly[index], total_passes=3
-            )
+            info = PassInfo(index, index == 3, self.newly[:index].any(0), self.newly[index], total_passes=3)
             out, memory = attention(q, self.k, self.v, self.context, memory, info)
             traffic = memory.traffic
             results += [out, memory.state.out, memory.state.lse, memory.selection.mask, memory.active]
@@ -132,11 +135,23 @@ def results_of_operators(layer: Layer, ops: Backend) -> list[Any]:
     states = [state, pages, ops.merge(state, pages), ops.reuse(active, state, pages), ranked.state]
     grown = ops.extend_bounds(context, bounds, 3)
     return [
-        bounds.lower, bounds.upper, grown.lower, grown.upper, scores, mask, change,
-        ops.largest_changes(change, count=2), ops.largest_changes(change, mass=0.5),
-        ops.pooled_scores(q, context, span=4), ops.pooled_scores(q, context, span=4, lse=pages.lse),
-        ops.attend(q, k, v, context, selection, active, state)[0], ranked.out, ranked.active,
-        ranked.selection.mask, ranked.kept, *(part for each in states for part in (each.out, each.lse)),
+        bounds.lower,
+        bounds.upper,
+        grown.lower,
+        grown.upper,
+        scores,
+        mask,
+        change,
+        ops.largest_changes(change, count=2),
+        ops.largest_changes(change, mass=0.5),
+        ops.pooled_scores(q, context, span=4),
+        ops.pooled_scores(q, context, span=4, lse=pages.lse),
+        ops.attend(q, k, v, context, selection, active, state)[0],
+        ranked.out,
+        ranked.active,
+        ranked.selection.mask,
+        ranked.kept,
+        *(part for each in states for part in (each.out, each.lse)),
     ]
 
 
@@ -163,9 +178,11 @@ def test_no_setting_changes_a_custom_operator(setting: str, dtype: torch.dtype) 
 
     def run() -> list[Any]:
         return [
-            *ops.attend_pages.opaque(q, *chosen, "gather"), *ops.attend_pages(q, *chosen, "masked"),
+            *ops.attend_pages.opaque(q, *chosen, "gather"),
+            *ops.attend_pages(q, *chosen, "masked"),
             *ops.attend(q, k, v, *chosen, "gather", "matmul", None, None),
-            *ops.attend_block(q, k, v, 0.25, "matmul"), ops.page_scores(q, *bounds),
+            *ops.attend_block(q, k, v, 0.25, "matmul"),
+            ops.page_scores(q, *bounds),
             ops.pooled_scores(q, pages[0], *pages[2:], 4, 0.25),
         ]
 

@@ -92,10 +92,7 @@ def test_queries_that_could_have_a_gradient_are_computed_where_none_is_recorded(
 
 def test_several_threads_may_compute_at_once(layer: Layer) -> None:
     wanted, results = layer.passes("losa"), []
-    users = [
-        threading.Thread(target=lambda: results.append(same_bits(layer.passes("losa"), wanted)))
-        for _ in range(4)
-    ]
+    users = [threading.Thread(target=lambda: results.append(same_bits(layer.passes("losa"), wanted))) for _ in range(4)]
     for user in users:
         user.start()
     for user in users:

@@ -46,8 +46,9 @@ def test_an_old_pytorch_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch
 def test_tensors_on_another_device_are_refused_before_anything_runs() -> None:
     rows, context = problem()
     elsewhere = [row.to("meta") for row in rows]
-    moved = Context(*(getattr(context, name).to("meta") for name in
-                      ("k_pages", "v_pages", "page_table", "page_lengths")))
+    moved = Context(
+        *(getattr(context, name).to("meta") for name in ("k_pages", "v_pages", "page_table", "page_lengths"))
+    )
     with pytest.raises(UnsupportedError, match="device meta is not one of cpu"):
         PrefixAttention("dense", "torch")(*elsewhere, moved)
     with pytest.raises(InvalidArgumentError, match=r"context\.k_pages must be a Tensor on device cpu"):
@@ -69,9 +70,7 @@ def test_a_value_that_is_not_finite_reaches_only_the_rows_that_read_it() -> None
     assert state.out[:, [0, 2, 3]].isfinite().all()
 
 
-@pytest.mark.parametrize(
-    "policy", ["losa:budget=32", "quest:budget=32", "mage:budget=32,dense_layers=0", "sparsed"]
-)
+@pytest.mark.parametrize("policy", ["losa:budget=32", "quest:budget=32", "mage:budget=32,dense_layers=0", "sparsed"])
 def test_a_block_of_passes_runs_and_reads_less_than_everything(policy: str) -> None:
     rows, context = problem(tokens=512)
     attention, memory = PrefixAttention(policy, "torch"), None

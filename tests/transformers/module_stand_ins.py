@@ -55,9 +55,14 @@ class OwnForward:
     save_flag, returns = "", 2
 
     def forward(
-        self: Any, hidden_states: Any, attention_mask: Any = None, position_ids: Any = None, past_key_value: Any = None,
-        position_embeddings: Any = None, **kwargs: Any,
-    ) -> Any:  # fmt: skip
+        self: Any,
+        hidden_states: Any,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        past_key_value: Any = None,
+        position_embeddings: Any = None,
+        **kwargs: Any,
+    ) -> Any:
         shape = (*hidden_states.shape[:2], -1, self.head_dim)
         q, k, v = (p(hidden_states).view(shape) for p in (self.q_proj, self.k_proj, self.v_proj))
         if hasattr(self, "q_norm"):
@@ -136,9 +141,16 @@ class LLaDA2MoeAttention(nn.Module):
         self.dense = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=False)
 
     def forward(
-        self, hidden_states: Any, attention_mask: Any = None, position_ids: Any = None, past_key_value: Any = None,
-        output_attentions: bool = False, use_cache: bool = False, position_embeddings: Any = None, **kwargs: Any,
-    ) -> Any:  # fmt: skip
+        self,
+        hidden_states: Any,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        past_key_value: Any = None,
+        output_attentions: bool = False,
+        use_cache: bool = False,
+        position_embeddings: Any = None,
+        **kwargs: Any,
+    ) -> Any:
         heads = self.query_key_value(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         q, k, v = heads.split([self.num_heads, *[self.num_key_value_heads] * 2], dim=1)
         angles = tuple(angle[..., : self.head_dim // 2] for angle in position_embeddings)
@@ -184,9 +196,13 @@ class Stack(nn.Module):
         )
 
     def forward(
-        self, x: torch.Tensor, attention_mask: Any = None, past_key_values: Any = None, position_ids: Any = None,
+        self,
+        x: torch.Tensor,
+        attention_mask: Any = None,
+        past_key_values: Any = None,
+        position_ids: Any = None,
         **kwargs: Any,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         x = x if x.is_floating_point() else self.embed(x)
         if position_ids is None:
             start = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -194,9 +210,13 @@ class Stack(nn.Module):
         angles = self.rotary(x, position_ids)
         for layer in self.layers:
             x = layer(
-                x, attention_mask=attention_mask, position_ids=position_ids, position_embeddings=angles,
-                past_key_value=past_key_values, **kwargs,
-            )  # fmt: skip
+                x,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                position_embeddings=angles,
+                past_key_value=past_key_values,
+                **kwargs,
+            )
         return x
 
 
@@ -221,9 +241,14 @@ class FastDLLM(CausalLM):
         self.bd_size = bd_size
 
     def forward(
-        self, input_ids: torch.Tensor, past_key_values: Any = None, use_block_cache: bool = False,
-        block_past_key_values: Any = None, replace_position: int | None = None, **kwargs: Any,
-    ) -> Any:  # fmt: skip
+        self,
+        input_ids: torch.Tensor,
+        past_key_values: Any = None,
+        use_block_cache: bool = False,
+        block_past_key_values: Any = None,
+        replace_position: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
         from transformers import DynamicCache
 
         before = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -236,10 +261,15 @@ class FastDLLM(CausalLM):
             places = torch.arange(before + rows) // self.bd_size
             mask = places[before:, None] >= places[None, :]  # two axes: rows and keys
         hidden = self.model(
-            input_ids, attention_mask=mask, past_key_values=past_key_values, use_block_cache=use_block_cache,
-            block_past_key_values=block_past_key_values, replace_position=replace_position,
-            position_ids=torch.arange(start, start + rows)[None], **kwargs,
-        )  # fmt: skip
+            input_ids,
+            attention_mask=mask,
+            past_key_values=past_key_values,
+            use_block_cache=use_block_cache,
+            block_past_key_values=block_past_key_values,
+            replace_position=replace_position,
+            position_ids=torch.arange(start, start + rows)[None],
+            **kwargs,
+        )
         return SimpleNamespace(
             logits=self.lm_head(hidden), past_key_values=past_key_values, block_past_key_values=block_past_key_values
         )

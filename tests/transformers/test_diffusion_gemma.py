@@ -39,9 +39,11 @@ def forward(model: Any, mask: torch.Tensor, seed: int = 2) -> torch.Tensor:
     batch = mask.shape[0]
     with torch.no_grad():
         out = model(
-            input_ids=tokens(batch, PROMPT), attention_mask=mask, decoder_input_ids=tokens(batch, CANVAS, seed),
+            input_ids=tokens(batch, PROMPT),
+            attention_mask=mask,
+            decoder_input_ids=tokens(batch, CANVAS, seed),
             decoder_attention_mask=torch.cat([mask, torch.ones(batch, CANVAS, dtype=torch.long)], dim=1),
-        )  # fmt: skip
+        )
     logits: torch.Tensor = out.logits
     return logits
 
@@ -71,9 +73,13 @@ def test_dense_gives_the_logits_of_the_models_own_attention(
 def test_its_own_loop_decodes_the_same_tokens(policy: str) -> None:
     model = in_double(diffusion_gemma())  # so that rounding cannot turn one sampled token into another
     options: dict[str, Any] = {
-        "input_ids": tokens(2, PROMPT), "attention_mask": MASKS["left padding"][:2], "max_new_tokens": 3 * CANVAS,
-        "max_denoising_steps": 4, "eos_token_id": None, "return_dict_in_generate": True,
-    }  # fmt: skip
+        "input_ids": tokens(2, PROMPT),
+        "attention_mask": MASKS["left padding"][:2],
+        "max_new_tokens": 3 * CANVAS,
+        "max_denoising_steps": 4,
+        "eos_token_id": None,
+        "return_dict_in_generate": True,
+    }
     torch.manual_seed(3)
     expected = model.generate(**options).sequences
     reports: list[PassReport] = []

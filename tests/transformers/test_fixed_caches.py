@@ -107,8 +107,11 @@ def test_padding_is_not_read_whatever_it_holds(model: Any, kind: str, side: str)
             alone = new_cache(double)
             for number, layer in enumerate(cache.layers):
                 seen = mask[b].bool()
-                alone.update(layer.keys[b : b + 1, :, :PREFIX][:, :, seen],
-                             layer.values[b : b + 1, :, :PREFIX][:, :, seen], number)  # fmt: skip
+                alone.update(
+                    layer.keys[b : b + 1, :, :PREFIX][:, :, seen],
+                    layer.values[b : b + 1, :, :PREFIX][:, :, seen],
+                    number,
+                )
             with sparse.block():
                 places = torch.arange(PREFIX, PREFIX + BLOCK)[None]
                 name = cache_name(double)
@@ -159,11 +162,15 @@ def taped(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("policy", "kind", "padding"),
     [
-        ("losa:budget=16,active=2", "paged", 0), ("losa:budget=16,active=2", "static", 0), ("flashblock", "paged", 0),
-        ("quest:budget=16", "paged", 15), ("mage:budget=16,dense_layers=1", "paged", 0),
-        ("snapkv:capacity=24,window=4", "static", 0), ("sparsed:warmup=1", "paged", 0),
+        ("losa:budget=16,active=2", "paged", 0),
+        ("losa:budget=16,active=2", "static", 0),
+        ("flashblock", "paged", 0),
+        ("quest:budget=16", "paged", 15),
+        ("mage:budget=16,dense_layers=1", "paged", 0),
+        ("snapkv:capacity=24,window=4", "static", 0),
+        ("sparsed:warmup=1", "paged", 0),
     ],
-)  # fmt: skip
+)
 def test_graphs_give_the_bits_and_the_reports_of_plain_passes(model: Any, policy: str, kind: str, padding: int) -> None:
     found: list[list[torch.Tensor]] = []
     reports: list[list[PassReport]] = [[], []]

@@ -169,9 +169,14 @@ def test_a_class_of_ones_own_is_registered_by_its_contract() -> None:
     with pytest.raises(InvalidArgumentError, match=r"contract=ModuleContract"):
         SparseAttention(stack, "dense")
     mine = ModuleContract(
-        classes=("Mine",), models="mine", scope="sequence", attributes=("to_q", "to_k", "to_v"), output="back",
-        project=lambda module, call: module.split(call["hidden_states"]), returns=1,
-    )  # fmt: skip
+        classes=("Mine",),
+        models="mine",
+        scope="sequence",
+        attributes=("to_q", "to_k", "to_v"),
+        output="back",
+        project=lambda module, call: module.split(call["hidden_states"]),
+        returns=1,
+    )
     with torch.no_grad():
         own, exact = stack(rows(24, 0)), copy.deepcopy(stack).double()(rows(24, 0, torch.float64))
         with SparseAttention(stack, "dense", contract=mine) as sparse, sparse.block():

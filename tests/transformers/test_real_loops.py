@@ -57,9 +57,13 @@ def sdar_loop(model: Any, sparse: Any, *, form: str = "numbers") -> list[torch.T
     def run(begin: int, end: int, store: bool) -> torch.Tensor:
         rows: Any = (Ellipsis, slice(begin, end), slice(0, end))
         out = model(
-            x[:, begin:end], attention_mask=mask[rows], position_ids=positions[:, begin:end], past_key_values=cache,
-            use_cache=True, store_kv=store,
-        )  # fmt: skip
+            x[:, begin:end],
+            attention_mask=mask[rows],
+            position_ids=positions[:, begin:end],
+            past_key_values=cache,
+            use_cache=True,
+            store_kv=store,
+        )
         logits: torch.Tensor = out.logits
         return logits
 
@@ -93,9 +97,12 @@ def fast_dllm_loop(model: Any, sparse: Any, *, block_cache: bool) -> list[torch.
                 options: dict[str, Any] = {"past_key_values": cache, "update_past_key_values": False}
                 if block_cache and held is not None and not (block[:, first] == MASK_ID).any():
                     out = model(
-                        block[:, rows], use_block_cache=True, block_past_key_values=held, replace_position=first,
+                        block[:, rows],
+                        use_block_cache=True,
+                        block_past_key_values=held,
+                        replace_position=first,
                         **options,
-                    )  # fmt: skip
+                    )
                     logits = shifted(out.logits)
                 else:
                     out = model(block, use_block_cache=block_cache, **options)

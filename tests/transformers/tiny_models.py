@@ -14,22 +14,37 @@ VOCABULARY, CANVAS = 64, 8
 
 
 SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 512,
-}  # fmt: skip
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
 
 
 def diffusion_gemma() -> Any:
     """A sliding and a full layer, with the head sizes of the released model: 256 and 512."""
     text = transformers.DiffusionGemmaTextConfig(
-        **SIZES, num_hidden_layers=2, head_dim=256, global_head_dim=512, num_global_key_value_heads=1,
-        sliding_window=24, layer_types=["sliding_attention", "full_attention"], num_experts=2, top_k_experts=1,
+        **SIZES,
+        num_hidden_layers=2,
+        head_dim=256,
+        global_head_dim=512,
+        num_global_key_value_heads=1,
+        sliding_window=24,
+        layer_types=["sliding_attention", "full_attention"],
+        num_experts=2,
+        top_k_experts=1,
         moe_intermediate_size=16,
-    )  # fmt: skip
+    )
     vision = transformers.Gemma4VisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
         head_dim=8,
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     config = transformers.DiffusionGemmaConfig(text_config=text, vision_config=vision, canvas_length=CANVAS)
     model = transformers.DiffusionGemmaForBlockDiffusion(config).eval()
@@ -51,8 +66,8 @@ def causal_shape(family: str, layers: int = 3) -> Any:
     """A causal model of transformers, two query heads a KV head."""
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(
-        **SIZES, num_hidden_layers=layers, head_dim=16, attn_implementation="eager", **EXTRAS.get(family, {}),
-    )  # fmt: skip
+        **SIZES, num_hidden_layers=layers, head_dim=16, attn_implementation="eager", **EXTRAS.get(family, {})
+    )
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     for parameter in model.parameters():
         if parameter.ndim > 1:

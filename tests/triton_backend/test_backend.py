@@ -46,9 +46,14 @@ def problem(tokens: int = 4, head_dim: int = 16, dtype: Any = torch.float32) -> 
     lengths = torch.tensor([[8, 8, 5]], dtype=torch.int32, device=DEVICE)
     block = [torch.randn(1, heads, tokens, head_dim, device=DEVICE).to(dtype) for heads in (2, 1, 1)]
     context = Context(pages, pages.clone(), table, lengths)
-    return {"q": block[0], "k": block[1], "v": block[2], "context": context,
-            "selection": Selection.all_pages(context, tokens),
-            "active": torch.ones(1, tokens, dtype=torch.bool, device=DEVICE)}  # fmt: skip
+    return {
+        "q": block[0],
+        "k": block[1],
+        "v": block[2],
+        "context": context,
+        "selection": Selection.all_pages(context, tokens),
+        "active": torch.ones(1, tokens, dtype=torch.bool, device=DEVICE),
+    }
 
 
 def attend(backend: TritonBackend = BACKEND, **changed: Any) -> Any:
@@ -66,11 +71,10 @@ def attend(backend: TritonBackend = BACKEND, **changed: Any) -> Any:
         (lambda: problem(head_dim=257), UnsupportedError, "head_dim 257 exceeds 256"),
         (lambda: {"k": problem()["k"].to("meta")}, SparseAttentionError, "device"),
         (lambda: {"q": problem()["q"].to("meta")}, SparseAttentionError, "device"),
-        (lambda: {"active": torch.ones(1, 5, dtype=torch.bool, device=DEVICE)}, SparseAttentionError,
-         "active"),
+        (lambda: {"active": torch.ones(1, 5, dtype=torch.bool, device=DEVICE)}, SparseAttentionError, "active"),
     ],
     ids=["library", "float64", "head-dim", "device-of-k", "device-of-q", "rows"],
-)  # fmt: skip
+)
 def test_what_it_cannot_compute_is_refused(
     changed: Callable[[], dict[str, Any]], error: type[Exception], says: str
 ) -> None:
@@ -160,10 +164,9 @@ def operator_arguments() -> dict[str, tuple[Any, ...]]:
         "attend_pages": (q, *pages, *chosen, 0.25),
         "attend_block": (q, k, v, 0.25),
         "attend": (q, k, v, *pages, *chosen, 0.25, q + 1, scores[..., 0].clone()),
-        "attend_ranked": (q, k, v, *pages, bounds.lower, bounds.upper, *rule, "row", "queries", 0.25, None,
-                          None),
+        "attend_ranked": (q, k, v, *pages, bounds.lower, bounds.upper, *rule, "row", "queries", 0.25, None, None),
         "pooled_scores": (q, context.k_pages, *pages[2:], 3, 0.25, None),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("name", ops.__all__)
@@ -173,8 +176,7 @@ def test_fakes_tell_the_real_shapes(name: str) -> None:
     with FakeTensorMode() as mode:
         fakes = [mode.from_tensor(part) if isinstance(part, torch.Tensor) else part for part in arguments]
         told = getattr(ops, name)(*fakes)
-    for got, want in zip(*((part,) if isinstance(part, torch.Tensor) else part for part in (told, real)),
-                         strict=True):  # fmt: skip
+    for got, want in zip(*((part,) if isinstance(part, torch.Tensor) else part for part in (told, real)), strict=True):
         assert (got.shape, got.dtype, got.stride()) == (want.shape, want.dtype, want.stride())
 
 
@@ -231,8 +233,12 @@ def batch(tokens: int = 12) -> dict[str, Any]:
     pages = normal(12, 1, 16, 16)
     table = torch.arange(12, dtype=torch.int32).view(2, 6).to(DEVICE)
     lengths = torch.tensor([[16] * 6, [16, 3, 0, 0, 0, 0]], dtype=torch.int32, device=DEVICE)
-    return {"q": normal(2, 2, tokens, 16), "k": normal(2, 1, tokens, 16), "v": normal(2, 1, tokens, 16),
-            "context": Context(pages, pages + 1, table, lengths)}  # fmt: skip
+    return {
+        "q": normal(2, 2, tokens, 16),
+        "k": normal(2, 1, tokens, 16),
+        "v": normal(2, 1, tokens, 16),
+        "context": Context(pages, pages + 1, table, lengths),
+    }
 
 
 def test_stream_k_computes_what_split_kv_computes_where_programs_look_for_the_few_active_rows() -> None:

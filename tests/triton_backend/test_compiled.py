@@ -37,10 +37,21 @@ PROBLEMS = {
     120: [*EVERYWHERE, "head size 256, 32 rows"],
 }
 KERNELS = {
-    "bounds_kernel", "changes_kernel", "scores_kernel", "select_kernel", "top_kernel", "splits_kernel",
-    "stream_k_kernel", "lists_kernel", "finish_kernel", "spans_kernel", "pooled_kernel", "lse_kernel",
-    "span_lists_kernel", "unsafe_kernel",
-}  # fmt: skip
+    "bounds_kernel",
+    "changes_kernel",
+    "scores_kernel",
+    "select_kernel",
+    "top_kernel",
+    "splits_kernel",
+    "stream_k_kernel",
+    "lists_kernel",
+    "finish_kernel",
+    "spans_kernel",
+    "pooled_kernel",
+    "lse_kernel",
+    "span_lists_kernel",
+    "unsafe_kernel",
+}
 
 
 @pytest.fixture(scope="module")

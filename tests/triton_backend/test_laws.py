@@ -21,43 +21,120 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 SPLIT, STREAMED = TritonBackend(), TritonBackend(ragged=True)
 
 RAGGED = Case(  # shuffled pages, an absent one with a wild entry, a selection for each KV head
-    kv_heads=2, head_dim=16, page_size=4, tokens=3, lengths=((4, 4, 3, 1), (0, 2, 4, 0)),
-    table=((5, 2, 0, 7), (-1, 6, 1, 2**31 - 1)), num_pages=8, heads="kv", span=3, masks=(7, 13, 6),
-    active=(0b110, 0b001), poison="nan", seed=3,
-)  # fmt: skip
+    kv_heads=2,
+    head_dim=16,
+    page_size=4,
+    tokens=3,
+    lengths=((4, 4, 3, 1), (0, 2, 4, 0)),
+    table=((5, 2, 0, 7), (-1, 6, 1, 2**31 - 1)),
+    num_pages=8,
+    heads="kv",
+    span=3,
+    masks=(7, 13, 6),
+    active=(0b110, 0b001),
+    poison="nan",
+    seed=3,
+)
 GROUPED = Case(  # a selection for each query head and two rows; more pages than one split takes
-    group=4, head_dim=80, page_size=16, tokens=3, lengths=((16, 16, 16, 5, 16, 16, 0, 16, 16, 2),),
-    table=((3, 1, 4, 9, 2, 6, 0, 5, 8, 7),), num_pages=10, heads="query", span=2,
-    masks=(0b1011011101, 0b0100110111, 0), active=(0b101,), poison="nan", layout="token_major", seed=8,
-)  # fmt: skip
+    group=4,
+    head_dim=80,
+    page_size=16,
+    tokens=3,
+    lengths=((16, 16, 16, 5, 16, 16, 0, 16, 16, 2),),
+    table=((3, 1, 4, 9, 2, 6, 0, 5, 8, 7),),
+    num_pages=10,
+    heads="query",
+    span=2,
+    masks=(0b1011011101, 0b0100110111, 0),
+    active=(0b101,),
+    poison="nan",
+    layout="token_major",
+    seed=8,
+)
 ROWS = Case(  # rows read their own pages, of which a tile holds one and a part of the next
-    group=7, head_dim=16, page_size=24, tokens=3, lengths=((24, 9, 24),), table=((2, 0, 1),), num_pages=3,
-    span=1, masks=(5, 6, 2), active=(0b101,), poison="inf", regime="ties", layout="gapped", seed=5,
-)  # fmt: skip
+    group=7,
+    head_dim=16,
+    page_size=24,
+    tokens=3,
+    lengths=((24, 9, 24),),
+    table=((2, 0, 1),),
+    num_pages=3,
+    span=1,
+    masks=(5, 6, 2),
+    active=(0b101,),
+    poison="inf",
+    regime="ties",
+    layout="gapped",
+    seed=5,
+)
 LONG = Case(  # more rows than a pass's kernels take
-    head_dim=16, page_size=16, tokens=130, lengths=((16, 16, 7, 0),), table=((1, 3, 0, -5),), num_pages=4,
-    heads="kv", span=64, masks=(7, 10, 1), active=((1 << 130) - 1 - 0b1010,), poison="nan", seed=2,
-)  # fmt: skip
+    head_dim=16,
+    page_size=16,
+    tokens=130,
+    lengths=((16, 16, 7, 0),),
+    table=((1, 3, 0, -5),),
+    num_pages=4,
+    heads="kv",
+    span=64,
+    masks=(7, 10, 1),
+    active=((1 << 130) - 1 - 0b1010,),
+    poison="nan",
+    seed=2,
+)
 MIXED = Case(  # a long sequence between one of one page and one of none, a selection for each KV head
-    kv_heads=2, head_dim=16, page_size=32, tokens=3,
+    kv_heads=2,
+    head_dim=16,
+    page_size=32,
+    tokens=3,
     lengths=((7,) + (0,) * 8, (32, 32, 9, 32, 32, 0, 32, 32, 1), (0,) * 9),
-    table=(tuple(range(9)), (5, 2, 0, 7, 8, -1, 3, 6, 1), (0,) * 9), num_pages=9, heads="kv", span=3,
-    masks=(0b111111111, 0b110011111, 0b011110011), active=(0b111, 0b110, 0b011), poison="nan", seed=3,
-)  # fmt: skip
+    table=(tuple(range(9)), (5, 2, 0, 7, 8, -1, 3, 6, 1), (0,) * 9),
+    num_pages=9,
+    heads="kv",
+    span=3,
+    masks=(0b111111111, 0b110011111, 0b011110011),
+    active=(0b111, 0b110, 0b011),
+    poison="nan",
+    seed=3,
+)
 RESTING = Case(  # a selection for each query head and two rows; tiles of several pages; a sequence at rest
-    group=2, head_dim=24, page_size=12, tokens=3,
+    group=2,
+    head_dim=24,
+    page_size=12,
+    tokens=3,
     lengths=((12, 12, 12, 5, 12), (12, 12, 0, 12, 2), (12, 0, 0, 0, 0)),
-    table=((3, 1, 4, 9, 2), (6, 0, 5, 8, 7), (10, 0, 0, 0, 0)), num_pages=11, heads="query", span=2,
-    masks=(0b11101, 0b10111, 0b01110), active=(0b101, 0, 0b111), poison="nan", layout="token_major", seed=8,
-)  # fmt: skip
+    table=((3, 1, 4, 9, 2), (6, 0, 5, 8, 7), (10, 0, 0, 0, 0)),
+    num_pages=11,
+    heads="query",
+    span=2,
+    masks=(0b11101, 0b10111, 0b01110),
+    active=(0b101, 0, 0b111),
+    poison="nan",
+    layout="token_major",
+    seed=8,
+)
 MANY = Case(  # so many rows that a program finishes several of them, the last one fewer
-    group=19, head_dim=16, page_size=16, tokens=109, lengths=((16, 16, 7),), table=((1, 0, 2),), num_pages=3,
-    heads="kv", span=109, masks=(0b101,), active=((1 << 109) - 1 - 0b1010,), poison="nan", seed=4,
-)  # fmt: skip
+    group=19,
+    head_dim=16,
+    page_size=16,
+    tokens=109,
+    lengths=((16, 16, 7),),
+    table=((1, 0, 2),),
+    num_pages=3,
+    heads="kv",
+    span=109,
+    masks=(0b101,),
+    active=((1 << 109) - 1 - 0b1010,),
+    poison="nan",
+    seed=4,
+)
 SPLIT_CASES = {
-    "ragged-float32": RAGGED, "grouped-float16": GROUPED, "rows-float32": ROWS, "rows-float16": ROWS,
-    "long-float16": LONG, "many-float32": MANY,
-}  # fmt: skip
+    "ragged-float32": RAGGED,
+    "grouped-float16": GROUPED,
+    "rows-float32": ROWS,
+    "rows-float16": ROWS,
+    "long-float16": LONG,
+    "many-float32": MANY,
+}
 STREAMED_CASES = {"mixed-float32": MIXED, "resting-float16": RESTING}
 CASES = SPLIT_CASES | STREAMED_CASES
 DECISIONS = (

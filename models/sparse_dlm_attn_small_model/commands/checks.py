@@ -15,6 +15,7 @@ def weights() -> Check:
     except SparseAttentionError as error:
         return Check("model weights", "broken", str(error), "Reinstall sparse_dlm_attn.")
     return Check(
-        "model weights", "ok",
+        "model weights",
+        "ok",
         f"{parameter_count(config) / 1e6:.1f} M parameters, context of {config.max_context} bytes",
     )

@@ -40,10 +40,14 @@ def decode(
     page_size: options.PageSize = 16,
     max_blocks: options.MaxBlocks = None,
     weights: options.Weights = None,
-    full_sequence: Annotated[bool, typer.Option(
-        "--full-sequence", help="Decode over the whole sequence, as LLaDA does: every token sees every "
-        "other, slow. With one --policy, dense by default; the default prompt has 1024 bytes.",
-    )] = False,
+    full_sequence: Annotated[
+        bool,
+        typer.Option(
+            "--full-sequence",
+            help="Decode over the whole sequence, as LLaDA does: every token sees every "
+            "other, slow. With one --policy, dense by default; the default prompt has 1024 bytes.",
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone on standard output.")] = False,
 ) -> None:
     """Decode a long prompt with the small model under several policies, and compare them.
@@ -63,17 +67,27 @@ def decode(
     )
     report = {
         "environment": options.environment_record(backend, weights, model, page_size),
-        "prompt": asked.as_json(), "settings": dataclasses.asdict(settings),
+        "prompt": asked.as_json(),
+        "settings": dataclasses.asdict(settings),
     }
     if full_sequence:
         long = "--max-blocks" if max_blocks is not None else "--length" if prompt is None else "--prompt"
         result = _full_sequence(model, asked, settings, choices[0], long)
         if as_json:
-            print_json({**report, "full_sequence": {
-                "policy": result.choice.label, "pair_share": result.everything.pair_share,
-                "row_share": result.everything.row_share, "answer": result.output.decode("latin-1"),
-                "exact": result.exact, "passes": result.passes, "seconds": round(result.seconds, 4),
-            }})
+            print_json(
+                {
+                    **report,
+                    "full_sequence": {
+                        "policy": result.choice.label,
+                        "pair_share": result.everything.pair_share,
+                        "row_share": result.everything.row_share,
+                        "answer": result.output.decode("latin-1"),
+                        "exact": result.exact,
+                        "passes": result.passes,
+                        "seconds": round(result.seconds, 4),
+                    },
+                }
+            )
         else:
             _print_full_sequence(result, asked)
         return
@@ -86,7 +100,10 @@ def decode(
 
 
 def compare_with_progress(
-    model: TinyModel, prompt: Prompt, choices: list[PolicyChoice], settings: DecodeSettings,
+    model: TinyModel,
+    prompt: Prompt,
+    choices: list[PolicyChoice],
+    settings: DecodeSettings,
     on_pass: Callable[[PolicyChoice, PassRecord], None] | None = None,
 ) -> Sample:
     """Decode a prompt with several policies, with a progress bar on standard error."""
@@ -132,8 +149,14 @@ def _full_sequence(
     with progress() as bars:
         bar = bars.add_task(f"{len(prompt.text)} bytes, {choice.label}", total=None)
         decoded = decode_full_sequence(
-            model, prompt.text, policy=choice.policy, page_size=settings.page_size, new_tokens=new_tokens,
-            steps=settings.steps, threshold=settings.threshold, block_length=settings.block_length,
+            model,
+            prompt.text,
+            policy=choice.policy,
+            page_size=settings.page_size,
+            new_tokens=new_tokens,
+            steps=settings.steps,
+            threshold=settings.threshold,
+            block_length=settings.block_length,
             on_pass=lambda record: bars.advance(bar),
         )
     return PolicyResult.of(choice, decoded, prompt.answer)
@@ -144,9 +167,11 @@ def _print_full_sequence(result: PolicyResult, prompt: Prompt) -> None:
     mark = {None: "", True: "  (exact)", False: "  (NOT the expected answer)"}[result.exact]
     total = result.everything
     rows, pairs = share_text(total.row_share), share_text(total.pair_share)
-    _print_story([
-        *prompt.story(),
-        ("answer", printable(result.output) + mark),
-        ("passes", f"{result.passes} over the whole sequence, {result.seconds:.1f} s"),
-        ("computed", f"{rows} of the rows, {pairs} of the row-key pairs"),
-    ])
+    _print_story(
+        [
+            *prompt.story(),
+            ("answer", printable(result.output) + mark),
+            ("passes", f"{result.passes} over the whole sequence, {result.seconds:.1f} s"),
+            ("computed", f"{rows} of the rows, {pairs} of the row-key pairs"),
+        ]
+    )

@@ -38,9 +38,12 @@ def evaluate(
     length: Annotated[int, typer.Option(help="Bytes a prompt.")] = options.DEFAULT_LENGTH,
     seed: Annotated[int, typer.Option(help="First seed; prompt n of a task has seed + n.")] = 0,
     policy: options.Policies = None,
-    budget: Annotated[list[int] | None, typer.Option(
-        help="Context tokens a row may read; repeatable.", show_default="64 and 256, with --full 16 to 256"
-    )] = None,
+    budget: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Context tokens a row may read; repeatable.", show_default="64 and 256, with --full 16 to 256"
+        ),
+    ] = None,
     backend: options.BackendName = "reference",
     device: options.Device = None,
     block_length: options.BlockLength = 16,
@@ -51,12 +54,13 @@ def evaluate(
     workers: Annotated[int | None, typer.Option(help="Processes.", show_default="one a core")] = None,
     weights: options.Weights = None,
     out: Annotated[Path, typer.Option(help="Results (JSON).", metavar="FILE")] = Path("evaluation.json"),
-    plot: Annotated[Path | None, typer.Option(
-        help="Draw a picture too (PNG).", metavar="FILE", show_default="none"
-    )] = None,
-    require: Annotated[list[str] | None, typer.Option(
-        help="Exit with 1 unless this share of answers is exact; repeatable.", metavar="POLICY=SHARE"
-    )] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw a picture too (PNG).", metavar="FILE", show_default="none")
+    ] = None,
+    require: Annotated[
+        list[str] | None,
+        typer.Option(help="Exit with 1 unless this share of answers is exact; repeatable.", metavar="POLICY=SHARE"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
 ) -> None:
     """Evaluate policies on held-out retrieval prompts: exact answers against bytes read."""
@@ -68,10 +72,13 @@ def evaluate(
                 raise InvalidArgumentError(name, f"must be at most {limit}", value)
     evaluation = Evaluation(
         tasks=tuple(dict.fromkeys(task or (TASKS if full else DEFAULT_TASKS))),
-        prompts=prompts or (FULL_PROMPTS if full else DEFAULT_PROMPTS), length=length, seed=seed,
+        prompts=prompts or (FULL_PROMPTS if full else DEFAULT_PROMPTS),
+        length=length,
+        seed=seed,
         policies=tuple(policy or ()),
         budgets=tuple(dict.fromkeys(budget or (FULL_BUDGETS if full else DEFAULT_BUDGETS))),
-        settings=options.check_settings(block_length, steps, threshold, page_size), backend=backend,
+        settings=options.check_settings(block_length, steps, threshold, page_size),
+        backend=backend,
         weights=None if weights is None else str(weights),
     )
     labels = [choice.label for choice in evaluation.choices()]
@@ -101,7 +108,9 @@ def evaluate(
         "scores": [score.as_json() for score in scores],
         "prompts": [
             {
-                "task": sample.prompt.task, "seed": sample.prompt.seed, "answer": sample.prompt.answer,
+                "task": sample.prompt.task,
+                "seed": sample.prompt.seed,
+                "answer": sample.prompt.answer,
                 "prefill_seconds": round(sample.prefill_seconds, 4),
                 "results": [result.as_json() for result in sample.results],
             }

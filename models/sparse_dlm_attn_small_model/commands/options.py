@@ -30,45 +30,59 @@ DEFAULT_TASK = "chained"
 DEFAULT_SEED = 1617
 """Chosen by its text: the sighting of the White Whale. Both facts lie far from the question."""
 
-PromptFile = Annotated[str | None, typer.Option(
-    "--prompt", metavar="FILE", show_default="a held-out retrieval prompt",
-    help="UTF-8 text to continue, or '-' for standard input.",
-)]
-Question = Annotated[str | None, typer.Option(
-    help="Asked after the text of --prompt, e.g. 'What is the code of Rimon?'.", metavar="TEXT"
-)]
-Answer = Annotated[str | None, typer.Option(
-    help="Expected answer to --question, to mark answers exact.", metavar="TEXT"
-)]
+PromptFile = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt",
+        metavar="FILE",
+        show_default="a held-out retrieval prompt",
+        help="UTF-8 text to continue, or '-' for standard input.",
+    ),
+]
+Question = Annotated[
+    str | None,
+    typer.Option(help="Asked after the text of --prompt, e.g. 'What is the code of Rimon?'.", metavar="TEXT"),
+]
+Answer = Annotated[
+    str | None, typer.Option(help="Expected answer to --question, to mark answers exact.", metavar="TEXT")
+]
 Task = Annotated[str | None, typer.Option(help="Task of the retrieval prompt.", show_default="chained")]
 Length = Annotated[int | None, typer.Option(help="Bytes of the retrieval prompt.", show_default="4096")]
 Seed = Annotated[int | None, typer.Option(help="Seed of the retrieval prompt.", show_default="1617")]
-Policies = Annotated[list[str] | None, typer.Option(
-    "--policy", help="Policy; repeatable; `sparse-dlm-attn policies` lists them.",
-    metavar="NAME[:key=value,...]", show_default="a selection",
-)]
-Budget = Annotated[int, typer.Option(
-    help="Context tokens a row may read, for every policy that does not set its own."
-)]
-BackendName = Annotated[str, typer.Option(
-    help="Backend that computes; `sparse-dlm-attn backends` lists them.", metavar="NAME[:key=value,...]"
-)]
-Device = Annotated[str | None, typer.Option(
-    help="Where the backend computes, e.g. cuda; the same as --backend NAME:device=...",
-    show_default="the backend's own",
-)]
+Policies = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--policy",
+        help="Policy; repeatable; `sparse-dlm-attn policies` lists them.",
+        metavar="NAME[:key=value,...]",
+        show_default="a selection",
+    ),
+]
+Budget = Annotated[int, typer.Option(help="Context tokens a row may read, for every policy that does not set its own.")]
+BackendName = Annotated[
+    str,
+    typer.Option(help="Backend that computes; `sparse-dlm-attn backends` lists them.", metavar="NAME[:key=value,...]"),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        help="Where the backend computes, e.g. cuda; the same as --backend NAME:device=...",
+        show_default="the backend's own",
+    ),
+]
 BlockLength = Annotated[int, typer.Option(help="Tokens denoised together: 8, 16 or 32.")]
 Steps = Annotated[int | None, typer.Option(help="Denoising passes of a block.", show_default="8")]
-Threshold = Annotated[float | None, typer.Option(
-    help="Instead of --steps: decode every token whose confidence exceeds this (0..1)."
-)]
+Threshold = Annotated[
+    float | None, typer.Option(help="Instead of --steps: decode every token whose confidence exceeds this (0..1).")
+]
 PageSize = Annotated[int, typer.Option(help="Context tokens a page.")]
-MaxBlocks = Annotated[int | None, typer.Option(
-    help="Blocks to decode at most.", show_default="what the expected answer needs, 4 if none is known"
-)]
-Weights = Annotated[Path | None, typer.Option(
-    help="Weights file (safetensors) instead of the shipped one.", metavar="FILE"
-)]
+MaxBlocks = Annotated[
+    int | None,
+    typer.Option(help="Blocks to decode at most.", show_default="what the expected answer needs, 4 if none is known"),
+]
+Weights = Annotated[
+    Path | None, typer.Option(help="Weights file (safetensors) instead of the shipped one.", metavar="FILE")
+]
 
 
 def placed(backend: str, device: str | None) -> str:
@@ -79,7 +93,9 @@ def placed(backend: str, device: str | None) -> str:
         raise InvalidArgumentError("--device", "must be one device, such as cpu or cuda:1", repr(device))
     if "device" in split_parameters("backend", backend)[1]:
         raise InvalidArgumentError(
-            "--device", "must not be given together with a device in --backend", f"{device} and {backend}",
+            "--device",
+            "must not be given together with a device in --backend",
+            f"{device} and {backend}",
             "Leave one of them out.",
         )
     return f"{backend}{',' if '=' in backend else ':'}device={device}"
@@ -107,15 +123,24 @@ def load_model(backend: str, weights: Path | None, settings: DecodeSettings) -> 
         )
     if settings.max_blocks is not None and settings.max_blocks * settings.block_length > limit:
         raise InvalidArgumentError(
-            "--max-blocks", f"must be at most {limit // settings.block_length}, so that the blocks fit the "
-            f"model's context of {limit} bytes", settings.max_blocks,
+            "--max-blocks",
+            f"must be at most {limit // settings.block_length}, so that the blocks fit the "
+            f"model's context of {limit} bytes",
+            settings.max_blocks,
         )
     return model
 
 
 def pick_prompt(
-    file: str | None, question: str | None, answer: str | None, task: str | None, length: int | None,
-    seed: int | None, block_length: int, limit: int, default_length: int = DEFAULT_LENGTH,
+    file: str | None,
+    question: str | None,
+    answer: str | None,
+    task: str | None,
+    length: int | None,
+    seed: int | None,
+    block_length: int,
+    limit: int,
+    default_length: int = DEFAULT_LENGTH,
 ) -> Prompt:
     """Return the user's prompt, of at most ``limit`` bytes, or the retrieval prompt that the options name."""
     own = {"--question": question, "--answer": answer}
@@ -128,8 +153,10 @@ def pick_prompt(
         return _read_prompt(file, question, answer, limit)
     with named_as_options():
         return make_prompt(
-            DEFAULT_TASK if task is None else task, length=default_length if length is None else length,
-            seed=DEFAULT_SEED if seed is None else seed, block_length=block_length,
+            DEFAULT_TASK if task is None else task,
+            length=default_length if length is None else length,
+            seed=DEFAULT_SEED if seed is None else seed,
+            block_length=block_length,
         )
 
 
@@ -142,7 +169,9 @@ def _read_prompt(source: str, question: str | None, answer: str | None, limit: i
         text = text.rstrip() + f"\nQuestion: {question.strip()}\nAnswer: ".encode()
     if len(text) > limit:
         raise InvalidArgumentError(
-            "--prompt", f"must be at most {limit} bytes together with the question", f"{len(text)} bytes",
+            "--prompt",
+            f"must be at most {limit} bytes together with the question",
+            f"{len(text)} bytes",
             "Shorten the text.",
         )
     name = "standard input" if source == "-" else source

@@ -88,11 +88,17 @@ def score_table(scores: Sequence[PolicyScore], width: int) -> Table:
     tasks = list(scores[0].tasks) if scores and width >= WIDE else []
     rows = [
         [
-            score.choice.label, f"{score.exact}/{score.prompts}",
+            score.choice.label,
+            f"{score.exact}/{score.prompts}",
             *(f"{score.tasks[task]['exact']}/{score.tasks[task]['prompts']}" for task in tasks),
-            share_text(score.agreement), f"{score.passes:.1f}",
-            *(share_text(share) for total in (score.everything, score.after_first_pass)
-              for share in (total.density, total.byte_share)), f"{score.seconds:.1f} s",
+            share_text(score.agreement),
+            f"{score.passes:.1f}",
+            *(
+                share_text(share)
+                for total in (score.everything, score.after_first_pass)
+                for share in (total.density, total.byte_share)
+            ),
+            f"{score.seconds:.1f} s",
         ]
         for score in scores
     ]

@@ -38,9 +38,10 @@ def show(
     page_size: options.PageSize = 16,
     block: Annotated[int, typer.Option(help="Block to show, counted from 0.")] = 0,
     weights: options.Weights = None,
-    out: Annotated[Path | None, typer.Option(
-        help="Picture to write (PNG).", metavar="FILE", show_default="pages.png, none with --ascii"
-    )] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Picture to write (PNG).", metavar="FILE", show_default="pages.png, none with --ascii"),
+    ] = None,
     as_text: Annotated[bool, typer.Option("--ascii", help="Draw the map in the terminal.")] = False,
 ) -> None:
     """Show which pages of the context each pass reads, as a picture or in the terminal."""
@@ -89,5 +90,7 @@ def _print(panels: list[tuple[str, list[PassRecord]]], marked: list[int]) -> Non
             console.print(line, markup=False, no_wrap=True)
     console.print(
         f"Share of layers and KV heads that loaded a page: '{plots.SHADES}' is none to all."
-        + (" ^ holds a fact that the answer needs." if marked else ""), markup=False, soft_wrap=True,
+        + (" ^ holds a fact that the answer needs." if marked else ""),
+        markup=False,
+        soft_wrap=True,
     )
