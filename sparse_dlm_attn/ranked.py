@@ -189,12 +189,14 @@ def kept_queries(q: Array, active: Array, keep: Keep, reference: Array | None) -
 
     Parameters
     ----------
-    q, reference : array
-        ``(batch, q_heads, tokens, head_dim)``: of this pass, and what inactive rows keep.
+    q : array
+        ``(batch, q_heads, tokens, head_dim)``.
     active : array
         bool ``(batch, tokens)``.
     keep : {"nothing", "queries", "active_queries"}
         See `RankedPass`.
+    reference : array or None
+        Like ``q``: what inactive rows keep.
     """
     if keep == "nothing":
         return None

@@ -10,13 +10,7 @@ torch = pytest.importorskip("torch", reason="the backends need PyTorch")
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU that PyTorch can use", allow_module_level=True)
 
-from sparse_dlm_attn import (  # noqa: E402
-    Context,
-    PassInfo,
-    PrefixAttention,
-    Selection,
-    UnavailableError,
-)
+from sparse_dlm_attn import Context, PassInfo, PrefixAttention, Selection, UnavailableError  # noqa: E402
 from sparse_dlm_attn.policies.losa import Losa  # noqa: E402
 from sparse_dlm_attn.policies.quest import Quest  # noqa: E402
 from sparse_dlm_attn_conformance import check_backend  # noqa: E402

@@ -11,14 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the PyTorch backend needs PyTorch")
 
-from sparse_dlm_attn import (  # noqa: E402
-    Context,
-    InvalidArgumentError,
-    Selection,
-    UnavailableError,
-    UnsupportedError,
-    get_backend,
-)
+from sparse_dlm_attn import Context, InvalidArgumentError, Selection, UnavailableError, UnsupportedError, get_backend  # noqa: E402
 from sparse_dlm_attn_torch import block_sparse, choice, flex  # noqa: E402
 
 
