@@ -21,6 +21,7 @@ from typing import Any
 
 import full_sequence_peers as peers
 import torch
+from full_sequence_tiles import ATTEND_TILES, POOLED_TILES
 
 from sparse_dlm_attn.policies.sparsed import SparseD
 from sparse_dlm_attn_benchmarks.timing import elapsed
@@ -33,48 +34,6 @@ from sparse_dlm_attn_triton.span_tiles import Tile, attend_tile, pooled_tile
 HEADS, DIM, DENSITY = 32, 128, 0.30
 SCALE = DIM**-0.5
 LIMITS = 1e-3, 1e-2  # of out, whose values are a few hundredths here, and of lse
-
-ATTEND_TILES = {
-    128: [
-        Tile(128, 64, 8, 3),
-        Tile(128, 64, 8, 4),
-        Tile(128, 128, 8, 2),
-        Tile(128, 64, 4, 3),
-        Tile(64, 64, 4, 3),
-        Tile(64, 128, 4, 2),
-        Tile(128, 32, 8, 4),
-        Tile(128, 64, 8, 3, tma=True),
-        Tile(128, 64, 8, 4, tma=True),
-        Tile(128, 128, 8, 2, tma=True),
-        Tile(64, 64, 4, 3, tma=True),
-        Tile(128, 64, 8, 3, tma=True, warp_specialize=True),
-    ],
-    32: [
-        Tile(32, 64, 4, 3),
-        Tile(32, 32, 4, 3),
-        Tile(32, 32, 2, 3),
-        Tile(32, 128, 4, 2),
-        Tile(64, 64, 4, 3),
-        Tile(64, 64, 4, 2),
-        Tile(64, 128, 4, 2),
-        Tile(64, 32, 4, 3),
-        Tile(64, 32, 4, 4, tma=True),
-        Tile(64, 64, 4, 2, registers=168),
-        Tile(128, 64, 8, 3),
-        Tile(128, 128, 8, 2),
-        Tile(128, 32, 8, 4),
-        Tile(128, 32, 8, 4, tma=True),
-    ],
-}
-POOLED_TILES = [
-    Tile(128, 128, 8, 2),
-    Tile(128, 128, 8, 3),
-    Tile(128, 64, 8, 3),
-    Tile(128, 64, 4, 3),
-    Tile(128, 128, 4, 2),
-    Tile(64, 128, 4, 2),
-    Tile(128, 64, 8, 2),
-]
 
 
 def timed(call: Callable[[], Any], repeats: int) -> float:

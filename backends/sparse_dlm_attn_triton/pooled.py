@@ -14,8 +14,16 @@ import triton
 import triton.language as tl
 
 from sparse_dlm_attn_triton.common import LOG2_E, power_of_two
+from sparse_dlm_attn_triton.pooled_tiles import (
+    add_to_scores,
+    full_scores,
+    pages_of_program,
+    partial_scores,
+    physical_pages,
+    row_masses,
+)
 from sparse_dlm_attn_triton.span_tiles import Tile, pooled_tile
-from sparse_dlm_attn_triton.tiles import LN2, NEG_INF, load_rows, product, softmax_end, softmax_step
+from sparse_dlm_attn_triton.tiles import LN2, NEG_INF, load_rows, softmax_end, softmax_step
 
 __all__ = ["context_lse", "pooled_scores"]
 
@@ -25,114 +33,6 @@ LEAST_STEPS = 8
 """Steps that are worth a program of their own."""
 LOG2_E_IN_KERNEL = tl.constexpr(LOG2_E)
 Tensor = torch.Tensor
-
-
-@triton.jit
-def _physical_pages(table_at, page, table_page, pages, BLOCK_N: tl.constexpr, ROOM: tl.constexpr, SLOTS: tl.constexpr):
-    """Return where the pages from ``page`` on lie: a number, or one a key where a step has several."""
-    if SLOTS == 1:
-        physical = tl.load(table_at + tl.minimum(page, pages - 1) * table_page)
-    else:
-        at = tl.minimum(page + tl.arange(0, BLOCK_N) // ROOM, pages - 1)
-        physical = tl.load(table_at + at * table_page)
-    return physical
-
-
-@triton.jit
-def _full_scores(
-    queries,
-    k_at,
-    physical,
-    sub,
-    k_stride,
-    PAGE_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    ROOM: tl.constexpr,
-):
-    """Return raw scores ``[BLOCK_M, BLOCK_N]`` of keys of full pages; -inf behind a page's tokens."""
-    key = tl.arange(0, BLOCK_N)
-    within = key % ROOM + sub * BLOCK_N
-    rows = physical.to(tl.int64) * k_stride[0] + within * k_stride[2]
-    scores = product(queries, load_rows(k_at, rows, 1, within < PAGE_SIZE, HEAD_DIM, BLOCK_D, ROOM != PAGE_SIZE))
-    if ROOM != PAGE_SIZE:
-        scores = tl.where((within < PAGE_SIZE)[None, :], scores, NEG_INF)
-    return scores
-
-
-@triton.jit
-def _partial_scores(
-    queries,
-    k_at,
-    table_at,
-    lengths_at,
-    page,
-    sub,
-    table_page,
-    lengths_page,
-    k_stride,
-    end,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    ROOM: tl.constexpr,
-):
-    """Return the same for pages of any length; -inf where no token is."""
-    key = tl.arange(0, BLOCK_N)
-    at = page + key // ROOM
-    within = key % ROOM + sub * BLOCK_N
-    length = tl.load(lengths_at + at * lengths_page, mask=at < end, other=0)
-    inside = within < length
-    physical = tl.load(table_at + at * table_page, mask=inside, other=0).to(tl.int64)
-    rows = physical * k_stride[0] + within * k_stride[2]
-    scores = product(queries, load_rows(k_at, rows, 1, inside, HEAD_DIM, BLOCK_D, True))
-    return tl.where(inside[None, :], scores, NEG_INF)
-
-
-@triton.jit
-def _pages_of_program(runs, b, pages_a_program):
-    """Return the pages of a program: full ones from `begin` to `full`, partial and absent ones up to `end`."""
-    begin, full, end = tl.load(runs + b * 3), tl.load(runs + b * 3 + 1), tl.load(runs + b * 3 + 2)
-    begin += tl.program_id(2) * pages_a_program
-    end = tl.minimum(end, begin + pages_a_program)
-    full = tl.maximum(tl.minimum(full, end), begin)
-    return begin, full, end
-
-
-@triton.jit
-def _row_masses(scores, lse_log2, alive, scale_log2, BLOCK_M: tl.constexpr, SLOTS: tl.constexpr):
-    """Return each row's softmax mass on each page of a step, ``[BLOCK_M, SLOTS]``."""
-    weights = tl.exp2(scores * scale_log2 - lse_log2[:, None])
-    mass = tl.sum(tl.reshape(weights, [BLOCK_M, SLOTS, weights.shape[1] // SLOTS]), 2)
-    return tl.where(alive[:, None], mass, 0.0)
-
-
-@triton.jit
-def _add_to_scores(
-    scores,
-    mass,
-    sizes,
-    page,
-    end,
-    spans,
-    pages,
-    index,
-    SPANS: tl.constexpr,
-    SPAN_ROOM: tl.constexpr,
-    SLOTS: tl.constexpr,
-    MANY: tl.constexpr,
-):
-    """Average the rows of SPANS spans over SLOTS pages; MANY: a span's rows come in several parts."""
-    mass = tl.where(mass > 1.0, 1.0, mass)  # whatever the LSE; lets NaN through
-    mean = tl.sum(tl.reshape(mass, [SPANS, SPAN_ROOM, SLOTS]), 1) / sizes[:, None]
-    column = page + tl.arange(0, SLOTS)
-    at = scores + index[:, None].to(tl.int64) * pages + column[None, :]
-    keep = (index[:, None] < spans) & (column[None, :] < end)
-    if MANY:  # one program adds all parts, one after the other: the order is fixed
-        tl.atomic_add(at, mean, mask=keep)
-    else:
-        tl.store(at, mean, mask=keep)
 
 
 @triton.jit
@@ -176,7 +76,7 @@ def pooled_kernel(
     table_at, lengths_at = table + b * table_stride[0], lengths + b * lengths_stride[0]
     lse_at = lse + tl.program_id(1).to(tl.int64) * tokens
     scores_at = scores + tl.program_id(1).to(tl.int64) * spans * pages
-    begin, full, end = _pages_of_program(runs, b, pages_a_program)
+    begin, full, end = pages_of_program(runs, b, pages_a_program)
     bulk = (full - begin) // SLOTS
     index = tl.program_id(0) * SPANS + tl.arange(0, SPANS)
     sizes = tl.maximum(tl.minimum(tokens - index * span, span), 1).to(tl.float32)
@@ -190,21 +90,19 @@ def pooled_kernel(
         # A row without mass has scores of -inf alone: any finite stand-in gives 0 for it.
         lse_log2 = tl.where(log == NEG_INF, 0.0, log) * LOG2_E_IN_KERNEL
         # Read one step ahead, so that keys do not wait for the table within a step.
-        physical = _physical_pages(table_at, begin, table_stride[1], pages, BLOCK_N, ROOM, SLOTS)
+        physical = physical_pages(table_at, begin, table_stride[1], pages, BLOCK_N, ROOM, SLOTS)
         for i in range(bulk):
             page = begin + i * SLOTS
             mass = tl.zeros([BLOCK_M, SLOTS], dtype=tl.float32)
             for sub in range(SUBS):
-                found = _full_scores(
-                    queries, k_at, physical, sub, k_stride, PAGE_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N, ROOM
-                )
-                mass += _row_masses(found, lse_log2, alive, scale_log2, BLOCK_M, SLOTS)
-            _add_to_scores(scores_at, mass, sizes, page, end, spans, pages, index, SPANS, SPAN_ROOM, SLOTS, MANY)
-            physical = _physical_pages(table_at, page + SLOTS, table_stride[1], pages, BLOCK_N, ROOM, SLOTS)
+                found = full_scores(queries, k_at, physical, sub, k_stride, PAGE_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N, ROOM)
+                mass += row_masses(found, lse_log2, alive, scale_log2, BLOCK_M, SLOTS)
+            add_to_scores(scores_at, mass, sizes, page, end, spans, pages, index, SPANS, SPAN_ROOM, SLOTS, MANY)
+            physical = physical_pages(table_at, page + SLOTS, table_stride[1], pages, BLOCK_N, ROOM, SLOTS)
         for page in range(begin + bulk * SLOTS, end, SLOTS):
             mass = tl.zeros([BLOCK_M, SLOTS], dtype=tl.float32)
             for sub in range(SUBS):
-                found = _partial_scores(
+                found = partial_scores(
                     queries,
                     k_at,
                     table_at,
@@ -220,8 +118,8 @@ def pooled_kernel(
                     BLOCK_N,
                     ROOM,
                 )
-                mass += _row_masses(found, lse_log2, alive, scale_log2, BLOCK_M, SLOTS)
-            _add_to_scores(scores_at, mass, sizes, page, end, spans, pages, index, SPANS, SPAN_ROOM, SLOTS, MANY)
+                mass += row_masses(found, lse_log2, alive, scale_log2, BLOCK_M, SLOTS)
+            add_to_scores(scores_at, mass, sizes, page, end, spans, pages, index, SPANS, SPAN_ROOM, SLOTS, MANY)
 
 
 @triton.jit
@@ -257,22 +155,22 @@ def lse_kernel(
     k_at = k + (head // (q_heads // kv_heads)).to(tl.int64) * k_stride[1]
     q_at = q + b.to(tl.int64) * q_stride[0] + head.to(tl.int64) * q_stride[1]
     table_at, lengths_at = table + b * table_stride[0], lengths + b * lengths_stride[0]
-    begin, full, end = _pages_of_program(runs, b, pages_a_program)
+    begin, full, end = pages_of_program(runs, b, pages_a_program)
     bulk = (full - begin) // SLOTS
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     alive = row < tokens
     queries = load_rows(q_at, row.to(tl.int64), q_stride[2], alive, HEAD_DIM, BLOCK_D, True)
     running_max = tl.full([BLOCK_M], NEG_INF, dtype=tl.float32)
     running_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
-    physical = _physical_pages(table_at, begin, table_stride[1], pages, BLOCK_N, ROOM, SLOTS)
+    physical = physical_pages(table_at, begin, table_stride[1], pages, BLOCK_N, ROOM, SLOTS)
     for i in range(bulk):
         for sub in range(SUBS):
-            found = _full_scores(queries, k_at, physical, sub, k_stride, PAGE_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N, ROOM)
+            found = full_scores(queries, k_at, physical, sub, k_stride, PAGE_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N, ROOM)
             _, running_max, running_sum, _ = softmax_step(found, running_max, running_sum, scale_log2)
-        physical = _physical_pages(table_at, begin + (i + 1) * SLOTS, table_stride[1], pages, BLOCK_N, ROOM, SLOTS)
+        physical = physical_pages(table_at, begin + (i + 1) * SLOTS, table_stride[1], pages, BLOCK_N, ROOM, SLOTS)
     for page in range(begin + bulk * SLOTS, end, SLOTS):
         for sub in range(SUBS):
-            found = _partial_scores(
+            found = partial_scores(
                 queries,
                 k_at,
                 table_at,

@@ -11,7 +11,8 @@ from functools import partial
 from typing import Any
 
 from sparse_dlm_attn_small_model.cache import KVCache
-from sparse_dlm_attn_small_model.decoding import decode_blocks, decode_together, decodes_together
+from sparse_dlm_attn_small_model.decoding import decode_blocks, decode_together
+from sparse_dlm_attn_small_model.denoiser import decodes_together
 from sparse_dlm_attn_small_model.model import TinyModel
 from sparse_dlm_attn_small_model.policy_choice import PolicyChoice
 from sparse_dlm_attn_small_model.records import Decoded, PassRecord, TrafficTotal

@@ -6,9 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 import mutants_attention
+import mutants_memory
+import mutants_methods
 import mutants_operators
 import mutants_passes
 import mutants_policies
+import mutants_reading
+import mutants_states
 import pytest
 from mutation import MUTANTS
 
@@ -16,7 +20,16 @@ from sparse_dlm_attn import Backend
 from sparse_dlm_attn_conformance import check_backend
 from sparse_dlm_attn_conformance.operations import OPERATORS
 
-TABLES = (mutants_attention, mutants_operators, mutants_passes, mutants_policies)  # importing them fills MUTANTS
+TABLES = (  # importing them fills MUTANTS
+    mutants_attention,
+    mutants_memory,
+    mutants_methods,
+    mutants_operators,
+    mutants_passes,
+    mutants_policies,
+    mutants_reading,
+    mutants_states,
+)
 
 
 @pytest.mark.parametrize("name", list(MUTANTS))
