@@ -232,15 +232,8 @@ def selection_pass(problem: Problem, lse: torch.Tensor, tile: Tile, dense_ms: fl
     )
     if worst > 2e-2:
         raise SystemExit("selection: wrong masses")
-    return {
-        "sweep_ms": pooled_ms,
-        "top_ms": top_ms,
-        "isolated_ms": alone_ms,
-        "total_ms": total,
-        "dense_passes": total / dense_ms,
-        "extra_gib": extra,
-        "error": worst,
-    }
+    found = {"sweep_ms": pooled_ms, "top_ms": top_ms, "isolated_ms": alone_ms, "total_ms": total}
+    return found | {"dense_passes": total / dense_ms, "extra_gib": extra, "error": worst}
 
 
 def schedule(dense: float, select: float, sparse: float, passes: int) -> tuple[float, int]:
