@@ -106,6 +106,41 @@ def test_neighbours_are_the_nearest_masked_rows_that_nobody_has_taken(
         assert np.flatnonzero(policy.computed_tokens(info, decoded | True)).tolist() == expected
 
 
+def by_position(masked: set[int], centres: list[int], wanted: int, length: int) -> set[int]:
+    """The authors' rule, written plainly: centres and the neighbours that each takes in its turn."""
+    chosen = set(centres)
+    for centre in centres:
+        found, distance = 0, 1
+        while found < wanted and distance < length:
+            for row in (centre - distance, centre + distance):
+                if found < wanted and row in masked and row not in chosen:
+                    chosen.add(row)
+                    found += 1
+            distance += 1
+    return chosen
+
+
+def test_neighbours_follow_the_rule_in_a_thousand_random_cases() -> None:
+    rng = np.random.default_rng(0)
+    cases = 1000
+    while cases > 0:
+        batch, length, wanted = (int(rng.integers(*span)) for span in ((1, 5), (1, 65), (0, 9)))
+        masked = rng.random((batch, length)) < rng.random()
+        planned = masked & (rng.random((batch, length)) < rng.random())
+        lists = [rng.permutation(np.flatnonzero(part)).tolist() for part in planned]
+        columns = max(map(len, lists)) + int(rng.integers(0, 3))
+        order = np.array([[*one, *[-1] * (columns - len(one))] for one in lists], np.int32)
+        policy = get_policy(f"dkv-cache:mode=greedy,neighbours={wanted}")
+        for given in (order, None):
+            info = PassInfo(3, decoded=~masked, newly_decoded=masked & False, planned=planned, planned_order=given)
+            got = np.asarray(policy.computed_tokens(info, masked | True))
+            for b, one in enumerate(lists):
+                centres = one if given is not None else sorted(one)
+                expected = by_position(set(np.flatnonzero(masked[b])), centres, wanted, length)
+                assert set(np.flatnonzero(got[b])) == expected
+        cases -= batch
+
+
 def test_neighbours_are_found_without_a_look_at_values() -> None:
     """Tensors on PyTorch's meta device have shapes and no values: any look at one raises."""
     torch = pytest.importorskip("torch")
