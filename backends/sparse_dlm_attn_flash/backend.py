@@ -10,7 +10,6 @@ import torch
 
 from sparse_dlm_attn import (
     AttentionState,
-    Backend,
     Context,
     InvalidArgumentError,
     InvalidTypeError,
@@ -18,15 +17,9 @@ from sparse_dlm_attn import (
     Selection,
     UnavailableError,
 )
-from sparse_dlm_attn.arrays import compute_dtype, dtype_of_host
-from sparse_dlm_attn.checks import (
-    check_attend_block,
-    check_attend_pages,
-    check_context,
-    check_library,
-    check_page_scores,
-)
+from sparse_dlm_attn.checks import check_attend_block, check_attend_pages, check_context, check_page_scores
 from sparse_dlm_attn.operators import gather_pages, valid_tokens
+from sparse_dlm_attn.torch_backend import TorchTensors, bound_scores
 from sparse_dlm_attn.values import softmax_scale
 from sparse_dlm_attn_flash.folding import Pool, Requests, folded, full_pages, partial_pages, rows_of_lists
 
@@ -69,13 +62,11 @@ def check_gpu(backend: str, device: str) -> str:
     return device
 
 
-class FoldedBackend(Backend):
+class FoldedBackend(TorchTensors):
     """An existing kernel for paged attention, with page lists per head by head folding.
 
     A subclass has a kernel: `run`. It plans on the host, so no pass can be captured in a CUDA graph.
     """
-
-    device = "cuda"
 
     @abstractmethod
     def run(self, q: torch.Tensor, pool: Pool, requests: Requests, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,20 +89,6 @@ class FoldedBackend(Backend):
             ``out`` like ``q`` and float32 ``lse`` ``(rows,)``, natural log.
         """
 
-    def asarray(self, values: Any, *, dtype: str | None = None) -> torch.Tensor:
-        if dtype is not None and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
-            raise InvalidTypeError("dtype", "must be the name of a dtype of PyTorch", repr(dtype))
-        try:
-            dtype = dtype or dtype_of_host(values)
-            kind = getattr(torch, str(dtype)) if dtype is not None else None
-            if isinstance(values, torch.Tensor):
-                return values.detach().to(device=self.device, dtype=kind, copy=True)
-            return torch.tensor(values, dtype=kind, device=self.device)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise InvalidTypeError(
-                "values", f"must be numbers that fit dtype {dtype or 'of their own'}", repr(values)[:80]
-            ) from error
-
     def page_bounds(self, context: Context) -> PageBounds:
         check_context(context)
         self._check_place("context", context.k_pages)
@@ -126,13 +103,7 @@ class FoldedBackend(Backend):
     def page_scores(self, q: torch.Tensor, bounds: PageBounds, *, active: torch.Tensor | None = None) -> torch.Tensor:
         check_page_scores(q, bounds, active)
         self._check_place("q", q)
-        batch, q_heads, tokens, dim = q.shape
-        kv_heads, kind = bounds.lower.shape[1], compute_dtype(q)
-        rows = q.to(kind).reshape(batch, kv_heads, q_heads // kv_heads * tokens, dim)
-        scores = rows.clamp(min=0) @ bounds.upper.to(kind).transpose(-1, -2)
-        scores = scores + rows.clamp(max=0) @ bounds.lower.to(kind).transpose(-1, -2)
-        ranked: torch.Tensor = scores.reshape(batch, q_heads, tokens, bounds.lower.shape[2])
-        return ranked.to(torch.float32)
+        return bound_scores(q, bounds.lower, bounds.upper)
 
     def attend_pages(
         self,
@@ -209,13 +180,3 @@ class FoldedBackend(Backend):
                 "Compute where the arguments lie.",
             )
         return parts[0], parts[1]
-
-    def _check_place(self, name: str, tensor: torch.Tensor) -> None:
-        check_library(name, tensor, torch.Tensor, self.name)
-        if tensor.device.type != torch.device(self.device).type:
-            raise InvalidArgumentError(
-                name,
-                f"must be on device {self.device!r}, as this backend is",
-                f"one on {tensor.device}",
-                f"Move it: tensor.to({self.device!r}).",
-            )

@@ -9,25 +9,14 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from sparse_dlm_attn import (
-    AttentionState,
-    Backend,
-    Context,
-    InvalidArgumentError,
-    InvalidTypeError,
-    PageBounds,
-    Selection,
-    UnavailableError,
-    UnsupportedError,
-)
-from sparse_dlm_attn.arrays import compute_dtype, dtype_name, dtype_of_host, namespace
+from sparse_dlm_attn import AttentionState, Context, PageBounds, Selection, UnavailableError, UnsupportedError
+from sparse_dlm_attn.arrays import compute_dtype, dtype_name, namespace
 from sparse_dlm_attn.capabilities import Capabilities, Problem
 from sparse_dlm_attn.checks import (
     check_attend_block,
     check_attend_pages,
     check_cached,
     check_context,
-    check_library,
     check_page_scores,
     check_pooled_scores,
     check_states,
@@ -43,6 +32,7 @@ except ImportError as error:
         "backend 'torch'", [str(error)], "Install it: pip install 'sparse_dlm_attn[torch]'."
     ) from error
 
+from sparse_dlm_attn.torch_backend import TorchTensors
 from sparse_dlm_attn_torch import block_sparse, choice, flex, gather, metadata, ops
 from sparse_dlm_attn_torch.states import merged
 from sparse_dlm_attn_torch.threads import threads_for
@@ -54,7 +44,7 @@ OTHERS = ("int8", "int32", "int64", "bool")
 HALVES = ("bfloat16", "float16")
 
 
-class TorchBackend(Backend):
+class TorchBackend(TorchTensors):
     """The operators on ``torch.Tensor``.
 
     Parameters
@@ -149,25 +139,6 @@ class TorchBackend(Backend):
         if self._device.type == "cpu":
             return "gather"
         return "masked" if flex.why_not(dtype, head_dim, page_size) or reasons else "flex"
-
-    def asarray(self, values: Any, *, dtype: str | None = None) -> torch.Tensor:
-        """Convert host values to tensors (a copy, so that the caller's array stays untouched)."""
-        if dtype is not None and str(dtype) not in (*DTYPES, *OTHERS):
-            raise InvalidTypeError(
-                "dtype", f"must be one of {', '.join(DTYPES)}, an integer dtype or bool", repr(dtype)
-            )
-        try:
-            dtype = dtype or dtype_of_host(values)
-            kind = getattr(torch, dtype) if dtype is not None else None
-            if isinstance(values, torch.Tensor):
-                return values.detach().to(device=self._device, dtype=kind, copy=True)
-            return torch.tensor(values, dtype=kind, device=self._device)
-        except (TypeError, ValueError, RuntimeError) as error:
-            if isinstance(error, getattr(torch, "AcceleratorError", ())):
-                raise  # the device failed earlier; the values are not to blame
-            raise InvalidTypeError(
-                "values", f"must be numbers that fit dtype {dtype or 'of their own'}", repr(values)[:80]
-            ) from error
 
     def page_bounds(self, context: Context) -> PageBounds:
         check_context(context)
@@ -328,15 +299,3 @@ class TorchBackend(Backend):
             softmax_scale(head_dim, scale),
             path,
         )
-
-    def _check_place(self, name: str, tensor: torch.Tensor) -> None:
-        """Raise unless a tensor is PyTorch's and lies on this backend's device."""
-        check_library(name, tensor, torch.Tensor, "torch")
-        place = tensor.device
-        if place.type != self._device.type or self._device.index not in (None, place.index):
-            raise InvalidArgumentError(
-                name,
-                f"must be on device {self.device!r}, as this backend is",
-                f"one on {place}",
-                f"Move it: tensor.to({self.device!r}), or make the backend with device={str(place)!r}.",
-            )

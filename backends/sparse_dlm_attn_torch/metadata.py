@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from sparse_dlm_attn.arrays import compute_dtype
+from sparse_dlm_attn.torch_backend import bound_scores
 from sparse_dlm_attn_torch.threads import run_parts, threads_for
 
 __all__ = ["page_bounds", "page_scores", "pooled_scores", "ranked_pages", "top_pages"]
@@ -110,7 +111,7 @@ def page_scores(q: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor, activ
         float32 ``(batch, q_heads, tokens, pages)``.
     """
     if active is None or q.device.type != "cpu":
-        return _scores(q, lower, upper)
+        return bound_scores(q, lower, upper)
     batch, kv_heads, pages, _ = lower.shape
     group = q.shape[1] // kv_heads
     shape = (*q.shape[:3], pages)
@@ -122,7 +123,7 @@ def page_scores(q: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor, activ
             b, rows, heads = part
             of_group = slice(heads.start * group, heads.stop * group)
             sides = (side[b : b + 1, heads] for side in (lower, upper))
-            scores[b, of_group, rows] = _scores(q[b : b + 1, of_group].index_select(2, rows), *sides)[0]
+            scores[b, of_group, rows] = bound_scores(q[b : b + 1, of_group].index_select(2, rows), *sides)[0]
 
         run_parts(score, _head_parts(active, kv_heads, workers), workers)
     return scores
@@ -134,16 +135,6 @@ def _head_parts(active: torch.Tensor, kv_heads: int, workers: int) -> list[tuple
     heads = [slice(first, min(first + step, kv_heads)) for first in range(0, kv_heads, step)]
     rows = [row.nonzero()[:, 0] for row in active]
     return [(b, mine, some) for b, mine in enumerate(rows) if mine.numel() for some in heads]
-
-
-def _scores(q: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor) -> torch.Tensor:
-    batch, q_heads, tokens, head_dim = q.shape
-    kv_heads = lower.shape[1]
-    dtype = compute_dtype(q)
-    rows = q.to(dtype).reshape(batch, kv_heads, q_heads // kv_heads * tokens, head_dim)
-    scores = rows.clamp(min=0) @ upper.to(dtype).transpose(-1, -2)
-    scores += rows.clamp(max=0) @ lower.to(dtype).transpose(-1, -2)
-    return scores.reshape(batch, q_heads, tokens, lower.shape[2]).to(torch.float32)
 
 
 def top_pages(scores: torch.Tensor, count: torch.Tensor, eligible: torch.Tensor) -> torch.Tensor:
@@ -226,7 +217,7 @@ def ranked_pages(
         def choose(part: tuple[int, torch.Tensor, slice]) -> None:
             b, rows, heads = part
             queries = q[b : b + 1, heads.start * group : heads.stop * group].index_select(2, rows)
-            scores = _scores(queries, lower[b : b + 1, heads], upper[b : b + 1, heads]).view(-1, pages)
+            scores = bound_scores(queries, lower[b : b + 1, heads], upper[b : b + 1, heads]).view(-1, pages)
             own = _top(
                 scores,
                 count[b].long().expand(scores.shape[0]),

@@ -7,11 +7,10 @@ for passes, `pooled` and `full_sequence` for whole sequences. See docs/backends/
 from __future__ import annotations
 
 import os
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 from sparse_dlm_attn import (
     AttentionState,
-    Backend,
     Context,
     InvalidArgumentError,
     InvalidTypeError,
@@ -20,14 +19,12 @@ from sparse_dlm_attn import (
     UnavailableError,
     UnsupportedError,
 )
-from sparse_dlm_attn.arrays import dtype_of_host
 from sparse_dlm_attn.capabilities import Capabilities
 from sparse_dlm_attn.checks import (
     check_attend_block,
     check_attend_pages,
     check_cached,
     check_context,
-    check_library,
     check_page_scores,
     check_pooled_scores,
     check_top_pages,
@@ -43,6 +40,7 @@ except ImportError as error:
         "backend 'triton'", [str(error)], "Install it: pip install 'sparse_dlm_attn[triton]'."
     ) from error
 
+from sparse_dlm_attn.torch_backend import TorchTensors
 from sparse_dlm_attn_triton import ops, settings
 from sparse_dlm_attn_triton.common import INTERPRETED
 from sparse_dlm_attn_triton.passes import MOST_ROWS
@@ -58,7 +56,7 @@ MOST = 256
 Tensor = torch.Tensor
 
 
-class TritonBackend(Backend):
+class TritonBackend(TorchTensors):
     """The operators on ``torch.Tensor``, a pass of a block of up to 128 rows fused.
 
     Parameters
@@ -120,25 +118,6 @@ class TritonBackend(Backend):
             batch_invariant=False,
             notes=notes + ".",
         )
-
-    def asarray(self, values: Any, *, dtype: str | None = None) -> Tensor:
-        """Convert host values to tensors (a copy, so that the caller's array stays untouched)."""
-        if dtype is not None and str(dtype) not in (*DTYPES, *OTHERS):
-            raise InvalidTypeError(
-                "dtype", f"must be one of {', '.join(DTYPES)}, an integer dtype or bool", repr(dtype)
-            )
-        try:
-            dtype = dtype or dtype_of_host(values)
-            kind = getattr(torch, dtype) if dtype is not None else None
-            if isinstance(values, Tensor):
-                return values.detach().to(device=self._device, dtype=kind, copy=True)
-            return torch.tensor(values, dtype=kind, device=self._device)
-        except (TypeError, ValueError, RuntimeError) as error:
-            if isinstance(error, getattr(torch, "AcceleratorError", ())):
-                raise  # the device failed earlier; the values are not to blame
-            raise InvalidTypeError(
-                "values", f"must be numbers that fit dtype {dtype or 'of their own'}", repr(values)[:80]
-            ) from error
 
     def page_bounds(self, context: Context) -> PageBounds:
         check_context(context)
@@ -254,15 +233,7 @@ class TritonBackend(Backend):
 
     def _check(self, name: str, tensor: Tensor, *, floats: bool = True) -> None:
         """Raise unless a tensor is PyTorch's, lies on this backend's device and has a dtype it computes."""
-        check_library(name, tensor, Tensor, "triton")
-        place = tensor.device
-        if place.type != self._device.type or self._device.index not in (None, place.index):
-            raise InvalidArgumentError(
-                name,
-                f"must be on device {self.device!r}, as this backend is",
-                f"one on {place}",
-                f"Move it: tensor.to({self.device!r}).",
-            )
+        self._check_place(name, tensor)
         if floats and tensor.dtype == torch.float64:
             raise UnsupportedError("triton", ["dtype float64 is not one of " + ", ".join(DTYPES)])
         if floats and tensor.shape[-1] > MOST:
