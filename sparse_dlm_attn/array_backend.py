@@ -6,7 +6,7 @@ import math
 
 from sparse_dlm_attn.arrays import Array, compute_dtype, namespace, shape_of
 from sparse_dlm_attn.backend import Backend
-from sparse_dlm_attn.checks import check_attend_block, check_attend_pages, check_page_scores
+from sparse_dlm_attn.checks import check_attend_block, check_attend_pages, check_context, check_page_scores
 from sparse_dlm_attn.context import Context
 from sparse_dlm_attn.operators import gather_pages, valid_tokens
 from sparse_dlm_attn.selection import Selection
@@ -24,6 +24,7 @@ class ArrayBackend(Backend):
 
     def page_bounds(self, context: Context) -> PageBounds:
         """Gather every key and compare."""
+        check_context(context)
         xp = namespace(context.k_pages)
         keys = gather_pages(context.k_pages, context)  # (batch, kv_heads, pages, page_size, head_dim)
         valid = valid_tokens(context)[:, None, :, :, None]

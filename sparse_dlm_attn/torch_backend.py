@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from sparse_dlm_attn.array_backend import ArrayBackend
 from sparse_dlm_attn.arrays import compute_dtype, dtype_of_host
-from sparse_dlm_attn.backend import Backend
 from sparse_dlm_attn.checks import check_library
 from sparse_dlm_attn.errors import InvalidArgumentError, InvalidTypeError
 
@@ -16,7 +16,7 @@ __all__ = ["TorchTensors", "bound_scores"]
 DTYPES = ("bfloat16", "float16", "float32", "float64", "int8", "int32", "int64", "bool")
 
 
-class TorchTensors(Backend):
+class TorchTensors(ArrayBackend):
     """A backend on ``torch.Tensor`` that computes on one device.
 
     Attributes

@@ -18,7 +18,6 @@ from sparse_dlm_attn import (
     UnavailableError,
 )
 from sparse_dlm_attn.checks import check_attend_block, check_attend_pages, check_context, check_page_scores
-from sparse_dlm_attn.operators import gather_pages, valid_tokens
 from sparse_dlm_attn.torch_backend import TorchTensors, bound_scores
 from sparse_dlm_attn.values import softmax_scale
 from sparse_dlm_attn_flash.folding import Pool, Requests, folded, full_pages, partial_pages, rows_of_lists
@@ -92,13 +91,7 @@ class FoldedBackend(TorchTensors):
     def page_bounds(self, context: Context) -> PageBounds:
         check_context(context)
         self._check_place("context", context.k_pages)
-        keys = gather_pages(context.k_pages, context)
-        held, exists = valid_tokens(context)[:, None, :, :, None], context.exists[:, None, :, None]
-        sides = []
-        for beyond, reduced in ((math.inf, "amin"), (-math.inf, "amax")):
-            side = getattr(keys.masked_fill(~held, beyond), reduced)(dim=3)
-            sides.append(side.masked_fill(~exists, 0.0))
-        return PageBounds(*sides)
+        return super().page_bounds(context)
 
     def page_scores(self, q: torch.Tensor, bounds: PageBounds, *, active: torch.Tensor | None = None) -> torch.Tensor:
         check_page_scores(q, bounds, active)

@@ -1,9 +1,8 @@
-"""Makes what lies beside the tests importable; a profile of few problems; a folder with broken backends."""
+"""A profile of few problems; a folder with broken backends."""
 
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ from hypothesis import settings
 
 from sparse_dlm_attn_conformance.run import register_profiles
 
-sys.path.insert(0, str(Path(__file__).parent))
 register_profiles()
 settings.register_profile("sda-few", settings.get_profile("sda-quick"), max_examples=3)
 
